@@ -1,0 +1,1 @@
+"""packllm for LangChain."""

@@ -1,0 +1,1 @@
+"""packllm: several language models answer as one."""

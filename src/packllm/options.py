@@ -1,0 +1,103 @@
+"""Options of a request, frozen, each described beside itself."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from packllm.errors import OptionError
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a boolean")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+
+
+class OptionFields(BaseModel):
+    """What a caller may set per pack (as defaults) and per request. The adapters inherit these fields."""
+
+    max_tokens: Count | None = Field(None, ge=1)
+    """Most tokens to generate. None: 256, or what the context window leaves if that is less."""
+    temperature: Number = Field(0.0, ge=0.0)
+    """0 is greedy; above 0 the fused distribution is sharpened (<1) or flattened (>1), then sampled."""
+    top_p: Number = Field(1.0, gt=0.0, le=1.0)
+    """Sample from the smallest set of tokens whose probability reaches this."""
+    top_k: Count | None = Field(None, ge=1)
+    """Sample from the k most likely tokens only."""
+    seed: Count | None = Field(None, ge=0)
+    """Seed of the sampler; the same seed and prompt give the same text."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end the text; never part of it."""
+    weighting: str | dict[str, float] = "em"
+    """Name of a weighting (packllm.weights.WEIGHTINGS) or fixed weights {member name: weight}."""
+    pool: Literal["linear", "log"] | None = None
+    """How members fuse: mixture (linear) or product (log). None: the pool the weighting is meant for."""
+    min_weight: Number = Field(0.01, ge=0.0, lt=1.0)
+    """Members below this weight are not run; the others are renormalised."""
+    tau: Number = Field(0.1, gt=0.0)
+    """Temperature of the weighting `sim`."""
+    alpha: Number = Field(1.0, ge=0.0)
+    """Dirichlet prior of `em`, in observed tokens; strength of the expert in `dexperts`."""
+    beta: Number = Field(1.0, ge=0.0)
+    """Strength of the uniform prior in `map`."""
+    unit: Literal["token", "byte"] | None = None
+    """What perplexity is counted per. None: token for one vocabulary, byte (`em`: word) for several."""
+    decoding: Literal["auto", "tokens"] = "auto"
+    """How members decode together. auto: token by token where the vocabularies are the same."""
+    chat_template: bool = False
+    """Wrap a prompt given as text into each member's chat template, as one user message."""
+    score_on: str | None = Field(None, min_length=1)
+    """Part of the prompt to score (say, the question); None: all of the user's text."""
+    on_member_error: Literal["raise", "drop"] = "raise"
+    """A failing member ends the request (raise), or the others go on without it (drop)."""
+    batch_size: Count = Field(8, ge=1)
+    """Most prompts that generate_batch decodes together."""
+
+
+class Options(OptionFields):
+    """The options of one request, checked and frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def override(self, changes: Mapping[str, Any]) -> Options:
+        """These options with `changes`, validated; OptionError names what is wrong and what is valid."""
+        return make_options({**self.model_dump(exclude_unset=True), **changes}) if changes else self
+
+
+def make_options(values: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments.
+
+    Raises:
+        OptionError: an unknown name (with the valid names) or a value out of range (with the range).
+    """
+    unknown = [name for name in values if name not in Options.model_fields]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], Options.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise OptionError(f"unknown option {unknown[0]!r}{hint} Valid options: {', '.join(Options.model_fields)}")
+    values = dict(values)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
+    elif values.get("stop") is None:
+        values.pop("stop", None)
+    try:
+        return Options(**values)
+    except ValidationError as error:
+        raise OptionError(_describe(error)) from None
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    described = f"{name}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    if name == "stop":
+        return f"{described}; stop takes non-empty strings, an empty one would end every text at once"
+    return described

@@ -1,0 +1,72 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from packllm.weights.result import Weights
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one request, in the tokenizer of its top-weighted member."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.total_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of streamed text. `text` may be empty in the last chunk.
+
+    `weights` is on every chunk; `finish_reason`, `usage` and `timings` are on the last one only.
+    """
+
+    text: str
+    weights: Weights
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer.
+
+    Attributes:
+        text: the completion alone, never the prompt, never a stop string.
+        weights: what each member counted for, and why.
+        finish_reason: "stop" (end-of-turn token or stop string) or "length" (max_tokens).
+        usage: token counts.
+        timings: seconds: prefill, weighting, first_token, total.
+    """
+
+    text: str
+    weights: Weights
+    finish_reason: FinishReason
+    usage: Usage
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON-safe values."""
+        return {
+            "text": self.text,
+            "weights": self.weights.as_dict(),
+            "finish_reason": self.finish_reason,
+            "usage": self.usage.as_dict(),
+            "timings": self.timings,
+        }

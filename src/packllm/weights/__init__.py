@@ -1,0 +1,139 @@
+"""Weightings: how much each member counts for one prompt. One strategy a file, all of them in WEIGHTINGS."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packllm.errors import OptionError, WeightsError
+from packllm.options import Options, make_options
+from packllm.weights import dexperts, exact, exhaustive, opt, simple
+from packllm.weights import em as _em
+from packllm.weights.em import em
+from packllm.weights.problem import (
+    LogitSource,
+    Problem,
+    Solution,
+    TensorSource,
+    Weighting,
+    observed_logprobs,
+)
+from packllm.weights.result import Pool, Unit, Weights
+
+__all__ = [
+    "WEIGHTINGS",
+    "LogitSource",
+    "Problem",
+    "Solution",
+    "Weighting",
+    "Weights",
+    "em",
+    "find",
+    "fixed",
+    "solve",
+    "weigh",
+]
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "em": Weighting("linear", _em.solve),
+    "uniform": Weighting("log", simple.uniform),
+    "top1": Weighting("linear", simple.top1),
+    "sim": Weighting("log", simple.sim),
+    "opt": Weighting("log", opt.solve, needs_logits=True),
+    "exhaustive": Weighting("log", exhaustive.solve, needs_logits=True),
+    "exact": Weighting("log", exact.solve, needs_logits=True),
+    "map": Weighting("log", exact.solve_map, needs_logits=True),
+    "dexperts": Weighting("log", dexperts.solve),
+}
+
+
+def find(name: str) -> Weighting:
+    """The weighting of that name; OptionError with the valid names otherwise."""
+    if name not in WEIGHTINGS:
+        valid = ", ".join(WEIGHTINGS)
+        raise OptionError(f"weighting={name!r} is unknown; valid: {valid}, or a mapping {{member name: weight}}")
+    return WEIGHTINGS[name]
+
+
+def fixed(weights: dict[str, float], names: tuple[str, ...], pool: Pool) -> tuple[float, ...]:
+    """Weights given by the user, in member order; members not named get 0.
+
+    Raises:
+        WeightsError: an unknown member, a sum other than 1, or a negative weight in the linear pool.
+    """
+    unknown = [name for name in weights if name not in names]
+    if unknown:
+        raise WeightsError(f"weighting names unknown member {unknown[0]!r}; members: {', '.join(names)}")
+    total = math.fsum(weights.values())
+    if not math.isclose(total, 1.0, abs_tol=1e-6):
+        raise WeightsError(f"weighting={weights!r} sums to {total:g}; weights must sum to 1")
+    if pool == "linear" and min(weights.values()) < 0:
+        raise WeightsError(f"weighting={weights!r}: a weight below 0 needs pool='log'")
+    return tuple(float(weights.get(name, 0.0)) for name in names)
+
+
+def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
+    """Weights of a prompt's problem under `options.weighting` and `options.pool`."""
+    scored = problem.logprobs.shape[1]
+    if isinstance(options.weighting, dict):
+        pool = options.pool or "linear"
+        solution, strategy = Solution(fixed(options.weighting, problem.names, pool)), "fixed"
+    else:
+        strategy, weighting = options.weighting, find(options.weighting)
+        pool = options.pool or weighting.pool
+        if scored:
+            solution = weighting.solve(problem, options)
+        else:  # nothing was predicted: no evidence for any member over another
+            solution = simple.uniform(problem, options)
+        if pool == "linear" and min(solution.values) < 0:
+            raise OptionError(f"pool='linear' cannot carry the negative weights of weighting={strategy!r}; use 'log'")
+        if pool != weighting.pool:  # what the weighting knows holds for its own pool
+            solution = Solution(solution.values)
+    return Weights(
+        values=solution.values,
+        names=problem.names,
+        pool=pool,
+        nll=tuple(problem.nll.tolist()) if scored else (None,) * len(problem.names),
+        unit=unit,
+        strategy=strategy,
+        fused_nll=solution.fused_nll,
+        gap=solution.gap,
+        scored=scored,
+    )
+
+
+def solve(name: str, logits: Tensor | LogitSource, targets: Tensor, **options: Any) -> Weights:
+    """Weights from logits alone, without a pack.
+
+    Args:
+        name: a key of WEIGHTINGS.
+        logits: (K, t, V) next-token logits at the t positions before the targets, or a LogitSource.
+        targets: (t,) int64 observed tokens.
+        options: the weighting's options (tau, alpha, beta, pool, ...).
+
+    Returns:
+        Weights with members named "0", "1", ...; NLLs in nats per token.
+
+    Raises:
+        OptionError: an unknown weighting or option.
+        WeightsError: shapes that do not fit.
+    """
+    find(name)
+    source: LogitSource = TensorSource(logits) if isinstance(logits, Tensor) else logits
+    members, positions, vocabulary = source.shape
+    if targets.shape != (positions,):
+        raise WeightsError(f"targets have shape {tuple(targets.shape)}, logits ask for ({positions},)")
+    if positions and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+        raise WeightsError(f"targets must be token ids in 0..{vocabulary - 1}")
+    observed = observed_logprobs(source, targets)
+    problem = Problem(
+        names=tuple(str(k) for k in range(members)),
+        logprobs=observed,
+        nll=-observed.mean(dim=1) if positions else torch.zeros(members, dtype=torch.float64),
+        source=source,
+        targets=targets,
+    )
+    return weigh(problem, make_options({**options, "weighting": name}))

@@ -1,0 +1,5 @@
+def solve(problem, options):
+    raise NotImplementedError
+
+
+solve_map = solve

@@ -1,0 +1,67 @@
+"""Weights: what a weighting returns and every answer carries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Pool = Literal["linear", "log"]
+Unit = Literal["token", "byte", "word"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each member counts for, in member order.
+
+    Attributes:
+        values: the weights; they sum to 1, and only log-pool weights may be negative (DExperts).
+        names: the members' names.
+        pool: how the members fuse: "linear" (mixture, METHODS Eq. 8) or "log" (PackLLM Eq. 1).
+        nll: each member's mean negative log-likelihood of the scored text, in nats per `unit` (Eq. 2);
+            None for a member that was not scored, an empty tuple where nothing could be scored.
+        unit: what `nll` and `fused_nll` are counted per.
+        strategy: the weighting's name, "fixed" for a mapping.
+        fused_nll: NLL of the fused pack on the scored text under `values`, where the weighting computes it.
+        gap: upper bound in nats per token on how far `fused_nll` is from the optimum (exact, map).
+        scored: number of units the NLLs are means of.
+    """
+
+    values: tuple[float, ...]
+    names: tuple[str, ...]
+    pool: Pool
+    nll: tuple[float | None, ...]
+    unit: Unit
+    strategy: str
+    fused_nll: float | None = None
+    gap: float | None = None
+    scored: int = 0
+
+    @property
+    def perplexity(self) -> tuple[float | None, ...]:
+        """exp(nll) of each member, per `unit`."""
+        return tuple(None if n is None else math.exp(n) if n < 700 else math.inf for n in self.nll)
+
+    @property
+    def top(self) -> str:
+        """Name of the member with the largest weight (the first of equals)."""
+        return self.names[max(range(len(self.values)), key=self.values.__getitem__)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe: non-finite numbers become None."""
+
+        def safe(number: float | None) -> float | None:
+            return number if number is not None and math.isfinite(number) else None
+
+        return {
+            "strategy": self.strategy,
+            "pool": self.pool,
+            "unit": self.unit,
+            "scored": self.scored,
+            "names": list(self.names),
+            "weights": list(self.values),
+            "nll": [safe(n) for n in self.nll],
+            "perplexity": [safe(p) for p in self.perplexity],
+            "fused_nll": safe(self.fused_nll),
+            "gap": safe(self.gap),
+        }
