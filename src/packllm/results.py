@@ -61,6 +61,13 @@ class Generation:
     usage: Usage
     timings: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_last(cls, text: str, chunk: Chunk) -> Generation:
+        """The generation that a stream with this text and last chunk makes."""
+        assert chunk.finish_reason is not None
+        assert chunk.usage is not None
+        return cls(text, chunk.weights, chunk.finish_reason, chunk.usage, chunk.timings or {})
+
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON-safe values."""
         return {

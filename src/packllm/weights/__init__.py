@@ -84,10 +84,8 @@ def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
     else:
         strategy, weighting = options.weighting, find(options.weighting)
         pool = options.pool or weighting.pool
-        if scored:
-            solution = weighting.solve(problem, options)
-        else:  # nothing was predicted: no evidence for any member over another
-            solution = simple.uniform(problem, options)
+        # Where nothing was predicted there is no evidence for any member over another.
+        solution = weighting.solve(problem, options) if scored else simple.uniform(problem, options)
         if pool == "linear" and min(solution.values) < 0:
             raise OptionError(f"pool='linear' cannot carry the negative weights of weighting={strategy!r}; use 'log'")
         if pool != weighting.pool:  # what the weighting knows holds for its own pool

@@ -1,0 +1,135 @@
+"""What each token id of a tokenizer means, as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from packllm.errors import VocabularyError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Byte strings of a tokenizer's tokens, and its special tokens by role.
+
+    Attributes:
+        tokens: bytes that each id decodes to, by id; b"" for an id that the tokenizer does not use. Added
+            and special tokens have their spelling, although they never stand for that text.
+        special: id by role: "bos", "eos", "pad", "unk", where the tokenizer has one.
+        control: ids of special tokens: they steer a model and are never text.
+        unused: ids below len(tokens) that no token has; a model must not emit them.
+    """
+
+    tokens: list[bytes]
+    special: dict[str, int]
+    control: frozenset[int]
+    unused: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content: equal for tokenizers that map every id to the same byte string."""
+        digest = hashlib.sha256()
+        for token in self.tokens:
+            digest.update(len(token).to_bytes(4, "big") + token)
+        return digest.hexdigest()
+
+    def same_as(self, other: Vocabulary) -> bool:
+        """Whether both map every id to the same byte string, whatever the tokenizers are called."""
+        return self is other or self.fingerprint == other.fingerprint
+
+    def text_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text: none for a control token."""
+        return b"" if token_id in self.control else self.tokens[token_id]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
+        """Read a transformers tokenizer (with a `tokenizers` backend) or a `tokenizers.Tokenizer`.
+
+        Raises:
+            VocabularyError: the tokenizer has no such backend.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "to_str"):
+            raise VocabularyError(
+                f"{type(tokenizer).__name__} has no `tokenizers` backend; load the fast version of this tokenizer"
+            )
+        return cls.from_json(json.loads(backend.to_str()), tokenizer)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], tokenizer: Any = None) -> Vocabulary:
+        """As from_tokenizer, from the content of a tokenizer.json; `tokenizer` tells the roles."""
+        pieces = data["model"]["vocab"]
+        ids = dict(pieces) if isinstance(pieces, dict) else {piece: i for i, (piece, _) in enumerate(pieces)}
+        added = {token["content"]: token for token in data["added_tokens"]}
+        size = max([*ids.values(), *(token["id"] for token in added.values())], default=-1) + 1
+        tokens = [b""] * size
+        used = [False] * size
+        to_bytes = _piece_decoder(data)
+        for piece, token_id in ids.items():
+            tokens[token_id] = to_bytes(piece)
+            used[token_id] = True
+        for content, token in added.items():
+            tokens[token["id"]] = content.encode()
+            used[token["id"]] = True
+        special = {}
+        for role in ("bos", "eos", "pad", "unk"):
+            token_id = getattr(tokenizer, f"{role}_token_id", None)
+            if token_id is not None:
+                special[role] = int(token_id)
+        control = {token["id"] for token in added.values() if token["special"]} | set(special.values())
+        return cls(tokens, special, frozenset(control), frozenset(i for i in range(size) if not used[i]))
+
+
+def _piece_decoder(data: dict[str, Any]):
+    """How a piece of this tokenizer's model spells bytes, read off its parts."""
+    parts = list(_parts(data.get("decoder"))) + list(_parts(data.get("pre_tokenizer")))
+    types = {part["type"] for part in parts}
+    model = data["model"]
+    if "ByteLevel" in types:
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+        def byte_level(piece: str) -> bytes:
+            if all(character in byte_of for character in piece):
+                return bytes(byte_of[character] for character in piece)
+            return piece.encode()
+
+        return byte_level
+    replaced = {part.get("pattern", {}).get("String"): part["content"] for part in parts if part["type"] == "Replace"}
+    marker = "▁" if "Metaspace" in types or "▁" in replaced or "▁" in str(data.get("normalizer")) else None
+    suffix = model.get("end_of_word_suffix") or None
+    prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None
+
+    def plain(piece: str) -> bytes:
+        if byte := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        if marker:
+            piece = piece.replace(marker, " ")
+        if suffix and piece.endswith(suffix):
+            piece = piece[: -len(suffix)] + " "
+        if prefix:
+            piece = piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
+        return piece.encode()
+
+    return plain
+
+
+def _parts(part: dict[str, Any] | None):
+    """A decoder or pre-tokenizer, flattened out of its sequences."""
+    if part is None:
+        return
+    if part["type"] == "Sequence":
+        for inner in part.get("decoders") or part.get("pretokenizers") or ():
+            yield from _parts(inner)
+    else:
+        yield part

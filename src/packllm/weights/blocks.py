@@ -1,0 +1,132 @@
+"""What the log-pool optimisers share: margins block by block, losses on a grid, the best-member guard (METHODS §3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packllm.weights.problem import LogitSource, Problem, Solution
+
+STEPS = 20
+"""Grids have step 1/20 = 0.05 (PackLLM Algorithm 1, line 10)."""
+
+TIE = 1e-6
+"""Losses closer than this, in nats per token, count as equal: float32 logits do not tell them apart."""
+
+WORKSPACE = 2**20
+"""Most floats in one working tensor: it stays in a CPU's cache, and still fills a GPU."""
+
+_NOTHING = -1e4  # margin of a row without mass: exp() of it is exactly 0, its square is finite
+
+
+def usable(problem: Problem) -> list[int]:
+    """The members that give every observed token some probability, lowest NLL first, ties to the earlier.
+
+    Any other member makes the log pool's prompt NLL infinite as soon as it has weight.
+    """
+    finite = problem.logprobs.isfinite().all(dim=1).tolist()
+    return sorted((k for k, good in enumerate(finite) if good), key=problem.nll.tolist().__getitem__)
+
+
+def margins(source: LogitSource, targets: Tensor, members: Sequence[int], positions: Tensor) -> Iterator[Tensor]:
+    """Logits of the chosen members minus each member's logit of the observed token.
+
+    With margins a the pool's loss at a position is logsumexp_v Σ_k λ_k a_k(v) for λ on the simplex, its
+    gradient E_p a_k and its Hessian Cov_p(a_k, a_l) (METHODS §3); small numbers keep float32 moments exact.
+    A vocabulary row that is −inf in any chosen member carries no mass in the pool.
+
+    Args:
+        source: where the logits come from.
+        targets: int64 (t,) observed tokens.
+        members: which members, in the order wanted; all of them `usable`.
+        positions: int64, ascending, of 0..t-1.
+
+    Yields:
+        float32 (len(members), b, V), freshly allocated, together covering `positions` in order.
+    """
+    share = max(1, WORKSPACE // (len(members) * source.shape[2]))
+    for part, block in source.blocks(positions):
+        holes = not bool(block.amin() > -math.inf)  # masking costs a third of a pass, so only where there is need
+        for rows, logits in zip(part.split(share), block.split(share, dim=1), strict=True):
+            observed = targets[rows.to(targets.device)].to(block.device)[:, None]
+            margin = torch.stack([logits[k] - logits[k].gather(-1, observed) for k in members])
+            yield margin.masked_fill_(margin.amin(dim=0) == -math.inf, _NOTHING) if holes else margin
+
+
+def grid_losses(points: Tensor, margin: Tensor) -> Tensor:
+    """float64 (P,) on the CPU: summed loss of each of P weight vectors on one block of margins.
+
+    Args:
+        points: float32 (P, K) on the margins' device, rows on the simplex.
+        margin: float32 (K, b, V).
+    """
+    members, positions, vocabulary = margin.shape
+    flat = margin.reshape(members, -1)
+    share = max(1, WORKSPACE // (positions * vocabulary))
+    losses = [(chunk @ flat).view(-1, positions, vocabulary).logsumexp(-1) for chunk in points.split(share)]
+    return torch.cat(losses).cpu().double().sum(dim=1)
+
+
+def grid_search(problem: Problem, name: str, members: Sequence[int], points: Tensor) -> tuple[int, float]:
+    """The first point whose loss is lowest up to TIE, and its mean loss in nats per token; one pass.
+
+    Args:
+        points: float64 (P, len(members)), rows on the simplex, preferred ones first.
+    """
+    source, targets = problem.logits(name)
+    total = torch.zeros(len(points), dtype=torch.float64)
+    for margin in margins(source, targets, members, torch.arange(len(targets))):
+        total += grid_losses(points.to(margin), margin)
+    losses = total / len(targets)
+    first = int((losses <= losses.min() + TIE).nonzero()[0, 0])
+    return first, float(losses[first])
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Value, gradient (K,) and Hessian (K, K) of an objective at one λ, float64."""
+
+    value: float
+    gradient: np.ndarray
+    hessian: np.ndarray
+
+
+def expand(blocks: Iterable[Tensor], weights: np.ndarray) -> Expansion:
+    """f at `weights` from margins (K, b, V): with p the pool, E_p a_k and Cov_p(a_k, a_l), means over positions."""
+    rows = []
+    for margin in blocks:
+        fused = torch.tensordot(torch.from_numpy(weights).to(margin), margin, 1)
+        loss = fused.logsumexp(dim=-1, keepdim=True)
+        by_position = margin.transpose(0, 1)
+        weighted = by_position * fused.sub_(loss).exp_()[:, None]
+        mean = weighted.sum(dim=-1)
+        covariance = weighted @ by_position.transpose(1, 2) - mean[:, :, None] * mean[:, None, :]
+        rows.append(torch.cat((loss, mean, covariance.flatten(1)), dim=1))
+    sums = torch.cat(rows).cpu().double().mean(dim=0).numpy()  # the pass's only read from the device
+    members = len(weights)
+    return Expansion(float(sums[0]), sums[1 : members + 1], sums[members + 1 :].reshape(members, members))
+
+
+def guarded(
+    problem: Problem, members: Sequence[int], weights: Sequence[float], fused_nll: float, gap: float | None = None
+) -> Solution:
+    """The solution with these weights of `members`, or the best single member where that one is better.
+
+    Args:
+        fused_nll: mean loss under `weights`, nats per token.
+        gap: bound on how far `fused_nll` lies above the optimum, where it is known.
+    """
+    nll = (-problem.logprobs.mean(dim=1)).tolist()
+    best = min(members, key=nll.__getitem__)
+    if nll[best] < fused_nll:
+        members, weights = [best], [1.0]
+        # The optimum lies at most `gap` below the loss that is given up here, so it is nearer to the new one.
+        gap = None if gap is None else max(0.0, gap - (fused_nll - nll[best]))
+        fused_nll = nll[best]
+    weight = dict(zip(members, weights, strict=True))
+    return Solution(tuple(float(weight.get(k, 0.0)) for k in range(len(problem.names))), fused_nll, gap)
