@@ -6,6 +6,7 @@ contexts, and greedy choices are not decided by rounding.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 from packllm import Member, Pack
+
+torch.set_num_threads(1)  # tiny models gain nothing from threads, and lose much on a busy machine
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -70,8 +73,6 @@ def sentencepiece_tokenizer(size: int = 420) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=size + 60, special_tokens=special)
     tokenizer.train_from_iterator(CORPUS, trainer)
     # The trainer makes the byte pieces special; in such a tokenizer they are ordinary pieces of the model.
-    import json
-
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in ("<unk>", "<s>", "</s>")]
     data["decoder"] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from packllm.errors import LoadError, OptionError
@@ -21,7 +22,7 @@ from packllm.member import Member
 from packllm.prompt import Encoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def cache_folder() -> Path:
@@ -54,17 +55,18 @@ class Loader:
         Raises:
             LoadError: nothing to load, a path that does not exist, files that are no model.
         """
-        if isinstance(models, str | os.PathLike | Member):
-            models = [models]
         if not models:
             raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
         members: list[Member] = []
         for model in models:
             member = model if isinstance(model, Member) else self._member(os.fspath(model))
             taken = {other.name for other in members}
-            stem, count = member.name, 2
-            while member.name in taken:
-                member.name, count = f"{stem}-{count}", count + 1
+            name, count = member.name, 2
+            while name in taken:
+                name, count = f"{member.name}-{count}", count + 1
+            if name != member.name:
+                member = copy.copy(member)  # the caller's own, or another pack's, keeps its name
+                member.name = name
             members.append(member)
         return members
 
@@ -74,7 +76,7 @@ class Loader:
         model, tokenizer, encoder = self._base(base)
         if adapter is not None:
             model = self._merge(model, adapter)
-        name = named[1] if named else Path(adapter or base).stem
+        name = named[1] if named else os.path.basename(os.path.abspath(adapter or base)).removesuffix(".gguf")
         return Member(model, tokenizer, name, encoder)
 
     def _base(self, spec: str) -> tuple[Any, Any, Encoder]:
@@ -88,15 +90,21 @@ class Loader:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust)
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=self._dtype,
                 device_map=self._device_map,
                 trust_remote_code=self._trust,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise LoadError(f"cannot load model {str(source)!r}: {_first_line(error)}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            remedy = "; trust_remote_code=True runs it" if "trust_remote_code" in str(error) else ""
+            raise LoadError(f"cannot load model {str(source)!r}: {_first_line(error)}{remedy}") from error
+        model, info = loaded
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
+            raise LoadError(f"model {str(source)!r} lacks {len(missing)} of its weights, such as {missing[0]!r}")
         return model, tokenizer, Encoder(tokenizer)
 
     def _merge(self, base: Any, adapter: str) -> Any:
@@ -110,8 +118,9 @@ class Loader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", "Found missing adapter keys")  # it would change nothing
                 return PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError, UserWarning) as error:
             raise LoadError(f"cannot load adapter {adapter!r}: {_first_line(error)}") from error
 
 

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Member:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of configuration, vocabulary and a sample of every weight: changes with the answers."""
         digest = hashlib.sha256(self.vocabulary.fingerprint.encode())

@@ -32,11 +32,11 @@ class OptionFields(BaseModel):
     """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: Count | None = Field(None, ge=1)
     """Sample from the k most likely tokens only."""
-    seed: Count | None = Field(None, ge=0)
+    seed: Count | None = Field(None, ge=0, lt=2**64)
     """Seed of the sampler; the same seed and prompt give the same text."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end the text; never part of it."""
-    weighting: str | dict[str, float] = "em"
+    weighting: str | dict[str, Number] = "em"
     """Name of a weighting (packllm.weights.WEIGHTINGS) or fixed weights {member name: weight}."""
     pool: Literal["linear", "log"] | None = None
     """How members fuse: mixture (linear) or product (log). None: the pool the weighting is meant for."""
@@ -95,9 +95,13 @@ def make_options(values: Mapping[str, Any]) -> Options:
 
 
 def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    described = f"{name}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    errors = error.errors()
+    name = str(errors[0]["loc"][0])
+    first = [one for one in errors if one["loc"][0] == name][-1]  # of several types, the last tells most
+    message = first["msg"].removeprefix("Value error, ")
+    described = f"{name}={first['input']!r}: {message[:1].lower()}{message[1:]}"
     if name == "stop":
         return f"{described}; stop takes non-empty strings, an empty one would end every text at once"
+    if name == "weighting":
+        return f"{described}; weighting takes a name or numbers {{member name: weight}}"
     return described

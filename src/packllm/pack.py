@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -30,19 +30,20 @@ class Pack:
 
     Args:
         members: at least one Member.
-        models: the specs the members were loaded from, for those who must load the pack again.
+        recipe: arguments of Pack.load that make these members again, where there are any.
         options: defaults of every request.
 
     Attributes:
         members: the members, in order.
+        recipe: arguments of Pack.load that make these members again; None for Member objects.
         options: the defaults.
     """
 
-    def __init__(self, members: Sequence[Member], *, models: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(self, members: Sequence[Member], *, recipe: dict[str, Any] | None = None, **options: Any) -> None:
         if not members:
             raise LoadError("a pack needs at least one member")
         self.members = tuple(members)
-        self.models = tuple(models) if models else None
+        self.recipe = recipe
         self.options = make_options(options)
         self._check_weighting(self.options)
 
@@ -69,11 +70,13 @@ class Pack:
             LoadError: a model that cannot be loaded.
             OptionError: an unknown or invalid option.
         """
+        if isinstance(models, str | os.PathLike | Member):
+            models = [models]
         make_options(options)  # a misspelling should not wait for gigabytes to load
         members = Loader(dtype, device_map, trust_remote_code).members(models)
-        listed = [models] if isinstance(models, str | os.PathLike | Member) else models
-        specs = [os.fspath(m) for m in listed if not isinstance(m, Member)]
-        return cls(members, models=specs if len(specs) == len(members) else None, **options)
+        specs = [os.fspath(m) for m in models if not isinstance(m, Member)]
+        recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
     @classmethod
     def starter(cls, *, dtype: str | torch.dtype = "auto", device_map: Any = "auto", **options: Any) -> Pack:
@@ -129,7 +132,7 @@ class Pack:
 
     def weigh(self, prompt: Prompt, **options: Any) -> Weights:
         """What each member would count for on this prompt; nothing is generated."""
-        request = self._request([prompt], self._options(options))
+        request = self._request([prompt], self.check(**options))
         request.limits(0)
         try:
             request.prefill()
@@ -137,7 +140,7 @@ class Pack:
         finally:
             request.close()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """The answer piece by piece. Closing the iterator stops the work and frees the caches.
 
         Args:
@@ -148,20 +151,33 @@ class Pack:
             OptionError, PromptError, ContextOverflowError: before anything runs.
             MemberError: a member failed while running.
         """
-        return _only_row(self._answering([prompt], self._options(options)))
+        return _only(self.stream_batch([prompt], **options))
+
+    def stream_batch(self, prompts: Sequence[Prompt], **options: Any) -> Generator[tuple[int, Chunk], None, None]:
+        """Answers to several prompts as they grow: (index of the prompt, Chunk). `batch_size` prompts are
+        decoded together, each with its own weights. Arguments, errors and closing as stream()."""
+        checked = self.check(**options)
+        size = checked.batch_size
+        requests = []
+        for at in range(0, len(prompts), size):
+            request = self._request(prompts[at : at + size], checked)
+            request.require_one_vocabulary()
+            request.limits(checked.max_tokens)
+            requests.append(request)
+        return _chunks(requests)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
-        return _join(self._answering([prompt], self._options(options)))[0]
+        return self.generate_batch([prompt], **options)[0]
 
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
-        """Answers to several prompts, `batch_size` of them decoded together; each has its own weights."""
-        checked = self._options(options)
-        requests = [
-            self._answering(prompts[at : at + checked.batch_size], checked)
-            for at in range(0, len(prompts), checked.batch_size)
-        ]
-        return [generation for request in requests for generation in _join(request)]
+        """The whole answers to several prompts; arguments and errors as stream_batch()."""
+        texts = [""] * len(prompts)
+        last: dict[int, Chunk] = {}
+        for index, chunk in self.stream_batch(prompts, **options):
+            texts[index] += chunk.text
+            last[index] = chunk
+        return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
 
     def score(self, prompt: Prompt, continuations: Sequence[str], **options: Any) -> list[float]:
         """Fused log-likelihood of each continuation, in nats.
@@ -173,7 +189,7 @@ class Pack:
             raise PromptError("continuations must be a list of non-empty strings")
         for text in continuations:
             check(text, chat_template=False)
-        request = self._request([prompt], self._options(options))
+        request = self._request([prompt], self.check(**options))
         request.require_one_vocabulary()
         ids = [self.members[0].encoder.continuation(text) for text in continuations]
         request.limits(max(map(len, ids), default=0))
@@ -191,10 +207,15 @@ class Pack:
         rated = [(text, score / len(text.encode())) for text, score in zip(candidates, scores, strict=True)]
         return sorted(rated, key=lambda pair: -pair[1])
 
-    def _options(self, changes: dict[str, Any]) -> Options:
-        options = self.options.override(changes)
-        self._check_weighting(options)
-        return options
+    def check(self, **options: Any) -> Options:
+        """The options that a request with these changes would run under.
+
+        Raises:
+            OptionError, WeightsError: an unknown option or member, or a value out of range.
+        """
+        checked = self.options.override(options)
+        self._check_weighting(checked)
+        return checked
 
     def _check_weighting(self, options: Options) -> None:
         if isinstance(options.weighting, dict):
@@ -207,23 +228,17 @@ class Pack:
             raise LoadError("this pack is closed; load it again")
         return Request(self.members, options, [check(prompt, options.chat_template) for prompt in prompts])
 
-    def _answering(self, prompts: Sequence[Prompt], options: Options) -> Request:
-        request = self._request(prompts, options)
-        request.require_one_vocabulary()
-        request.limits(options.max_tokens)
-        return request
+
+def _chunks(requests: Sequence[Request]) -> Generator[tuple[int, Chunk], None, None]:
+    first = 0
+    for request in requests:
+        with closing(request.chunks()) as chunks:
+            for row, chunk in chunks:
+                yield first + row, chunk
+        first += len(request.encoded)
 
 
-def _only_row(request: Request) -> Iterator[Chunk]:
-    with closing(request.chunks()) as chunks:
+def _only(chunks: Generator[tuple[int, Chunk], None, None]) -> Generator[Chunk, None, None]:
+    with closing(chunks):
         for _, chunk in chunks:
             yield chunk
-
-
-def _join(request: Request) -> list[Generation]:
-    texts = [""] * len(request.encoded)
-    last: dict[int, Chunk] = {}
-    for row, chunk in request.chunks():
-        texts[row] += chunk.text
-        last[row] = chunk
-    return [Generation.from_last(text, last[row]) for row, text in enumerate(texts)]

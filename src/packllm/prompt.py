@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from packllm.align.vocabulary import Vocabulary
+from packllm.align.vocabulary import Vocabulary, tokenizer_json
 from packllm.errors import PromptError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,7 +32,8 @@ class Encoded:
 
     Attributes:
         ids: token ids, with what the tokenizer or template puts before and around the text.
-        text: the scored text: the user's words, or the part of them that score_on names.
+        text: the scored text: the user's words as given, or the part of them that score_on names. The same
+            for every member, whatever its template trims.
         positions: indices into ids of the tokens of that text that have a token before them.
         starts, ends: character offsets of those tokens in `text`.
     """
@@ -42,6 +43,25 @@ class Encoded:
     positions: list[int]
     starts: list[int]
     ends: list[int]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Text to score, and where a prompt shows it: prompt[start:stop] is text[lead : lead + stop - start]."""
+
+    start: int
+    stop: int
+    text: str
+    lead: int = 0
+
+    def parts(self, part: str) -> list[_Span]:
+        """The spans of each occurrence of `part` in the text."""
+        return [self._cut(match.start(), match.end()) for match in re.finditer(re.escape(part), self.text)]
+
+    def _cut(self, begin: int, end: int) -> _Span:
+        zero = self.start - self.lead  # where the text would begin, were all of it shown
+        start, stop = (min(max(zero + at, self.start), self.stop) for at in (begin, end))
+        return _Span(start, stop, self.text[begin:end], start - zero - begin)
 
 
 def check(prompt: Prompt, chat_template: bool) -> Prompt:
@@ -57,10 +77,11 @@ def check(prompt: Prompt, chat_template: bool) -> Prompt:
         return [{"role": "user", "content": prompt}] if chat_template else prompt
     if not isinstance(prompt, Sequence) or not prompt:
         raise PromptError(f"prompt must be text or a non-empty list of messages, not {prompt!r}")
-    return [_check_message(message, at) for at, message in enumerate(prompt)]
+    messages: Sequence[Any] = prompt
+    return [_check_message(message, at) for at, message in enumerate(messages)]
 
 
-def _check_message(message: Message, at: int) -> Message:
+def _check_message(message: Any, at: int) -> Message:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise PromptError(f"message {at} must be a mapping with 'role' and 'content', not {message!r}")
     if message["role"] not in ROLES:
@@ -68,8 +89,11 @@ def _check_message(message: Message, at: int) -> Message:
     content = message["content"]
     if content is None:
         content = ""
-    elif not isinstance(content, str):
+    elif isinstance(content, Sequence) and not isinstance(content, str | bytes | bytearray):
         content = "".join(_text_part(part, at) for part in content)
+    elif not isinstance(content, str):
+        kind = type(content).__name__
+        raise PromptError(f"message {at} has content of type {kind!r}; give text or a list of text parts")
     _check_unicode(content)
     return {**message, "content": content}
 
@@ -77,7 +101,7 @@ def _check_message(message: Message, at: int) -> Message:
 def _text_part(part: Any, at: int) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and part.get("type") == "text":
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise PromptError(f"message {at} holds content of type {kind!r}; the members read text only")
@@ -99,14 +123,17 @@ class Encoder:
     Control tokens are renamed, in a copy of the tokenizer, to names that cannot be guessed. Only what the
     chat template itself writes is given those names, so a control token spelled inside a message is
     encoded as the plain text it is, and everything else exactly as the tokenizer would.
+
+    Raises:
+        VocabularyError: the tokenizer has no `tokenizers` backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.template: str | None = _template_text(tokenizer)
-        data = json.loads(tokenizer.backend_tokenizer.to_str())
+        data = tokenizer_json(tokenizer)
         self.vocabulary = Vocabulary.from_json(data, tokenizer)
-        self._nonce = secrets.token_hex(8)
+        self._nonce = f"{secrets.randbits(64):020d}"  # digits: no template or normaliser changes their case
         self._alias = self._rename(data)
         self._backend = Tokenizer.from_str(json.dumps(data))
         self._backend.no_padding()
@@ -120,12 +147,17 @@ class Encoder:
 
     def _rename(self, data: dict[str, Any]) -> dict[str, str]:
         template = self.template or ""
-        self._control = [dict(t) for t in data["added_tokens"] if t["special"] or t["content"] in template]
+        # Some tokenizers add runs of spaces or newlines as tokens: a template uses them, but they are text.
+        self._control = [
+            dict(t) for t in data["added_tokens"] if t["special"] or (t["content"].strip() and t["content"] in template)
+        ]
         alias = {t["content"]: f"\ue000{self._nonce}{i:x}\ue001" for i, t in enumerate(self._control)}
         for token in data["added_tokens"]:
             token["content"] = alias.get(token["content"], token["content"])
         model = data["model"]
         if isinstance(model["vocab"], dict):
+            if "merges" in model and alias.keys() & model["vocab"].keys():
+                model["merges"] = [pair for pair in model["merges"] if not _merge_pieces(pair) & alias.keys()]
             model["vocab"] = {alias.get(piece, piece): i for piece, i in model["vocab"].items()}
         else:
             model["vocab"] = [[alias.get(piece, piece), score] for piece, score in model["vocab"]]
@@ -147,7 +179,7 @@ class Encoder:
         """The control token that the chat template writes after an assistant's answer."""
         if self.template is None:
             return None
-        mark = f"\ue000{self._nonce}a\ue001"
+        mark = self._mark(0)
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
         try:
             rendered = self._tokenizer.apply_chat_template(turn, tokenize=False)
@@ -166,27 +198,34 @@ class Encoder:
         template, with the mark that an answer follows.
 
         Raises:
-            PromptError: the template refuses the messages, or score_on does not occur in the user's text.
+            PromptError: the template refuses the messages or leaves nothing of them, or score_on does not
+                occur in the user's text.
         """
         if isinstance(prompt, str):
-            prefix, text, spans = self._prefix, prompt, [(0, len(prompt))]
+            prefix, text, spans = self._prefix, prompt, [_Span(0, len(prompt), prompt)]
         else:
-            prefix = []
+            prefix = [] if self.template else self._prefix  # a chat template writes its own BOS
             text, spans = self._render(prompt)
+            _check_unicode(text)
         if score_on is not None:
-            spans = _narrow(text, spans, score_on)
+            spans = [part for span in spans for part in span.parts(score_on)]
+            if not spans:
+                raise PromptError(f"score_on={score_on!r} does not occur in the user's text of the prompt")
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids = [*prefix, *(self._real_id.get(i, i) for i in encoding.ids)]
+        if not ids:
+            raise PromptError("prompt comes to no tokens: the chat template or the tokenizer leaves nothing of it")
         positions, starts, ends = [], [], []
         shift = 0  # from offsets in `text` to offsets in the scored text
-        for begin, end in spans:
+        for span in spans:
+            moved = span.lead - span.start + shift
             for at, (start, stop) in enumerate(encoding.offsets, len(prefix)):
-                if at > 0 and begin <= start and stop <= end and start < stop:
+                if at > 0 and span.start <= start < stop <= span.stop:
                     positions.append(at)
-                    starts.append(start - begin + shift)
-                    ends.append(stop - begin + shift)
-            shift += end - begin
-        return Encoded(ids, "".join(text[a:b] for a, b in spans), positions, starts, ends)
+                    starts.append(start + moved)
+                    ends.append(stop + moved)
+            shift += len(span.text)
+        return Encoded(ids, "".join(span.text for span in spans), positions, starts, ends)
 
     def plain(self, text: str) -> list[int]:
         """Ids of `text` alone: no BOS, no control tokens."""
@@ -201,28 +240,76 @@ class Encoder:
                 return both[len(before) :]
         return self.plain(text)
 
-    def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: Sequence[Message]) -> tuple[str, list[_Span]]:
         """The rendered template with control tokens renamed, and the spans of the user's contents in it."""
-        marks = [f"\ue000{self._nonce}m{i}\ue001" for i in range(len(messages))]
-        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-        rendered = self._apply(marked)
-        contents = [message["content"] for message in messages]
-        if self._fill(rendered, marks, contents) != self._apply(messages):
-            contents = [content.strip() for content in contents]  # what templates do to contents, if anything
+        spelled: list[str] = []
+        messages = [self._guard(message, spelled) for message in messages]
+        marks = [self._mark(i) for i in range(len(messages))]
+        rendered, contents = self._shown(messages, marks)
+        text = {**dict(zip(marks, contents, strict=True)), **{self._spelled(i): s for i, s in enumerate(spelled)}}
         pieces = []
-        spans = []
+        shown: dict[str, int] = {}
         at = 0
-        for piece in re.split(f"(\ue000{self._nonce}m[0-9]+\ue001)", rendered):
-            if piece in marks:
-                which = marks.index(piece)
-                piece = contents[which]
-                if messages[which]["role"] == "user":
-                    spans.append((at, at + len(piece)))
+        for piece in re.split(f"(\ue000{self._nonce}[\ue002\ue003][0-9]+\ue001)", rendered):
+            if piece in text:
+                shown.setdefault(piece, at)
+                piece = text[piece]
             else:
                 piece = self._find_control.sub(lambda found: self._alias[found[0]], piece)
             pieces.append(piece)
             at += len(piece)
+        spans = []
+        reached = 0
+        for mark, content, message in zip(marks, contents, messages, strict=True):
+            if message["role"] == "user":
+                start, lead = shown.get(mark, -1), message["content"].find(content)
+                if start < reached or lead < 0:  # left out, moved or rewritten: nothing of it is scored
+                    spans.append(_Span(reached, reached, message["content"]))
+                    continue
+                reached = start + len(content)
+                spans.append(_Span(start, reached, message["content"], lead))
         return "".join(pieces), spans
+
+    def _guard(self, message: Message, spelled: list[str]) -> Message:
+        """The message with marks for the control tokens spelled in it outside its content (in a name or a
+        tool call, say); they are appended to `spelled`."""
+
+        def mark(found: re.Match[str]) -> str:
+            spelled.append(found[0])
+            return self._spelled(len(spelled) - 1)
+
+        def guarded(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._find_control.sub(mark, value)
+            if isinstance(value, Mapping):
+                return {guarded(key): guarded(inner) for key, inner in value.items()}
+            return [guarded(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+        return {key: value if key in ("role", "content") else guarded(value) for key, value in message.items()}
+
+    def _mark(self, index: int) -> str:
+        """Stands for a message's content while the template is rendered."""
+        return f"\ue000{self._nonce}\ue002{index}\ue001"
+
+    def _spelled(self, index: int) -> str:
+        """Stands for a control token spelled in another field."""
+        return f"\ue000{self._nonce}\ue003{index}\ue001"
+
+    def _shown(self, messages: Sequence[Message], marks: Sequence[str]) -> tuple[str, list[str]]:
+        """The rendered template with a mark for each content, and the contents as it shows them: most
+        templates leave them alone, some trim them or drop a part."""
+        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+        rendered = self._apply(marked)
+        contents = [message["content"] for message in messages]
+        if self._fill(rendered, marks, contents) == self._apply(messages):
+            return rendered, contents
+        for i, mark in enumerate(marks):
+            alone = self._apply([*marked[:i], messages[i], *marked[i + 1 :]])
+            before, found, after = rendered.partition(mark)
+            shown = len(alone) - len(before) - len(after)
+            if found and mark not in after and shown >= 0 and alone.startswith(before) and alone.endswith(after):
+                contents[i] = alone[len(before) : len(before) + shown]
+        return rendered, contents
 
     @staticmethod
     def _fill(rendered: str, marks: Sequence[str], contents: Sequence[str]) -> str:
@@ -250,12 +337,6 @@ def _template_text(tokenizer: Any) -> str | None:
     return template or None
 
 
-def _narrow(text: str, spans: list[tuple[int, int]], part: str) -> list[tuple[int, int]]:
-    found = [
-        (begin + match.start(), begin + match.end())
-        for begin, end in spans
-        for match in re.finditer(re.escape(part), text[begin:end])
-    ]
-    if not found:
-        raise PromptError(f"score_on={part!r} does not occur in the user's text of the prompt")
-    return found
+def _merge_pieces(pair: str | Sequence[str]) -> set[str]:
+    left, right = pair.split(" ") if isinstance(pair, str) else pair
+    return {left, right, left + right}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -140,7 +140,7 @@ class Request:
         names = tuple(member.name for member in self.members)
         return replace(weights, names=names, values=tuple(values), nll=tuple(nll))
 
-    def chunks(self) -> Iterator[tuple[int, Chunk]]:
+    def chunks(self) -> Generator[tuple[int, Chunk], None, None]:
         """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished.
 
         Closing the iterator frees the caches; at most the step under way is finished.

@@ -9,6 +9,9 @@ from torch import Tensor
 
 Sampler = Callable[[Tensor], int]
 
+_LEAST_TEMPERATURE = 1e-30
+"""Below this, float32 cannot divide by the temperature; the distribution is one-hot long before."""
+
 
 def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampler:
     """A function from log-probabilities (V,) to a token id.
@@ -35,13 +38,18 @@ def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int 
 def filtered(logprobs: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
     """Unnormalised log-probabilities that remain after temperature, top_k and top_p, and the token ids
     they belong to (None: all, in order). Without top_k and top_p nothing is sorted."""
-    scaled = logprobs / temperature
+    # The largest is 0 before the division: a tiny temperature must not turn all of them into -infinity.
+    scaled = (logprobs - logprobs.max()) / max(temperature, _LEAST_TEMPERATURE)
     ids = None
     if top_k is not None and top_k < len(scaled):
-        scaled, ids = scaled.topk(top_k)
+        ids = (scaled >= scaled.topk(top_k).values[-1]).nonzero()[:, 0]  # all that tie for the last place
+    if ids is None and top_p >= 1.0:
+        return scaled, None
+    # Stable: of equals the smaller id comes first, so the cuts keep it, as greedy choice does.
+    scaled, order = (scaled if ids is None else scaled[ids]).sort(descending=True, stable=True)
+    ids = order if ids is None else ids[order]
+    scaled, ids = scaled[:top_k], ids[:top_k]
     if top_p < 1.0:
-        if ids is None:
-            scaled, ids = scaled.sort(descending=True)
         probabilities = scaled.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         keep = int((before < top_p).sum())  # the token that crosses top_p is kept

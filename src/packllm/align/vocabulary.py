@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,12 +60,7 @@ class Vocabulary:
         Raises:
             VocabularyError: the tokenizer has no such backend.
         """
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        if not hasattr(backend, "to_str"):
-            raise VocabularyError(
-                f"{type(tokenizer).__name__} has no `tokenizers` backend; load the fast version of this tokenizer"
-            )
-        return cls.from_json(json.loads(backend.to_str()), tokenizer)
+        return cls.from_json(tokenizer_json(tokenizer), tokenizer)
 
     @classmethod
     def from_json(cls, data: dict[str, Any], tokenizer: Any = None) -> Vocabulary:
@@ -80,7 +76,8 @@ class Vocabulary:
             tokens[token_id] = to_bytes(piece)
             used[token_id] = True
         for content, token in added.items():
-            tokens[token["id"]] = content.encode()
+            if token["special"] or ids.get(content) != token["id"]:  # else it is one more way to find a piece
+                tokens[token["id"]] = content.encode()
             used[token["id"]] = True
         special = {}
         for role in ("bos", "eos", "pad", "unk"):
@@ -91,23 +88,41 @@ class Vocabulary:
         return cls(tokens, special, frozenset(control), frozenset(i for i in range(size) if not used[i]))
 
 
-def _piece_decoder(data: dict[str, Any]):
+def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
+    """The content of a tokenizer's tokenizer.json.
+
+    Raises:
+        VocabularyError: the tokenizer has no `tokenizers` backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(backend, "to_str"):
+        raise VocabularyError(
+            f"{type(tokenizer).__name__} has no `tokenizers` backend; load the fast version of this tokenizer"
+        )
+    return json.loads(backend.to_str())
+
+
+def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
     """How a piece of this tokenizer's model spells bytes, read off its parts."""
     parts = list(_parts(data.get("decoder"))) + list(_parts(data.get("pre_tokenizer")))
     types = {part["type"] for part in parts}
     model = data["model"]
+    suffix = model.get("end_of_word_suffix") or None
     if "ByteLevel" in types:
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
         def byte_level(piece: str) -> bytes:
+            if suffix and piece.endswith(suffix):
+                return byte_level(piece[: -len(suffix)]) + b" "
             if all(character in byte_of for character in piece):
                 return bytes(byte_of[character] for character in piece)
             return piece.encode()
 
         return byte_level
     replaced = {part.get("pattern", {}).get("String"): part["content"] for part in parts if part["type"] == "Replace"}
-    marker = "▁" if "Metaspace" in types or "▁" in replaced or "▁" in str(data.get("normalizer")) else None
-    suffix = model.get("end_of_word_suffix") or None
+    marker = next((part["replacement"] for part in parts if part["type"] == "Metaspace"), None)
+    if marker is None and ("▁" in replaced or "▁" in str(data.get("normalizer"))):
+        marker = "▁"
     prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None
 
     def plain(piece: str) -> bytes:
@@ -124,7 +139,7 @@ def _piece_decoder(data: dict[str, Any]):
     return plain
 
 
-def _parts(part: dict[str, Any] | None):
+def _parts(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A decoder or pre-tokenizer, flattened out of its sequences."""
     if part is None:
         return

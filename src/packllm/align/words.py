@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -82,7 +84,7 @@ class _Sweep:
     def __init__(self, member: Scored) -> None:
         self.index: dict[int, int] = {}  # offset -> number of tokens that end before it
         self._ends = member.ends
-        self._sums = [0.0, *member.logprobs.cumsum(0).tolist()]
+        self._logprobs = member.logprobs.tolist()
         self._gaps = [0]  # characters without a token lie before this many of the tokens
         for i, start in enumerate(member.starts):
             before = member.ends[i - 1] if i else start
@@ -98,18 +100,23 @@ class _Sweep:
         first, last = self.index[start], self.index[end]
         if self._ends[last - 1] != end or self._gaps[last] != self._gaps[first + 1]:
             return None
-        return self._sums[last] - self._sums[first]
+        return math.fsum(self._logprobs[first:last])  # no difference of running sums: one may be -infinity
 
 
 def is_word_boundary(text: str, at: int) -> bool:
-    """Whether a word of `text` may end before character `at`: anywhere but between two letters or digits
-    of a script that writes words apart."""
+    """Whether a word of `text` may end before character `at`: anywhere but before a combining mark and
+    between two letters or digits of a script that writes words apart."""
     if at <= 0 or at >= len(text):
         return True
     before, after = text[at - 1], text[at]
-    return not (_joins(before) and _joins(after))
+    return not _is_mark(after) and not (_joins(before) and _joins(after))
 
 
 def _joins(character: str) -> bool:
     # Scripts without spaces (CJK, Thai, ...) lie at or above U+0E00 outside Hangul; each character may end a word.
-    return character.isalnum() and (character < "\u0e00" or "\uac00" <= character <= "\ud7a3")
+    letter = character.isalnum() or _is_mark(character)
+    return letter and (character < "\u0e00" or "\uac00" <= character <= "\ud7a3")
+
+
+def _is_mark(character: str) -> bool:
+    return character >= "\u0300" and unicodedata.category(character)[0] == "M"

@@ -20,13 +20,13 @@ from packllm.weights.problem import Problem, Solution
 GAP = 1e-4
 """The search ends when the optimum is certified to be at most this far below, in nats per token."""
 
-PASSES = 20
-"""Most evaluations of a search, should float32 noise keep it from GAP; the gap is then reported as it is."""
+SAMPLE_PASSES, PASSES = 100, 20
+"""Most evaluations on the sample and on all positions; a gap that is then above GAP is reported as it is."""
 
 SAMPLE_POSITIONS, SAMPLE_BYTES = 128, 96 * 2**20
 """Limits on the sample of positions whose margins are kept."""
 
-_NOISE = 1e-7  # nats: a step that raises the loss by no more than rounding does counts as progress
+_NOISE = 1e-6  # nats: what float32 rounding may raise a loss by; a step that raises it no more is progress
 _FLOOR = 1e-9  # least weight under a prior, whose gradient is infinite at 0
 
 
@@ -64,15 +64,17 @@ def _search(problem: Problem, name: str, members: list[int], prior: float) -> tu
     kept = list(margins(source, targets, members, sample))
     uniform = np.full(len(members), 1.0 / len(members))
     floor = _FLOOR if prior else 0.0
-    weights, loss, gap = minimise(lambda at: expand(kept, at), uniform, prior, floor, GAP)
+    weights, loss, gap = minimise(lambda at: expand(kept, at), uniform, prior, floor, GAP, SAMPLE_PASSES)
     if count == total:
         return weights, loss, gap
     everywhere = torch.arange(total)
-    return minimise(lambda at: expand(margins(source, targets, members, everywhere), at), weights, prior, floor, GAP)
+    return minimise(
+        lambda at: expand(margins(source, targets, members, everywhere), at), weights, prior, floor, GAP, PASSES
+    )
 
 
 def minimise(
-    objective: Expand, start: np.ndarray, prior: float, floor: float, tolerance: float, passes: int = PASSES
+    objective: Expand, start: np.ndarray, prior: float, floor: float, tolerance: float, passes: int
 ) -> tuple[np.ndarray, float, float]:
     """Newton's method on the simplex for objective(λ) + prior · KL(λ ‖ uniform), both convex.
 
@@ -81,23 +83,24 @@ def minimise(
         by convexity an upper bound on its distance to the minimum.
     """
     weights = target = trial = start
-    here, value, slope = Expansion(np.inf, start, np.outer(start, start)), np.inf, 0.0
-    gap, bound, step = np.inf, np.inf, 1.0
+    loss = gap = value = bound = np.inf
+    slope, step = 0.0, 1.0
     for _ in range(passes):
         there = objective(trial)
-        if (whole := _regularised(there, trial, prior)).value <= bound:
-            weights, here = trial, there
-            gap = max(0.0, float(whole.gradient @ weights - whole.gradient.min()))
+        whole = _regularised(there, trial, prior)
+        reached = max(0.0, float(whole.gradient @ trial - whole.gradient.min()))
+        if whole.value <= bound or reached <= tolerance:
+            weights, loss, gap = trial, there.value, reached
             if gap <= tolerance:
                 break
             value, step = whole.value, 1.0
-            target = _newton_point(here, weights, prior, floor)
+            target = _newton_point(there, weights, prior, floor)
             slope = float(whole.gradient @ (target - weights))
         else:
             step /= 2
         trial = weights + step * (target - weights)
-        bound = value + 1e-4 * step * slope + _NOISE
-    return weights, here.value, gap
+        bound = value + 0.1 * step * slope + _NOISE
+    return weights, loss, gap
 
 
 def _regularised(at: Expansion, weights: np.ndarray, prior: float) -> Expansion:
@@ -134,8 +137,10 @@ def simplex_qp(gradient: np.ndarray, hessian: np.ndarray, start: np.ndarray) -> 
     with the most negative multiplier. K is small, so each solve is a few microseconds.
     """
     members = len(start)
-    # Members that do not differ make the Hessian singular; a ridge picks the nearest of the equal points.
-    curved = hessian + (1e-9 + 1e-7 * np.trace(hessian) / members) * np.eye(members)
+    # Members that do not differ, and float32 moments, give curvatures of 0 and just below: the floor keeps the
+    # programme convex, its solution a descent direction, and picks the nearest of equal points.
+    curvatures, axes = np.linalg.eigh(hessian)
+    curved = (axes * np.maximum(curvatures, 1e-9 + 1e-7 * curvatures[-1])) @ axes.T
     linear = gradient - curved @ start
     at, free = start.copy(), start > 0
     for _ in range(50 * members):

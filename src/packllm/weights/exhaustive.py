@@ -42,7 +42,6 @@ def simplex_grid(members: int) -> Tensor:
     """float64 (P, members): all weights that are multiples of 0.05, the ones heavier in front first."""
     # Stars and bars: a point is a choice of where the K − 1 bars stand among the 20 stars.
     bars = torch.tensor(list(combinations(range(STEPS + members - 1), members - 1)), dtype=torch.float64)
-    bars = bars.reshape(-1, members - 1)
     ends = torch.full((len(bars), 1), STEPS + members - 1, dtype=torch.float64)
     stars = torch.diff(torch.cat((-torch.ones_like(ends), bars, ends), dim=1)) - 1
     return stars.flip(0) / STEPS

@@ -1,1 +1,5 @@
-"""packllm for LlamaIndex."""
+"""packllm for LlamaIndex: `PackLLM` answers wherever LlamaIndex takes an LLM."""
+
+from llama_index.llms.packllm.base import PackLLM
+
+__all__ = ["PackLLM"]

@@ -1,0 +1,233 @@
+"""A pack of models as a LlamaIndex LLM: translate, iterate `Pack.stream`, translate back."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any, TypeVar
+
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from pydantic import PrivateAttr
+
+from llama_index.llms.packllm.streams import off_the_loop, streaming
+from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError, PromptError
+
+Response = TypeVar("Response", CompletionResponse, ChatResponse)
+Make = Callable[[str, dict[str, Any], "str | None"], Response]  # text so far, raw, delta -> response
+
+LOADING = ("dtype", "device_map", "trust_remote_code")
+SAME_ROLE = {"developer": "system", "chatbot": "assistant", "model": "assistant", "function": "tool"}
+HERE_ONLY = {"callback_manager", "rate_limiter"}  # belong to the running process, not to the LLM's description
+
+
+class PackLLM(CustomLLM, OptionFields):
+    """Several local models that answer as one.
+
+    Give the `models` to load, or a loaded `pack`, and any option of `packllm.Options`; options that are not set here
+    are the pack's. Each call takes options too, over both. Let LlamaIndex count tokens as the pack does with
+    `Settings.tokenizer = llm.pack.tokenize`.
+
+    Examples:
+        ```python
+        llm = PackLLM(models=["general-model", "medical-model"], weighting="em", max_tokens=200)
+        response = llm.complete("Aspirin is")
+        response.text, response.raw["packllm"]["weights"]
+        ```
+    """
+
+    models: list[str] | None = None
+    """Hub names, local folders, .gguf files or "base+adapter"; None for a pack made from Member objects."""
+    dtype: Any = "auto"
+    """Number format the models are loaded in."""
+    device_map: Any = "auto"
+    """Where the models are placed, as accelerate has it."""
+    trust_remote_code: bool = False
+    """Whether loading may run code that comes with a model."""
+
+    _pack: Pack = PrivateAttr()
+
+    def __init__(self, models: Sequence[Any] | None = None, *, pack: Pack | None = None, **fields: Any) -> None:
+        unknown = [name for name in fields if name not in type(self).model_fields]
+        if unknown:
+            raise OptionError(f"unknown name {unknown[0]!r}. Valid names: pack, {', '.join(type(self).model_fields)}")
+        if (models is None) == (pack is None):
+            raise OptionError("PackLLM takes either models=[...] to load or a loaded pack=, one of the two")
+        given = {name: fields.pop(name) for name in list(fields) if name in Options.model_fields}
+        options = Options.model_validate({}).override(given).model_dump(exclude_unset=True)
+        loading = {name: fields[name] for name in LOADING if name in fields}
+        if pack is None:
+            pack = Pack.load(models or (), **loading, **options)
+        elif loading:
+            raise OptionError(f"{next(iter(loading))} belongs to models=[...]; the given pack is already loaded")
+        pack.check(**options)
+        others = {name: value for name, value in fields.items() if name not in LOADING}
+        super().__init__(**(pack.recipe or {}), **others, **options)
+        self._pack = pack
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "PackLLM"
+
+    @property
+    def pack(self) -> Pack:
+        """The pack that answers."""
+        return self._pack
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        window = self._pack.context_window or DEFAULT_CONTEXT_WINDOW
+        return LLMMetadata(
+            context_window=window,
+            # Prompts are cut to window - num_output, so the default must leave a small window some room.
+            num_output=self._set_options().get("max_tokens") or min(DEFAULT_NUM_OUTPUTS, window // 2),
+            is_chat_model=self._pack.has_chat_template,
+            model_name=self._pack.name,
+        )
+
+    # Each public method announces one event; none calls another.
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        return self._answer(_completion, prompt, formatted, kwargs)
+
+    @streaming(llm_completion_callback())
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        return self._stream(_completion, prompt, formatted, kwargs)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        return await self._aanswer(_completion, prompt, formatted, kwargs)
+
+    @streaming(llm_completion_callback())
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        return await self._astream(_completion, prompt, formatted, kwargs)
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return self._answer(_chat, messages, False, kwargs)
+
+    @streaming(llm_chat_callback())
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        return self._stream(_chat, messages, False, kwargs)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return await self._aanswer(_chat, messages, False, kwargs)
+
+    @streaming(llm_chat_callback())
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        return await self._astream(_chat, messages, False, kwargs)
+
+    def _answer(self, make: Make[Response], prompt: Any, formatted: bool, kwargs: dict[str, Any]) -> Response:
+        prompt, options = self._request(prompt, formatted, kwargs)
+        generation = self._pack.generate(prompt, **options)
+        return make(generation.text, _raw(generation), None)
+
+    def _stream(
+        self, make: Make[Response], prompt: Any, formatted: bool, kwargs: dict[str, Any]
+    ) -> Generator[Response]:
+        prompt, options = self._request(prompt, formatted, kwargs)
+        return _responses(make, self._pack.stream(prompt, **options))  # a wrong option is raised here, at the call
+
+    async def _aanswer(self, make: Make[Response], *request: Any) -> Response:
+        """As `_answer`, but through the stream: a cancelled caller stops the work at the next token."""
+        async for response in await self._astream(make, *request):
+            last = response
+        last.delta = None
+        return last
+
+    async def _astream(self, make: Make[Response], *request: Any) -> AsyncGenerator[Response]:
+        return off_the_loop(await asyncio.to_thread(self._stream, make, *request))
+
+    def _request(
+        self, prompt: str | Sequence[ChatMessage], formatted: bool, kwargs: dict[str, Any]
+    ) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
+        """The prompt in the pack's words, and the options to send with it."""
+        options = {name: getattr(self, name) for name in self._own_options()} | kwargs
+        if isinstance(prompt, str):
+            text = prompt if formatted or not self.completion_to_prompt else self.completion_to_prompt(prompt)
+        else:
+            messages = [_message(message) for message in prompt]
+            if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
+                return messages, options
+            text, formatted = self.messages_to_prompt(prompt), True
+        if formatted and options.get("chat_template", self._pack.options.chat_template):
+            options["chat_template"] = False  # a formatted prompt goes in as it is
+        return text, options
+
+    def _own_options(self) -> list[str]:
+        return [name for name in Options.model_fields if name in self.model_fields_set]
+
+    def _set_options(self) -> dict[str, Any]:
+        """Options that someone set, on the pack or here over it."""
+        return self._pack.options.model_dump(exclude_unset=True) | {n: getattr(self, n) for n in self._own_options()}
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """A description that `from_dict` loads again; options nobody set stay out, so that they stay unset."""
+        described = super().to_dict(**kwargs)
+        return {name: v for name, v in described.items() if name not in Options.model_fields} | self._set_options()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # LlamaIndex's own way deletes what cannot be pickled from the live instance. Weights stay where they are:
+        # the other process loads them again.
+        if self._pack.recipe is None:
+            raise PackError("a pack made from Member objects cannot be pickled; load it by names or folders instead")
+        fields = {name: getattr(self, name) for name in self.model_fields_set - HERE_ONLY}
+        return functools.partial(type(self), **(fields | self._set_options())), ()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> PackLLM:
+        memo = {} if memo is None else memo
+        memo[id(self._pack)] = self._pack  # copies share the loaded models
+        return super().__deepcopy__(memo)
+
+
+def _message(message: ChatMessage) -> dict[str, str]:
+    for block in message.blocks:
+        if not isinstance(block, TextBlock):
+            raise PromptError(
+                f"{type(block).__name__} in a message of role {message.role.value!r}: the models read text only; "
+                "send TextBlock or a string"
+            )
+    role = message.role.value
+    return {"role": SAME_ROLE.get(role, role), "content": message.content or ""}
+
+
+def _completion(text: str, raw: dict[str, Any], delta: str | None) -> CompletionResponse:
+    return CompletionResponse(text=text, raw=raw, delta=delta)
+
+
+def _chat(text: str, raw: dict[str, Any], delta: str | None) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), raw=raw, delta=delta)
+
+
+def _raw(generation: Generation) -> dict[str, Any]:
+    """JSON-safe; `usage` is where LlamaIndex's TokenCountingHandler looks."""
+    raw = generation.as_dict()
+    return {**raw, "packllm": raw["weights"]}
+
+
+def _responses(make: Make[Response], chunks: Generator[Chunk, None, None]) -> Generator[Response]:
+    text = ""
+    with closing(chunks):
+        for chunk in chunks:
+            text += chunk.text
+            last = chunk.finish_reason is not None
+            raw = _raw(Generation.from_last(text, chunk)) if last else {"packllm": chunk.weights.as_dict()}
+            yield make(text, raw, chunk.text)

@@ -1,0 +1,60 @@
+"""packllm bench: what packing costs on this machine, against its targets.
+
+What a ratio compares is measured in turns within each repeat, so that a machine that slows down slows both
+sides; a figure is the median of its repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from packllm.bench import figures
+from packllm.bench.report import Report, show
+from packllm.bench.subjects import build, machine, text_of
+
+__all__ = ["Report", "run", "show"]
+
+MEMORY_TOKENS = 4096
+DECODE_PROMPT, DECODE_TOKENS = 64, 48
+QUICK_TOKENS = 48
+
+
+def run(models: Sequence[str] | None, *, tokens: int, members: int, repeat: int, quick: bool) -> Report:
+    """All figures.
+
+    Args:
+        models: specs as Pack.load takes them; None: the starter pack, or random members where it is absent.
+        tokens: length of the prompt that is weighed.
+        members: K.
+        repeat: repeats of each measurement.
+        quick: lengths of a few tokens, one repeat: only to see that everything runs.
+    """
+    pack, notes = build(models, members, quick)
+    for member in pack:
+        member.end_ids = frozenset()  # every run is to decode the same number of tokens
+    room = min([member.context_window or MEMORY_TOKENS for member in pack]) - 1
+    if quick:
+        tokens, repeat = QUICK_TOKENS, 1
+    tokens = min(tokens, room)
+    memory_tokens = min(room, 2 * QUICK_TOKENS if quick else MEMORY_TOKENS)
+    prompt_tokens = min(room // 2, 16 if quick else DECODE_PROMPT)
+    new_tokens = min(room // 2, 4 if quick else DECODE_TOKENS)
+    setting = {
+        "members": [member.name for member in pack],
+        "dtype": sorted({str(member.model.dtype).removeprefix("torch.") for member in pack}),
+        "device": sorted({str(member.device) for member in pack}),
+        "vocabulary": sorted({member.vocabulary_size for member in pack}),
+        "parameters": [member.model.num_parameters() for member in pack],
+        "tokens": tokens,
+        "memory_tokens": memory_tokens,
+        "decode_prompt": prompt_tokens,
+        "decode_tokens": new_tokens,
+        "repeat": repeat,
+        "quick": quick,
+    }
+    report = Report(machine(), setting, notes=notes)
+    figures.weighting(report, pack, text_of(pack, tokens), repeat)
+    figures.memory(report, pack, text_of(pack, memory_tokens))
+    figures.decoding(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat)
+    figures.start(report, skip=quick)
+    return report

@@ -1,0 +1,166 @@
+"""The figures, one function a group. Each fills in its part of a Report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from statistics import median
+from typing import Any
+
+import torch
+
+from packllm.bench.measure import bar, peak_mib, ratio, timed
+from packllm.bench.report import Report
+from packllm.bench.subjects import starter_is_here
+from packllm.errors import VocabularyError, WeightsError
+from packllm.member import Member, Session
+from packllm.options import make_options
+from packllm.pack import Pack
+from packllm.request import Request
+from packllm.scoring import weights_of
+
+WEIGHTINGS = ("em", "exact", "opt", "sim", "top1", "map")
+
+
+def weighting(report: Report, members: Sequence[Member], text: str, repeat: int) -> None:
+    """Seconds of each weighting over seconds of the prefill that any of them needs."""
+    options = {name: make_options({"weighting": name}) for name in WEIGHTINGS}
+    encoded = [member.encoder.encode(text) for member in members]
+    spent: dict[str, list[float]] = {}
+
+    def bare() -> list[Session]:
+        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
+        for session in sessions:
+            session.prefill([[]])
+        return sessions
+
+    def scored() -> tuple[list[Session], list[torch.Tensor]]:
+        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
+        return sessions, [s.prefill([e.positions], keep=True)[0] for s, e in zip(sessions, encoded, strict=True)]
+
+    bare()  # the first pass over a new length is slower
+    for _ in bar(range(repeat), "Weighting"):
+        timed(spent, "prefill", bare)
+        sessions, logprobs = timed(spent, "prefill_scored", scored)
+        for name in WEIGHTINGS:
+            with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
+                timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
+    for name in WEIGHTINGS:
+        report.figures[f"weighting.{name}"] = ratio(spent.get(name), spent["prefill"])
+    report.figures["weighting.exact_over_opt"] = ratio(spent.get("exact"), spent.get("opt"))
+    scoring = ratio(spent["prefill_scored"], spent["prefill"])
+    report.figures["weighting.scoring"] = None if scoring is None else scoring - 1
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def memory(report: Report, members: Sequence[Member], text: str) -> None:
+    """MiB that a weighed prefill peaks above a bare one; in both, all caches are held to the end."""
+    variants = ("none", "em", "exact")
+    for variant in variants:  # what is made once, at the first call
+        _prefill(members, text[:100], variant)
+    peaks = {}
+    for variant in bar(variants, "Memory"):
+        peak = peak_mib(members, _prefill, members, text, variant)
+        if peak is None:
+            report.notes.append("memory: not measured, this system does not let a process reset its peak")
+            return
+        peaks[variant] = peak
+    for name in ("em", "exact"):
+        report.figures[f"memory.{name}"] = max(0.0, peaks[name] - peaks["none"])
+
+
+def _prefill(members: Sequence[Member], text: str, weighting: str) -> None:
+    """A request's prefill with a weighting, or with "none" the members' bare prefill."""
+    if weighting != "none":
+        request = Request(members, make_options({"weighting": weighting}), [text])
+        with suppress(WeightsError):
+            request.prefill()
+        request.close()
+        return
+    sessions = []
+    for member in members:
+        sessions.append(member.open([member.encoder.encode(text).ids]))
+        sessions[-1].prefill([[]])
+
+
+def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
+    """Seconds per token after the first, greedy: generate, each member alone, one-hot weights, all fused."""
+    pack = Pack(members, max_tokens=tokens)
+    singles = [Pack([member], max_tokens=tokens) for member in members]
+    even = {member.name: 1 / len(members) for member in members}
+    first = members[0]
+    spent: dict[str, list[float]] = {}
+
+    def note(name: str, seconds: float) -> None:
+        spent.setdefault(name, []).append(seconds)
+
+    _pack_step(singles[0], text)
+    _generate_step(first, text, tokens)
+    for _ in bar(range(repeat), "Decoding"):
+        note("token_generate", _generate_step(first, text, tokens))
+        for at, single in enumerate(singles):
+            note(f"token_alone_{at}", _pack_step(single, text))
+            if at == 0:  # next to what it is compared with
+                note("token_one_hot", _pack_step(pack, text, weighting={first.name: 1.0}))
+        with suppress(VocabularyError):
+            note("token_fused", _pack_step(pack, text, weighting=even))
+    alone = [spent[f"token_alone_{at}"] for at in range(len(members))]
+    spent["token_alone_sum"] = [sum(values) for values in zip(*alone, strict=True)]
+    report.figures["decoding.alone"] = ratio(alone[0], spent["token_generate"])
+    report.figures["decoding.one_hot"] = ratio(spent["token_one_hot"], alone[0])
+    report.figures["decoding.fused"] = ratio(spent.get("token_fused"), spent["token_alone_sum"])
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def _pack_step(pack: Pack, text: str, **options: Any) -> float:
+    generation = pack.generate(text, **options)
+    timings = generation.timings
+    return (timings["total"] - timings["first_token"]) / (generation.usage.completion_tokens - 1)
+
+
+class _Clock:
+    """A streamer for transformers.generate that notes when tokens arrive; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _generate_step(member: Member, text: str, tokens: int) -> float:
+    ids = torch.tensor([member.encoder.encode(text).ids], device=member.device)
+    settings = member.model.generation_config
+    ends, settings.eos_token_id = settings.eos_token_id, None
+    clock = _Clock()
+    try:
+        with torch.inference_mode():
+            member.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+                streamer=clock,
+            )
+    finally:
+        settings.eos_token_id = ends
+    return (clock.ticks[-1] - clock.ticks[1]) / (len(clock.ticks) - 2)
+
+
+def start(report: Report, skip: bool) -> None:
+    """Seconds from nothing to a loaded starter pack in a new process; conversions are done before."""
+    if skip or not starter_is_here():
+        report.notes.append("start: not measured" + ("" if skip else ", the starter pack is absent"))
+        return
+    command = [sys.executable, "-c", "from packllm import Pack; Pack.starter()"]
+    for _ in bar(range(2), "Start"):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        report.figures["start.seconds"] = time.perf_counter() - started

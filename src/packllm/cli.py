@@ -1,0 +1,289 @@
+"""packllm ask | weigh | bench: the pack on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from packllm.errors import OptionError, PackError, PromptError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
+    from packllm.pack import Pack
+    from packllm.weights import Weights
+
+BAR = 20  # characters of a weight of 1
+
+CONTEXT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQuestion: {question}"
+"""How --file puts documents before a question."""
+
+
+class Commands(typer.core.TyperGroup):
+    """Commands whose expected errors are one red line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PackError as error:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error: {escape(str(error))}[/]")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="SPEC",
+        help="A member: hub id, folder, .gguf file or base+adapter, each as name=SPEC too. Repeat it for more members. "
+        "Default: the starter pack.",
+    ),
+]
+WeightingName = Annotated[
+    str | None,
+    typer.Option(
+        "--weighting",
+        "-w",
+        help="How members are weighed: em (default), uniform, top1, sim, opt, exhaustive, exact, map, dexperts, or "
+        "fixed weights as name=0.7,name=0.3.",
+    ),
+]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="NAME=VALUE",
+        help="Any other option of a request, such as tau=1, pool=log, unit=byte, top_p=0.9 or score_on=TEXT.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from packllm import __version__
+
+        typer.echo(f"packllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Several local language models answer as one.
+
+    Every member scores the prompt; those that know its kind of text best count most in the answer.
+    """
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.", show_default=False)],
+    model: Models = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--file",
+            "-f",
+            exists=True,
+            dir_okay=False,
+            help="A text file to put before the question as context. Repeat it for more.",
+        ),
+    ] = None,
+    weighting: WeightingName = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to answer with; default 256.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; above, tokens are drawn.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. Repeatable.")] = None,
+    option: Others = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat templates.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer alone, no table.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question, and show what each member counted for.
+
+    [dim]Examples:[/]
+
+    packllm ask "How is high blood pressure treated?"
+
+    packllm ask "Who may appeal?" --file ruling.txt --max-tokens 80
+
+    packllm ask - -m ./base -m ./base+./law-adapter -w exact < question.txt
+    """
+    named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+    options = _options(weighting, option, named)
+    text = _with_context(_text(question), file or [])
+    pack = _load(model, options)
+    prompt = text if raw else [{"role": "user", "content": text}]
+    if as_json:
+        typer.echo(json.dumps(pack.generate(prompt).as_dict()))
+        return
+    last = None
+    for last in pack.stream(prompt):
+        typer.echo(_printable(last.text), nl=False)
+    typer.echo()
+    if last is not None and not quiet:
+        typer.echo()
+        _print_weights(last.weights)
+
+
+@app.command()
+def weigh(
+    text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.", show_default=False)],
+    model: Models = None,
+    weighting: WeightingName = None,
+    option: Others = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how well each member predicts a text and what it would count for.
+
+    NLL is the mean negative log-likelihood in nats; lower is better. Nothing is generated.
+
+    [dim]Examples:[/]
+
+    packllm weigh "The statute of limitations bars the claim."
+
+    packllm weigh - --weighting sim --option tau=1 < notes.txt
+    """
+    options = _options(weighting, option, {})
+    text = _text(text)
+    weights = _load(model, options).weigh(text)
+    if as_json:
+        typer.echo(json.dumps(weights.as_dict()))
+    else:
+        _print_weights(weights)
+
+
+@app.command()
+def bench(
+    model: Models = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Length of the prompt that is weighed.")] = 512,
+    members: Annotated[int, typer.Option(min=2, help="Members; too few models are filled up with copies.")] = 4,
+    repeat: Annotated[int, typer.Option(min=1, help="Times that each figure is measured; the median counts.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Short lengths: whether it runs, not how fast.")] = False,
+) -> None:
+    """Measure what packing costs on this machine, against its targets.
+
+    Prints a table, then one line of JSON. What is compared is measured side
+    by side, in one run. Where there is neither --model nor the starter pack,
+    small members with random weights are measured, and it says so.
+
+    [dim]Examples:[/]
+
+    packllm bench
+
+    packllm bench --model ./base --tokens 256 --repeat 5 | tail -n 1
+    """
+    _quieten()
+    from packllm import bench as benchmark
+
+    report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick)
+    benchmark.show(report, Console())
+    typer.echo(json.dumps(report.as_dict()))
+
+
+def _quieten() -> None:
+    """Leave loading bars and advice of the libraries below to those who watch."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _load(models: list[str] | None, options: dict[str, Any]) -> Pack:
+    from packllm.pack import Pack
+
+    _quieten()
+    return Pack.load(models, **options) if models else Pack.starter(**options)
+
+
+def _options(weighting: str | None, others: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
+    options = {name: value for name, value in named.items() if value not in (None, [])}
+    if weighting is not None:
+        options["weighting"] = _fixed(weighting) if "=" in weighting else weighting
+    for pair in others or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(f"--option {pair!r} has no '='; write it as NAME=VALUE, for example tau=1")
+        options[name.strip().replace("-", "_")] = value
+    return options
+
+
+def _fixed(weighting: str) -> dict[str, float]:
+    weights = {}
+    for pair in weighting.split(","):
+        name, _, value = pair.rpartition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise OptionError(f"--weighting {weighting!r}: {pair!r} is not name=number") from None
+    return weights
+
+
+def _text(argument: str) -> str:
+    if argument != "-":
+        return argument
+    return typer.get_text_stream("stdin", encoding="utf-8", errors="replace").read()
+
+
+def _with_context(question: str, files: list[Path]) -> str:
+    if not question.strip():
+        raise PromptError("the question is empty; give at least one word")
+    if not files:
+        return question
+    context = "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files)
+    return CONTEXT.format(context=context, question=question)
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer the terminal: what a model writes may hold escape sequences."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable()) if sys.stdout.isatty() else text
+
+
+def _print_weights(weights: Weights) -> None:
+    """A table with a line for each member, and below it what the numbers mean."""
+    console = Console(highlight=False)
+    block = "█" if console.encoding.lower().startswith("utf") else "#"
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("member", max_width=24, overflow="fold")
+    for heading in (f"NLL/{weights.unit}", "perplexity", "weight"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", min_width=BAR)
+    perplexities = weights.perplexity or (None,) * len(weights.names)
+    nlls = weights.nll or (None,) * len(weights.names)
+    for name, nll, perplexity, value in zip(weights.names, nlls, perplexities, weights.values, strict=True):
+        bar = Text(block * round(BAR * min(abs(value), 1)), style="red" if value < 0 else "green")
+        style = "bold" if name == weights.top else "dim" if value == 0 else ""
+        table.add_row(Text(name), _number(nll), _number(perplexity), f"{value:.3f}", bar, style=style)
+    console.print(table)
+    lines = [f"strategy {weights.strategy}, {weights.pool} pool, {weights.scored} {weights.unit}s scored"]
+    if weights.fused_nll is not None:
+        lines.append(f"fused NLL {weights.fused_nll:.4f} nats/{weights.unit}")
+    if weights.gap is not None:
+        lines[-1] += f", at most {weights.gap:.1e} above the optimum (gap)"
+    console.print(Text("\n".join(lines), style="dim"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"

@@ -1,0 +1,96 @@
+"""The benchmark runs and reports; how fast anything is, is never a test."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from packllm.bench.measure import peak_mib, ratio
+from packllm.bench.report import TARGETS, Report
+from packllm.bench.subjects import noisy_copy, random_member, text_of
+from packllm.cli import app
+
+CAN_RESET_PEAK = Path("/proc/self/clear_refs").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(make_member, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    member = make_member("llama")
+    member.model.save_pretrained(path)
+    member.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_quick_bench_ends_in_one_line_of_json(folder, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = CliRunner().invoke(app, ["bench", "--model", folder, "--members", "3", "--quick"])
+    assert result.exit_code == 0, result.output
+    *table, last = result.stdout.splitlines()
+    report = json.loads(last)
+    assert set(report["figures"]) == set(TARGETS)
+    for key, figure in report["figures"].items():
+        if key == "start.seconds" or (key.startswith("memory.") and not CAN_RESET_PEAK):
+            assert figure["value"] is None, key
+            continue
+        assert math.isfinite(figure["value"]), key
+        assert figure["target"] is None or figure["ok"] is (figure["value"] <= figure["target"])
+    assert {"cores", "threads", "torch", "transformers"} <= set(report["machine"])
+    assert report["setting"]["dtype"] == ["float32"]
+    assert len(set(report["setting"]["members"])) == 3
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in report["seconds"].values())
+    for label, _, _ in TARGETS.values():
+        assert any(line.startswith(label) for line in table), label
+    assert max(map(len, table)) <= 80
+
+
+def test_members_of_different_vocabularies(folder, make_member, tmp_path) -> None:
+    other = make_member("gemma", 3, tokenizer="words")
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    models = ["--model", folder, "--model", str(tmp_path / "other")]
+    result = CliRunner().invoke(app, ["bench", *models, "--members", "2", "--quick"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])["figures"]
+    missing = {key for key, figure in figures.items() if figure["value"] is None} - {"memory.em", "memory.exact"}
+    wanted = {"exact", "exact_over_opt", "opt", "map"}
+    assert missing == {f"weighting.{name}" for name in wanted} | {"decoding.fused", "start.seconds"}
+
+
+def test_random_members_and_their_copies() -> None:
+    member = random_member(quick=True)
+    twin = noisy_copy(member, seed=1)
+    text = text_of([member, twin], 40)
+    ids = member.encoder.encode(text).ids
+    assert 20 < len(ids) <= 40
+    observed = [one.open([ids]).prefill([range(1, len(ids))])[0] for one in (member, twin)]
+    assert all(scores.isfinite().all() for scores in observed)
+    assert not torch.equal(*observed)
+
+
+def test_a_ratio_is_the_median_over_repeats() -> None:
+    assert ratio([1.0, 9.0, 4.0], [2.0, 3.0, 2.0]) == 2.0  # 0.5, 3, 2
+    assert ratio(None, [1.0]) is None
+
+
+def test_a_verdict_needs_a_value_and_a_target() -> None:
+    report = Report({}, {})
+    report.figures |= {"weighting.em": 0.005, "weighting.exact": 0.5, "weighting.sim": 0.1}
+    assert report.ok("weighting.em") is True
+    assert report.ok("weighting.exact") is False
+    assert report.ok("weighting.sim") is None
+    assert report.ok("memory.em") is None
+
+
+@pytest.mark.skipif(not CAN_RESET_PEAK, reason="this system does not let a process reset its peak memory")
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    def hold(mib: int) -> None:
+        torch.ones(mib * 2**18)
+
+    low, high = peak_mib([], hold, 1), peak_mib([], hold, 201)
+    assert high - low == pytest.approx(200, abs=20)
