@@ -70,11 +70,13 @@ def sentencepiece_tokenizer(size: int = 420) -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # pieces start words, never end them
     trainer = trainers.BpeTrainer(vocab_size=size + 60, special_tokens=special)
     tokenizer.train_from_iterator(CORPUS, trainer)
     # The trainer makes the byte pieces special; in such a tokenizer they are ordinary pieces of the model.
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in ("<unk>", "<s>", "</s>")]
+    data["pre_tokenizer"] = None
     data["decoder"] = {
         "type": "Sequence",
         "decoders": [

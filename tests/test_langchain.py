@@ -28,7 +28,7 @@ from pydantic import ValidationError
 import langchain_packllm
 import packllm
 from langchain_packllm import PackLLM
-from packllm import Chunk, Generation, OptionError, Options, PackError, Usage, Weights
+from packllm import Chunk, OptionError, Options, PackError, Usage, Weights
 
 PROMPT = "the patient has a fever and"
 TOKENS = 8

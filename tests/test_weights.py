@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -374,6 +374,35 @@ def test_exact_survives_members_so_sure_that_rounding_hides_the_curvature(
     assert found.gap <= 1e-4
 
 
+def wobbling(wobble: list[float], slowness: float = 1.0) -> exact.Expand:
+    """4 (λ_0 − 0.3)², its value off by each number of `wobble` in turn and its Hessian too large."""
+    errors = itertools.cycle(wobble)
+
+    def objective(at: np.ndarray) -> blocks.Expansion:
+        off = at[0] - 0.3
+        return blocks.Expansion(
+            4 * off**2 + next(errors), np.array([8 * off, 0.0]), slowness * np.array([[8.0, 0.0], [0.0, 0.0]])
+        )
+
+    return objective
+
+
+def test_a_certificate_counts_more_than_a_value_that_rounding_raised() -> None:
+    # The gap is computed apart from the value: where it certifies the optimum, the search is over.
+    found, _, gap = exact.minimise(wobbling([0.0, 1.0]), np.array([0.5, 0.5]), 0.0, 0.0, 1e-4, passes=2)
+    assert found == pytest.approx([0.3, 0.7], abs=1e-4)
+    assert gap <= 1e-4
+
+
+def test_rounding_does_not_stop_slow_progress() -> None:
+    # Started a step of 1e-4 away, with steps of a tenth of what is left: each gains some 1e-8, and values
+    # that err by 4e-7 hide it.
+    start = np.array([0.3001, 0.6999])
+    found, _, gap = exact.minimise(wobbling([0.0, 4e-7], 10.0), start, 0.0, 0.0, 1e-4, passes=30)
+    assert gap <= 1e-4
+    assert found[0] < start[0]
+
+
 def test_exact_certifies_on_all_positions_not_on_the_sample() -> None:
     # The sample of 384 positions is every third one. There a is right, and on the others b is: the optimum
     # of the sample is all a, that of the text is nearer to b.
@@ -505,19 +534,24 @@ class Blocks:
 
     def __init__(self, logits: Tensor, size: int) -> None:
         self._logits, self._buffer = logits, torch.empty(logits.shape[0], size, logits.shape[2])
-        self.asked: list[int] = []
+        self.requests: list[Tensor] = []
+
+    @property
+    def asked(self) -> list[int]:
+        return [len(positions) for positions in self.requests]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         members, positions, vocabulary = self._logits.shape
         return members, positions, vocabulary
 
-    def blocks(self, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         assert bool((positions.diff() > 0).all())
-        self.asked.append(len(positions))
+        self.requests.append(positions)
+        chosen = list(range(len(self._logits)) if members is None else members)
         for part in positions.split(self._buffer.shape[1]):
-            block = self._buffer[:, : len(part)]
-            block.copy_(self._logits[:, part])
+            block = self._buffer[: len(chosen), : len(part)]
+            block.copy_(self._logits[:, part][chosen])
             yield part, block
             self._buffer.fill_(math.nan)  # whoever kept a view finds out
 
@@ -554,11 +588,22 @@ def test_logits_are_never_held_all_at_once(name: str, monkeypatch: pytest.Monkey
     scoring, *asked = source.asked
     assert scoring == positions
     if name in ("exact", "map"):
-        assert asked[0] == 25  # the kept sample fits SAMPLE_BYTES
+        # The kept sample fits SAMPLE_BYTES and is spread over the text.
+        assert source.requests[1].tolist() == list(range(0, positions, positions // 25))
         assert 1 <= len(asked) - 1 <= 5  # full passes; a few are enough to finish and certify
         assert set(asked[1:]) == {positions}
     else:
         assert asked == [positions] * (1 if name == "exhaustive" else members - 1)
+
+
+def test_margins_are_small_pieces_that_cover_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = make_problem(8, positions=20)
+    monkeypatch.setattr(blocks, "WORKSPACE", 2 * 7 * 4)  # four positions of two members
+    chosen = torch.arange(1, 20, 2)
+    pieces = list(blocks.margins(Blocks(logits, 6), targets, [2, 0], chosen))
+    assert max(piece.numel() for piece in pieces) == 2 * 7 * 4
+    observed = logits[:, torch.arange(20), targets]
+    assert torch.cat(pieces, dim=1).equal((logits - observed[..., None])[[2, 0]][:, chosen])
 
 
 def test_exact_reads_a_short_prompt_once() -> None:

@@ -141,6 +141,7 @@ class Session:
     def __init__(self, member: Member, rows: Sequence[Sequence[int]]) -> None:
         self.member = member
         self._lengths = [len(row) for row in rows]
+        self._prompt_lengths = list(self._lengths)
         width = max(self._lengths)
         device = member.device
         fill = member.vocabulary.special.get("pad", 0)
@@ -208,30 +209,35 @@ class Session:
                     raise MemberError(self.member.name, "its logits are not finite (NaN or infinity)")
                 observed[part] = chosen.double().cpu()
 
-    def logits(self, row: int, which: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def logits(self, row: int, which: Tensor, step: int) -> Iterator[Tensor]:
         """Logits behind the scores of prefill(keep=True), in blocks; may be asked for again.
 
         Args:
             row: row of the batch.
             which: ascending indices into that row's scored positions.
+            step: positions a block; the last one may be shorter.
 
         Yields:
-            Part of `which`, and float32 (b, V) logits that predicted those tokens.
+            float32 (step, V), the logits that predicted those tokens.
         """
-        columns = self._scored[row][which] - 1 + self._ids.shape[1] - self._lengths[row]
+        columns = self._scored[row][which] - 1  # the index of the token before each
         if self._hidden is not None:
-            for part, at in zip(which.split(self._block()), columns.split(self._block()), strict=True):
+            hidden = self._hidden[row, -self._prompt_lengths[row] :]
+            for part in columns.split(step):
                 with torch.inference_mode():
-                    yield part, self.member.real(self.member._head(self._hidden[row, at.to(self._hidden.device)]))
+                    yield self.member.real(self.member._head(hidden[part.to(hidden.device)]))
             return
         # The model's own path once more, on a cache of its own, up to the last column asked for.
-        again = Session(self.member, [self._ids[row, -self._lengths[row] :].tolist()])
-        columns = self._scored[row][which] - 1
+        again = Session(self.member, [self._ids[row, -self._prompt_lengths[row] :].tolist()])
+        held: list[Tensor] = []
         for columns_run, logits_of in again._prompt_blocks(keep=False):
-            inside = ((columns >= columns_run.start) & (columns < columns_run.stop)).nonzero()[:, 0]
-            if len(inside):
-                yield which[inside], self.member.real(logits_of(0, columns[inside].to(again._ids.device)))
-            if columns_run.stop > columns[-1]:
+            inside = columns[(columns >= columns_run.start) & (columns < columns_run.stop)]
+            held.extend(self.member.real(logits_of(0, inside.to(again._ids.device))))
+            done = columns_run.stop > columns[-1]
+            while len(held) >= step or (done and held):
+                yield torch.stack(held[:step])
+                del held[:step]
+            if done:
                 return
 
     def _block(self) -> int:

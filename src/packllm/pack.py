@@ -72,7 +72,9 @@ class Pack:
         """
         if isinstance(models, str | os.PathLike | Member):
             models = [models]
-        make_options(options)  # a misspelling should not wait for gigabytes to load
+        weighting = make_options(options).weighting  # a misspelling should not wait for gigabytes to load
+        if isinstance(weighting, str):
+            find(weighting)
         members = Loader(dtype, device_map, trust_remote_code).members(models)
         specs = [os.fspath(m) for m in models if not isinstance(m, Member)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}

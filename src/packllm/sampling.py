@@ -10,7 +10,7 @@ from torch import Tensor
 Sampler = Callable[[Tensor], int]
 
 _LEAST_TEMPERATURE = 1e-30
-"""Below this, float32 cannot divide by the temperature; the distribution is one-hot long before."""
+"""Below this, dividing in float32 makes every log-probability -infinity; the distribution is one-hot long before."""
 
 
 def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampler:
@@ -38,8 +38,7 @@ def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int 
 def filtered(logprobs: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
     """Unnormalised log-probabilities that remain after temperature, top_k and top_p, and the token ids
     they belong to (None: all, in order). Without top_k and top_p nothing is sorted."""
-    # The largest is 0 before the division: a tiny temperature must not turn all of them into -infinity.
-    scaled = (logprobs - logprobs.max()) / max(temperature, _LEAST_TEMPERATURE)
+    scaled = logprobs / max(temperature, _LEAST_TEMPERATURE)
     ids = None
     if top_k is not None and top_k < len(scaled):
         ids = (scaled >= scaled.topk(top_k).values[-1]).nonzero()[:, 0]  # all that tie for the last place

@@ -15,6 +15,9 @@ from packllm.prompt import Encoded
 from packllm.weights import Problem, Weights, find, weigh
 from packllm.weights.result import Unit
 
+BLOCK_BYTES = 64 * 2**20
+"""Most bytes of logits of all members that an optimiser's block holds."""
+
 
 class SessionSource:
     """LogitSource over the sessions that scored a prompt: nothing is stored but their hidden states.
@@ -34,32 +37,15 @@ class SessionSource:
     def shape(self) -> tuple[int, int, int]:
         return len(self._sessions), self._count, self._size
 
-    def blocks(self, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        streams = [
-            _Positions(session.logits(self._row, positions + skip), skip)
-            for session, skip in zip(self._sessions, self._skip, strict=True)
-        ]
-        step = max(1, 32 * 2**20 // (4 * self._size * len(self._sessions)))
+    def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = range(len(self._sessions)) if members is None else members
+        step = max(1, BLOCK_BYTES // (4 * self._size * len(chosen)))
+        streams = [self._sessions[k].logits(self._row, positions + self._skip[k], step) for k in chosen]
+        block = torch.empty(len(chosen), step, self._size, device=self._sessions[0].logprobs.device)
         for part in positions.split(step):
-            yield part, torch.stack([stream.take(len(part))[..., : self._size] for stream in streams])
-
-
-class _Positions:
-    """Re-cuts one member's blocks of logits to the lengths asked for."""
-
-    def __init__(self, blocks: Iterator[tuple[Tensor, Tensor]], skip: int) -> None:
-        self._blocks = blocks
-        self._held: Tensor | None = None
-
-    def take(self, count: int) -> Tensor:
-        pieces = []
-        while count:
-            if self._held is None or not len(self._held):
-                self._held = next(self._blocks)[1]
-            pieces.append(self._held[:count])
-            self._held = self._held[count:]
-            count -= len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for k, stream in enumerate(streams):
+                block[k, : len(part)] = next(stream)[..., : self._size]
+            yield part, block[:, : len(part)]
 
 
 def scored(encoded: Encoded, logprobs: Tensor) -> Scored:

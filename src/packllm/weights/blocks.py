@@ -50,11 +50,11 @@ def margins(source: LogitSource, targets: Tensor, members: Sequence[int], positi
         float32 (len(members), b, V), freshly allocated, together covering `positions` in order.
     """
     share = max(1, WORKSPACE // (len(members) * source.shape[2]))
-    for part, block in source.blocks(positions):
+    for part, block in source.blocks(positions, members):
         holes = not bool(block.amin() > -math.inf)  # masking costs a third of a pass, so only where there is need
         for rows, logits in zip(part.split(share), block.split(share, dim=1), strict=True):
             observed = targets[rows.to(targets.device)].to(block.device)[:, None]
-            margin = torch.stack([logits[k] - logits[k].gather(-1, observed) for k in members])
+            margin = logits - logits.gather(-1, observed.expand(len(members), -1, -1))
             yield margin.masked_fill_(margin.amin(dim=0) == -math.inf, _NOTHING) if holes else margin
 
 

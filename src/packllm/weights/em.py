@@ -26,7 +26,7 @@ def em(logprobs: Tensor | np.ndarray, *, alpha: float = 1.0) -> tuple[float, ...
     return _maximise(np.asarray(logprobs, dtype=np.float64), alpha)[0]
 
 
-def _maximise(logprobs: np.ndarray, alpha: float, tolerance: float = 1e-9, rounds: int = 5000) -> tuple:
+def _maximise(logprobs: np.ndarray, alpha: float, tolerance: float = 1e-9, rounds: int = 2000) -> tuple:
     members = logprobs.shape[0]
     values = np.full(members, 1.0 / members)
     best = logprobs.max(axis=0, initial=-np.inf)
@@ -36,12 +36,25 @@ def _maximise(logprobs: np.ndarray, alpha: float, tolerance: float = 1e-9, round
     # Scaling a column by its largest probability cancels in the responsibilities and keeps exp() in range.
     scaled = np.exp(logprobs[:, seen] - best[seen])
     prior, total = alpha / members, scaled.shape[1] + alpha
+
+    def update(at: np.ndarray) -> np.ndarray:
+        return (at * (scaled @ (1.0 / (at @ scaled))) + prior) / total
+
+    def objective(at: np.ndarray) -> float:
+        return float(np.log(at @ scaled).sum() + (prior * np.log(at).sum() if prior else 0.0))
+
     for _ in range(rounds):
-        updated = (values * (scaled @ (1.0 / (values @ scaled))) + prior) / total
-        moved = np.abs(updated - values).max()
-        values = updated
-        if moved < tolerance:
+        once = update(values)
+        twice = update(once)
+        if np.abs(twice - once).max() < tolerance:
+            values = twice
             break
+        # Members that agree make plain updates crawl. Two of them tell the direction and how much longer the
+        # step may be (SQUAREM, Varadhan & Roland 2008); a step that loses is not taken.
+        moved, bent = once - values, twice - 2 * once + values
+        stretch = float(np.linalg.norm(moved)) / max(float(np.linalg.norm(bent)), 1e-300)
+        leap = values + 2 * stretch * moved + stretch**2 * bent
+        values = update(leap) if leap.min() > 0 and objective(leap) > objective(twice) else twice
     values /= values.sum()
     fused_nll = -float(np.mean(np.log(values @ scaled) + best[seen]))
     return tuple(values.tolist()), fused_nll

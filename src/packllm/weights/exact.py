@@ -67,6 +67,7 @@ def _search(problem: Problem, name: str, members: list[int], prior: float) -> tu
     weights, loss, gap = minimise(lambda at: expand(kept, at), uniform, prior, floor, GAP, SAMPLE_PASSES)
     if count == total:
         return weights, loss, gap
+    kept.clear()  # the passes over all positions need the memory
     everywhere = torch.arange(total)
     return minimise(
         lambda at: expand(margins(source, targets, members, everywhere), at), weights, prior, floor, GAP, PASSES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,10 +22,10 @@ class LogitSource(Protocol):
         """(K, t, V)."""
         ...
 
-    def blocks(self, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """For the given positions (int64, ascending, of 0..t-1): pairs of a part of them, shape (b,), and
-        float32 logits of shape (K, b, V) on those. May be called again; each call computes anew. A block
-        may be overwritten by the next one."""
+        float32 logits on those, shape (K, b, V), or of the given members only, in their order. May be
+        called again; each call computes anew. A block may be overwritten by the next one."""
         ...
 
 
@@ -93,9 +93,10 @@ class TensorSource:
         members, positions, vocabulary = self._logits.shape
         return members, positions, vocabulary
 
-    def blocks(self, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for part in positions.split(self._block):
-            yield part, self._logits[:, part].float()
+            block = self._logits[:, part]
+            yield part, (block if members is None else block[list(members)]).float()
 
 
 def observed_logprobs(source: LogitSource, targets: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Weights:
         names: the members' names.
         pool: how the members fuse: "linear" (mixture, METHODS Eq. 8) or "log" (PackLLM Eq. 1).
         nll: each member's mean negative log-likelihood of the scored text, in nats per `unit` (Eq. 2);
-            None for a member that was not scored, an empty tuple where nothing could be scored.
+            None for a member that was not scored, and for all where nothing could be scored.
         unit: what `nll` and `fused_nll` are counted per.
         strategy: the weighting's name, "fixed" for a mapping.
         fused_nll: NLL of the fused pack on the scored text under `values`, where the weighting computes it.
