@@ -329,10 +329,17 @@ def test_a_file_is_converted_once(tmp_path, cache, conversions):
 def test_another_content_is_another_folder(tmp_path, conversions):
     path = tmp_path / "m.gguf"
     folders = set()
-    for content in (b"one", b"two", bytes(3 * 2**20), bytes(3 * 2**20 + 1), b"x" + bytes(3 * 2**20 - 1)):
+    for content in (
+        b"one",
+        b"two",
+        bytes(3 * 2**20),
+        bytes(3 * 2**20 + 1),
+        b"x" + bytes(3 * 2**20 - 1),
+        bytes(3 * 2**20 - 1) + b"x",
+    ):
         path.write_bytes(content)
         folders.add(converted(path))
-    assert len(folders) == len(conversions) == 5
+    assert len(folders) == len(conversions) == 6
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):

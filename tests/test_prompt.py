@@ -330,6 +330,19 @@ def test_a_rewritten_content_is_not_scored():
     assert scored_text(encoded) == "UP"
 
 
+@pytest.mark.parametrize(
+    ("loop", "kept"), [("messages[-1:]", "second"), ("messages[:1]", "first"), ("messages | reverse", "first")]
+)
+def test_messages_that_the_template_leaves_out_or_moves(loop, kept):
+    tokenizer = with_template(TEMPLATE.replace("in messages", f"in {loop}"))
+    messages = [*user("first"), *user("second")]
+    encoded = Encoder(tokenizer).encode(messages)
+    assert encoded.ids == own_ids(tokenizer, messages)
+    assert encoded.text == "firstsecond"  # as for every other member
+    assert scored_text(encoded) == kept  # in order: a prefill reads forwards
+    assert encoded.positions == sorted(encoded.positions)
+
+
 def test_reasoning_that_the_template_drops_is_dropped():
     drop = "{{ message['content'].split('</think>')[-1] }}"
     tokenizer = with_template(TEMPLATE.replace("{{ message['content'] }}", drop))
@@ -357,6 +370,11 @@ def test_score_on_takes_no_token_that_reaches_outside(byte_tokenizer):
     encoded = encoder.encode("the glucose", score_on="lucose")
     assert all(encoder.vocabulary.tokens[encoded.ids[at]] != b" gl" for at in encoded.positions)
     assert encoded.text == "lucose"
+    for text, part in (("the glucose", " g"), ("glucose the", " th")):  # begins with a token, ends inside it
+        encoded = encoder.encode(text, score_on=part)
+        assert encoded.text == part
+        assert all(end <= len(part) for end in encoded.ends)
+        assert b"".join(encoder.vocabulary.tokens[encoded.ids[at]] for at in encoded.positions) in (b"", b" ")
 
 
 def test_score_on_may_hold_what_a_template_trims():

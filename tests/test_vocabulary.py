@@ -108,7 +108,7 @@ def test_word_marker_with_byte_fallback(word_tokenizer):
     vocabulary = Vocabulary.from_tokenizer(word_tokenizer)
     ids = word_tokenizer.get_vocab()
     assert vocabulary.tokens[ids["▁"]] == b" "
-    assert vocabulary.tokens[ids["▁▁"]] == b"  "
+    assert vocabulary.tokens[ids["▁the"]] == b" the"
     assert vocabulary.tokens[ids["<0x0A>"]] == b"\n"
     assert vocabulary.tokens[ids["<0xF0>"]] == b"\xf0"
     assert vocabulary.special == {"bos": 1, "eos": 2, "unk": 0}
@@ -202,7 +202,8 @@ def test_a_piece_that_is_an_added_token_too_keeps_its_bytes():
     # Gemma lists its runs of spaces so, spelled with the word marker.
     tokenizer = sentencepiece_tokenizer()
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    piece = data["model"]["vocab"]["▁▁"]
+    piece = data["model"]["vocab"]["▁▁"] = len(tokenizer)
+    data["model"]["merges"].append(["▁", "▁"])
     token = {**data["added_tokens"][0], "id": piece, "content": "▁▁", "special": False, "normalized": False}
     data["added_tokens"].append(token)
     vocabulary = Vocabulary.from_json(data)
