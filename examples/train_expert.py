@@ -45,8 +45,7 @@ class Document:
 
 
 def read_documents(path: Path, group_by: str | None = None) -> list[Document]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
-    with opened as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         if ".jsonl" in path.name:
             return [_from_row(json.loads(line), group_by) for line in file if line.strip()]
         return [Document(key=text, text=text) for text in _cut(file.read())]
@@ -168,6 +167,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="text or JSONL file, optionally .gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and its card")
     parser.add_argument("--base", help="model folder or hub id (default: the starter base)")
+    parser.add_argument("--base-name", help="what the adapter and its card call the base (default: --base)")
     parser.add_argument("--licence", default="unknown", help="licence of the data, for the card")
     parser.add_argument("--source", help="name of the data, for the card (default: the file's name)")
     parser.add_argument("--group-by", help="JSONL field whose rows are held out together")
@@ -186,9 +186,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if args.base is None:
-        from packllm.starter import base_model
+        from packllm.starter import HUB_ID, base_model
 
-        args.base = str(base_model())
+        args.base, args.base_name = base_model(), args.base_name or HUB_ID
     documents = read_documents(args.data, args.group_by)
     train = [d for d in documents if not d.held_out]
     held_out = [d for d in documents if d.held_out]
@@ -238,7 +238,9 @@ def _save(model, args, before: float, after: float, total: int, held_out: int, e
     weights = args.out / "adapter_model.safetensors"
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(weights).items()}, weights)
     config = json.loads((args.out / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct" if "smol" in args.base.lower() else args.base
+    config["base_model_name_or_path"] = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct" if "smol" in args.base.lower() else args.base
+    )
     (args.out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (args.out / "README.md").write_text(
         f"# {args.out.name}: a LoRA expert of {config['base_model_name_or_path']}\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from packllm import Member, Pack, load
 from packllm.errors import LoadError, OptionError, PackError
 from packllm.load import Loader, cache_folder, converted
+from packllm.lora import merge
 
 IDS = torch.tensor([[5, 60, 200, 7, 33, 34, 35]])
 
@@ -392,3 +394,32 @@ def test_the_cache_folder(monkeypatch):
     assert cache_folder() == Path("/somewhere")
     monkeypatch.delenv("PACKLLM_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "packllm"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"use_rslora": True}),
+        ("llama", {"alpha_pattern": {"q_proj": 3, "layers.1.self_attn.v_proj": 5}, "rank_pattern": {"v_proj": 2}}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("llama", {"use_dora": True}),  # more than plain LoRA: through peft
+    ],
+)
+def test_adapters_of_every_kind_equal_pefts_own(make_member, tmp_path, architecture, settings):
+    member = make_member(architecture)
+    torch.manual_seed(4)
+    config = peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **settings}
+    )
+    peft.get_peft_model(copy.deepcopy(member.model), config).save_pretrained(tmp_path)
+    unmerged = peft.PeftModel.from_pretrained(copy.deepcopy(member.model), tmp_path)
+    merged = merge(member.model, str(tmp_path))
+    assert (logits(merged) - logits(unmerged)).abs().max() < 1e-4
+    assert (logits(merged) - logits(member.model)).abs().max() > 0.1
+
+
+def test_what_an_adapter_leaves_alone_is_shared(base, adapted):
+    plain, expert = Loader().members([base, f"{base}+{adapted[0]}"])
+    shared = {p.data_ptr() for p in plain.model.parameters()} & {p.data_ptr() for p in expert.model.parameters()}
+    changed = 2 * 3  # layers, target modules
+    assert len(shared) == len(list(plain.model.parameters())) - changed

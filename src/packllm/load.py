@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from packllm.errors import LoadError, OptionError
+from packllm.lora import merge
 from packllm.member import Member
 from packllm.prompt import Encoder
 
@@ -75,7 +75,7 @@ class Loader:
         base, adapter = _split(spec[named.end() :] if named else spec)
         model, tokenizer, encoder = self._base(base)
         if adapter is not None:
-            model = self._merge(model, adapter)
+            model = merge(model, adapter)
         name = named[1] if named else os.path.basename(os.path.abspath(adapter or base)).removesuffix(".gguf")
         return Member(model, tokenizer, name, encoder)
 
@@ -102,26 +102,9 @@ class Loader:
             remedy = "; trust_remote_code=True runs it" if "trust_remote_code" in str(error) else ""
             raise LoadError(f"cannot load model {str(source)!r}: {_first_line(error)}{remedy}") from error
         model, info = loaded
-        model, info = loaded
         if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
             raise LoadError(f"model {str(source)!r} lacks {len(missing)} of its weights, such as {missing[0]!r}")
         return model, tokenizer, Encoder(tokenizer)
-
-    def _merge(self, base: Any, adapter: str) -> Any:
-        """A copy of the base with the LoRA adapter added into its weights."""
-        try:
-            from peft import PeftModel
-        except ImportError:
-            raise LoadError(f"adapter {adapter!r} needs peft; install packllm[lora]") from None
-        if os.path.isdir(adapter) and not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
-            raise LoadError(f"adapter {adapter!r} has no adapter_model.safetensors; other formats can run code")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.filterwarnings("error", "Found missing adapter keys")  # it would change nothing
-                return PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError, UserWarning) as error:
-            raise LoadError(f"cannot load adapter {adapter!r}: {_first_line(error)}") from error
 
 
 def _split(spec: str) -> tuple[str, str | None]:

@@ -21,6 +21,10 @@ from packllm.prompt import Encoder
 BLOCK_BYTES = 32 * 2**20
 """Most bytes of float32 logits that scoring holds at once, per member."""
 
+_whole_heads: dict[str, bool] = {}
+"""Whether logits are the head applied to the body's output, by architecture and configuration: the weights
+play no part, so members of one kind are tried once."""
+
 
 class Member:
     """A causal language model and its tokenizer, ready to open sessions.
@@ -54,7 +58,10 @@ class Member:
         self._body = body if body is not model else None
         self._head = model.get_output_embeddings()
         self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
-        if not self._head_is_whole():
+        kind = f"{type(model).__name__} {model.config.to_json_string()}"
+        if kind not in _whole_heads:
+            _whole_heads[kind] = self._head_is_whole()
+        if not _whole_heads[kind]:
             self._body = None
 
     def __repr__(self) -> str:
@@ -86,7 +93,7 @@ class Member:
         return frozenset(i for i in ids if i is not None)
 
     def _head_is_whole(self) -> bool:
-        """Whether logits are the head applied to the body's output: some models cap or scale them after."""
+        """Try the head on the body's output against the model's own logits: some models cap or scale them after."""
         if self._body is None or self._head is None:
             return False
         ids = torch.arange(1, min(9, self.vocabulary_size), device=self.device)[None]
