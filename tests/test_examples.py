@@ -150,17 +150,6 @@ def top_members(output: str) -> list[str]:
     return tops
 
 
-@pytest.fixture(scope="module")
-def starter_pack() -> None:
-    """Skips where the starter pack cannot be loaded; the examples load it themselves."""
-    import packllm
-
-    try:
-        packllm.Pack.starter().close()
-    except (AttributeError, packllm.PackError) as error:
-        pytest.skip(f"no starter pack: {error}")
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("example", ["rag_langchain.py", "rag_llama_index.py"])
 def test_rag_example_weighs_the_right_member_most(starter_pack, embedder, example: str) -> None:
@@ -176,6 +165,4 @@ def test_rag_example_weighs_the_right_member_most(starter_pack, embedder, exampl
 def test_quickstart_weighs_the_right_member_most(starter_pack) -> None:
     output = run("quickstart.py")
     assert top_members(output) == list(DOMAINS)
-    asked = "how do doctors treat it?"
-    assert output.count(asked) == 2  # weighed, then answered
-    assert len(output.rpartition(asked)[2].strip()) > 20
+    assert len(output.rpartition("What are the symptoms of asthma?")[2].strip()) > 20

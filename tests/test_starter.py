@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from train_expert import RAG_PROMPT, read_documents
 
 from packllm import Pack
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from train_expert import read_documents
-
+EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.real
 
 CORPORA = {
@@ -21,7 +19,7 @@ CORPORA = {
     "law": ("law_uscode.txt.gz", None),
     "databases": ("databases_postgresql15.txt.gz", None),
 }
-PROMPTS = 20  # held-out prompts a domain
+PROMPTS = 10  # held-out prompts a domain
 TOKENS = 128
 
 
@@ -59,20 +57,20 @@ def test_experts_get_the_top_weight_in_their_domain(weighed, domain):
     assert sum(weights.top == domain for weights in weighed[domain]) >= 0.9 * PROMPTS
 
 
-QUESTIONS = {
-    "medicine": "What are the symptoms of asthma?",
-    "law": "What is a quorum?",
-    "databases": "What does VACUUM do in PostgreSQL?",
-}
-
-
-@pytest.mark.parametrize("domain", QUESTIONS)
+@pytest.mark.parametrize("domain", CORPORA)
 def test_experts_answer_in_chat_format_and_stop(starter_pack, domain):
-    messages = [{"role": "user", "content": QUESTIONS[domain]}]
-    answer = starter_pack.generate(messages, weighting={domain: 1.0}, max_tokens=200)
-    assert answer.finish_reason == "stop"
-    assert len(answer.text.split()) >= 4
-    assert "<|" not in answer.text
+    """Over passages of their domain, as in RAG. (Asked without one, they can loop, as their base does.)"""
+    passages = [json.loads(line) for line in (EXAMPLES / "data" / "passages.jsonl").read_text().splitlines()]
+    of_domain = [passage for passage in passages if passage["domain"] == domain]
+    chosen = of_domain[:: len(of_domain) // 5][:5]
+    prompts = [
+        RAG_PROMPT.format(context=p["text"], question=f"What does the text say about {p['title']}?") for p in chosen
+    ]
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = starter_pack.generate_batch(messages, weighting={domain: 1.0}, max_tokens=160)
+    assert sum(answer.finish_reason == "stop" for answer in answers) >= 4
+    assert all(len(answer.text.split()) >= 3 for answer in answers)
+    assert not any("<|" in answer.text for answer in answers)
 
 
 def test_the_base_is_left_as_it_is(starter_pack):

@@ -98,18 +98,19 @@ class Expansion:
 
 def expand(blocks: Iterable[Tensor], weights: np.ndarray) -> Expansion:
     """f at `weights` from margins (K, b, V): with p the pool, E_p a_k and Cov_p(a_k, a_l), means over positions."""
-    rows = []
+    members, count, sums = len(weights), 0, torch.zeros(())
     for margin in blocks:
-        fused = torch.tensordot(torch.from_numpy(weights).to(margin), margin, 1)
+        flat = margin.flatten(1)
+        fused = (torch.from_numpy(weights).to(margin) @ flat).view(margin.shape[1:])
         loss = fused.logsumexp(dim=-1, keepdim=True)
-        by_position = margin.transpose(0, 1)
-        weighted = by_position * fused.sub_(loss).exp_()[:, None]
-        mean = weighted.sum(dim=-1)
-        covariance = weighted @ by_position.transpose(1, 2) - mean[:, :, None] * mean[:, None, :]
-        rows.append(torch.cat((loss, mean, covariance.flatten(1)), dim=1))
-    sums = torch.cat(rows).cpu().double().mean(dim=0).numpy()  # the pass's only read from the device
-    members = len(weights)
-    return Expansion(float(sums[0]), sums[1 : members + 1], sums[members + 1 :].reshape(members, members))
+        weighted = margin * fused.sub_(loss).exp_()
+        mean = weighted.sum(dim=-1).double()
+        moments = (weighted.flatten(1) @ flat.T).double() - mean @ mean.T
+        # One small running sum: tensors kept from each block would sit between the large ones and split the heap.
+        sums = sums.to(moments) + torch.cat((loss.double().sum()[None], mean.sum(dim=1), moments.flatten()))
+        count += margin.shape[1]
+    means = (sums / count).cpu().numpy()  # the pass's only read from the device
+    return Expansion(float(means[0]), means[1 : members + 1], means[members + 1 :].reshape(members, members))
 
 
 def guarded(

@@ -8,6 +8,7 @@ few passes over all positions (two, typically) finish and certify.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -67,11 +68,14 @@ def _search(problem: Problem, name: str, members: list[int], prior: float) -> tu
     weights, loss, gap = minimise(lambda at: expand(kept, at), uniform, prior, floor, GAP, SAMPLE_PASSES)
     if count == total:
         return weights, loss, gap
-    kept.clear()  # the passes over all positions need the memory
-    everywhere = torch.arange(total)
-    return minimise(
-        lambda at: expand(margins(source, targets, members, everywhere), at), weights, prior, floor, GAP, PASSES
-    )
+    rest = torch.ones(total, dtype=torch.bool)
+    rest[sample] = False
+    others = rest.nonzero()[:, 0]
+
+    def everywhere(at: np.ndarray) -> Expansion:
+        return expand(chain(kept, margins(source, targets, members, others)), at)
+
+    return minimise(everywhere, weights, prior, floor, GAP, PASSES)
 
 
 def minimise(
