@@ -83,3 +83,15 @@ def test_the_base_is_left_as_it_is(starter_pack):
     assert alone.generate(prompt, max_tokens=5).text == "".join(
         chunk.text for chunk in starter_pack.stream(prompt, max_tokens=5, weighting={"general": 1.0})
     )
+
+
+def test_without_the_package_the_base_comes_from_the_hub(monkeypatch):
+    from packllm import starter
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert starter.base_model() == starter.HUB_ID
+    general, *experts = starter.specs()
+    assert general == f"general={starter.HUB_ID}"
+    assert all(
+        spec.startswith(f"{name}={starter.HUB_ID}+") for spec, name in zip(experts, starter.EXPERTS, strict=True)
+    )
