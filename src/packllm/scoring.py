@@ -15,7 +15,7 @@ from packllm.prompt import Encoded
 from packllm.weights import Problem, Weights, find, weigh
 from packllm.weights.result import Unit
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 """Most bytes of logits of all members that an optimiser's block holds."""
 
 

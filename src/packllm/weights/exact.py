@@ -24,7 +24,7 @@ GAP = 1e-4
 SAMPLE_PASSES, PASSES = 100, 20
 """Most evaluations on the sample and on all positions; a gap that is then above GAP is reported as it is."""
 
-SAMPLE_POSITIONS, SAMPLE_BYTES = 128, 96 * 2**20
+SAMPLE_POSITIONS, SAMPLE_BYTES = 128, 64 * 2**20
 """Limits on the sample of positions whose margins are kept."""
 
 _NOISE = 1e-6  # nats: what float32 rounding may raise a loss by; a step that raises it no more is progress
