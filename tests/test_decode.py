@@ -12,6 +12,7 @@ import torch
 
 from packllm import Member, Pack
 from packllm.pool import fuse
+from packllm.sampling import make_sampler
 from packllm.weights import WEIGHTINGS
 
 PROMPTS = ["The capital of France is", "Diabetes is a disease in which the court shall order relief", "def add(a, b):"]
@@ -20,12 +21,6 @@ PROMPTS = ["The capital of France is", "Diabetes is a disease in which the court
 def pack_of(make_member, count: int, **options) -> Pack:
     architectures = ["llama", "gpt2", "qwen", "gemma"]
     return Pack([make_member(architectures[k % 4], k) for k in range(count)], **options)
-
-
-def tokens_of(pack: Pack, prompt, **options) -> tuple[list[int], list[float], str]:
-    """What the pack generates, as the naive loop would be asked for it."""
-    generation = pack.generate(prompt, **options)
-    return generation.text, generation.weights
 
 
 @pytest.mark.parametrize("pool", ["linear", "log"])
@@ -113,8 +108,6 @@ def test_sampling_frequencies_match_the_fused_distribution(make_pack, pool):
     draws = 600
     counts: collections.Counter = collections.Counter()
     # The first token of many seeds: the weights and the prefill are the same each time.
-    from packllm.sampling import make_sampler
-
     sessions = [m.open([m.encoder.encode(prompt).ids]) for m in pack.members]
     for session in sessions:
         session.prefill([[]])
@@ -167,20 +160,16 @@ def test_dropping_obeys_the_total_variation_bound(make_pack):
 
 def test_end_tokens_of_every_running_member_end_the_answer(make_member):
     members = [make_member("llama", 0), make_member("gpt2", 1)]
-    pack = Pack(members, weighting={"llama-0": 0.5, "gpt2-1": 0.5}, max_tokens=10)
-    generation = pack.generate("The capital of France is")
-    ids = pack.members[0].encoder.plain(generation.text)
     prompts = [m.encoder.encode("The capital of France is").ids for m in members]
     tokens = naive.greedy(members, prompts, (0.5, 0.5), "linear", 10)
     assert len(tokens) > 4
-    ids = tokens[3]
-    cut = tokens.index(ids)
+    end = tokens[3]
     ending = Member(members[1].model, members[1].tokenizer, "gpt2-1")
-    ending.end_ids = frozenset({ids})
+    ending.end_ids = frozenset({end})
     ended = Pack([members[0], ending], weighting={"llama-0": 0.5, "gpt2-1": 0.5}, max_tokens=10)
     answer = ended.generate("The capital of France is")
     assert answer.finish_reason == "stop"
-    assert answer.usage.completion_tokens == cut
+    assert answer.usage.completion_tokens == tokens.index(end)
 
 
 def test_score_is_the_fused_likelihood_of_the_continuation(make_member):

@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_there_is_one_program_for_each_way_in():
     assert len(BLOCKS) == 3
-    assert [max(len(block.strip().splitlines()), 15) for block in BLOCKS[1:]] == [15, 15]
+    assert all(len(block.strip().splitlines()) <= 15 for block in BLOCKS[1:])
     assert "langchain_packllm" in BLOCKS[1]
     assert "llama_index.llms.packllm" in BLOCKS[2]
 
