@@ -4,8 +4,8 @@
     python examples/train_expert.py manual.txt --out experts/databases --steps 400
 
 A JSONL row holds `question` and `answer`, or `text`. A text file is cut into documents of a few
-paragraphs. Files may be gzipped. 5 % of the documents (whole groups of them with --group-by) are held
-out by the hash of their key, so the split needs no file and never moves. Question-answer turns go
+paragraphs. Files may be gzipped. 5 % of the documents (more with --hold-out, whole groups of them with
+--group-by) are held out by the hash of their key, so the split needs no file and never moves. Question-answer turns go
 through the base's chat template and make up part of the training text, so that the expert still answers
 in chat format and stops by itself; for plain text the turn asks about a phrase of a passage and the
 answer is the sentence that holds it.
@@ -23,7 +23,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 RAG_PROMPT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQuestion: {question}"
@@ -38,17 +38,21 @@ class Document:
     question: str = ""
     answer: str = ""
 
+    one_in: int = HELD_OUT
+
     @property
     def held_out(self) -> bool:
         digest = hashlib.sha256(self.key.encode()).digest()
-        return int.from_bytes(digest[:4], "big") % HELD_OUT == 0
+        return int.from_bytes(digest[:4], "big") % self.one_in == 0
 
 
-def read_documents(path: Path, group_by: str | None = None) -> list[Document]:
+def read_documents(path: Path, group_by: str | None = None, one_in: int = HELD_OUT) -> list[Document]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         if ".jsonl" in path.name:
-            return [_from_row(json.loads(line), group_by) for line in file if line.strip()]
-        return [Document(key=text, text=text) for text in _cut(file.read())]
+            found = [_from_row(json.loads(line), group_by) for line in file if line.strip()]
+        else:
+            found = [Document(key=text, text=text) for text in _cut(file.read())]
+    return [replace(document, one_in=one_in) for document in found]
 
 
 def _from_row(row: dict, group_by: str | None) -> Document:
@@ -171,6 +175,7 @@ def main() -> None:
     parser.add_argument("--licence", default="unknown", help="licence of the data, for the card")
     parser.add_argument("--source", help="name of the data, for the card (default: the file's name)")
     parser.add_argument("--group-by", help="JSONL field whose rows are held out together")
+    parser.add_argument("--hold-out", type=int, default=HELD_OUT, help="hold out one document in this many")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=512, help="tokens a step")
     parser.add_argument("--rank", type=int, default=16)
@@ -189,7 +194,7 @@ def main() -> None:
         from packllm.starter import HUB_ID, base_model
 
         args.base, args.base_name = base_model(), args.base_name or HUB_ID
-    documents = read_documents(args.data, args.group_by)
+    documents = read_documents(args.data, args.group_by, args.hold_out)
     train = [d for d in documents if not d.held_out]
     held_out = [d for d in documents if d.held_out]
     sample = random.Random(args.seed).sample(held_out, min(args.evaluate, len(held_out)))
@@ -247,7 +252,7 @@ def _save(model, args, before: float, after: float, total: int, held_out: int, e
         f"| | |\n|---|---|\n"
         f"| data | {args.source or args.data.name}, {total:,} documents |\n"
         f"| licence of the data | {args.licence} |\n"
-        f"| held out | {held_out:,} documents (one in {HELD_OUT}, by hash"
+        f"| held out | {held_out:,} documents (one in {args.hold_out}, by hash"
         f"{' of `' + args.group_by + '`' if args.group_by else ''}) |\n"
         f"| training | {args.steps} steps of {args.length} tokens, {args.chat:.0%} of documents as chat turns |\n"
         f"| adapter | rank {args.rank} on all linear layers, learning rate {args.lr:g}, seed {args.seed}, bfloat16 |\n"

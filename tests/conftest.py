@@ -46,7 +46,7 @@ TEMPLATE = (
 )
 
 
-def byte_level_tokenizer(size: int = 400) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(size: int = 400, corpus: list[str] = CORPUS) -> PreTrainedTokenizerFast:
     """Byte-level BPE, as GPT-2's, with chat tokens and no BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +55,7 @@ def byte_level_tokenizer(size: int = 400) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -327,7 +327,7 @@ def test_load_errors_pass_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
         PackLLM(models=["a"])
 
 
-@pytest.mark.parametrize("wrong", [{"temprature": 1}, {"temperature": -1}, {"max_new_tokens": 3}, {"tools": []}])
+@pytest.mark.parametrize("wrong", [{"temprature": 1}, {"temperature": -1}, {"max_new_tokens": 3}, {"functions": []}])
 async def test_wrong_words_of_a_call_are_refused_with_the_valid_ones(wrong: dict[str, Any]) -> None:
     llm = PackLLM(pack=ScriptedPack(), cache=InMemoryCache())
     llm.invoke("p")  # the answer in the cache must not hide the mistake

@@ -169,7 +169,8 @@ async def test_every_path_says_what_pack_says(pack, path):
         assert steps[-1].message.role is MessageRole.ASSISTANT
     raw = steps[-1].raw
     assert json.loads(json.dumps(raw)) == raw
-    assert raw["packllm"] == expected.weights.as_dict()
+    assert raw["packllm"] == {**expected.weights.as_dict(), "usage": raw["usage"], "timings": raw["timings"]}
+    assert raw["timings"]["total"] > 0
     assert raw["usage"] == expected.usage.as_dict()
     assert raw["finish_reason"] == expected.finish_reason
     assert raw["text"] == expected.text
@@ -281,7 +282,7 @@ def test_metadata(make_pack):
     assert metadata.context_window == pack.context_window
     assert metadata.num_output == 17
     assert metadata.is_chat_model is pack.has_chat_template is True
-    assert metadata.is_function_calling_model is False
+    assert metadata.is_function_calling_model is True
     assert metadata.model_name == pack.name
     assert PackLLM(pack=make_pack(max_tokens=5)).metadata.num_output == 5
 

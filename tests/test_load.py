@@ -206,17 +206,19 @@ def test_a_spoilt_folder(broken, spoil, said):
 # Adapters
 
 
-def test_an_adapter_is_merged_and_its_base_stays(base, adapted):
+def test_an_adapter_alone_is_merged_and_one_beside_its_base_is_attached(base, adapted):
     folder, expected = adapted
     loader = Loader()
-    plain, with_adapter = loader.members([base, f"{base}+{folder}"])
+    plain, attached = loader.members([base, f"{base}+{folder}"])
+    assert attached.model is plain.model
     untouched = logits(Loader().members([base])[0].model)
     assert torch.equal(logits(plain.model), untouched)
-    assert (logits(with_adapter.model) - expected).abs().max() < 1e-4
+    assert (logits(attached.merged()) - expected).abs().max() < 1e-4
     assert (expected - untouched).abs().max() > 0.1  # the adapter does something
-    assert not any("lora" in name for name, _ in with_adapter.model.named_modules())
-    again = loader.members([f"{base}+{folder}"])[0]  # not merged into what was merged before
-    assert torch.equal(logits(again.model), logits(with_adapter.model))
+    merged = loader.members([f"{base}+{folder}"])[0]  # not merged into what was attached before
+    assert (logits(merged.model) - expected).abs().max() < 1e-4
+    assert not any("lora" in name for name, _ in merged.model.named_modules())
+    assert merged.merged() is merged.model
 
 
 def test_a_pickled_adapter_is_refused(base, adapted, tmp_path):
@@ -419,7 +421,8 @@ def test_adapters_of_every_kind_equal_pefts_own(make_member, tmp_path, architect
 
 
 def test_what_an_adapter_leaves_alone_is_shared(base, adapted):
-    plain, expert = Loader().members([base, f"{base}+{adapted[0]}"])
+    loader = Loader()
+    plain, expert = loader.members([base])[0], loader.members([f"{base}+{adapted[0]}"])[0]
     shared = {p.data_ptr() for p in plain.model.parameters()} & {p.data_ptr() for p in expert.model.parameters()}
     changed = 2 * 3  # layers, target modules
     assert len(shared) == len(list(plain.model.parameters())) - changed

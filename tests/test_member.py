@@ -33,12 +33,12 @@ def test_prefill_scores_and_warms_the_cache_in_one_pass(make_member, architectur
 
 
 def test_a_capped_head_takes_the_models_own_path(make_member):
-    assert make_member("gemma2")._body is None
-    assert make_member("gemma")._body is not None
+    assert make_member("gemma2").engine.body is None
+    assert make_member("gemma").engine.body is not None
 
 
 def test_the_models_own_path_in_small_blocks(make_member, monkeypatch):
-    monkeypatch.setattr("packllm.member.BLOCK_BYTES", 4 * 430 * 5)  # five positions a block
+    monkeypatch.setattr("packllm.session.BLOCK_BYTES", 4 * 430 * 5)  # five positions a block
     member = make_member("gemma2")
     ids = ids_of(member)
     session = member.open([ids])

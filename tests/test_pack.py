@@ -40,8 +40,8 @@ def broken(member: Member, fault, after: int) -> Member:
         passes.append(1)
 
     made = Member(model, member.tokenizer, member.name)
-    assert made._body is not None
-    made._body.register_forward_pre_hook(count)
+    assert made.engine.body is not None
+    made.engine.body.register_forward_pre_hook(count)
     model.register_forward_hook(hook)
     return made
 
@@ -145,7 +145,7 @@ def test_a_prompt_without_a_predicted_token_gives_uniform_weights(pack):
     assert weights.nll == (None, None, None)
 
 
-def test_different_vocabularies_are_weighed_and_not_decoded(make_member):
+def test_different_vocabularies_are_weighed_and_decoded(make_member):
     pack = Pack([make_member("llama"), make_member("llama", 1, "words", name="other")], max_tokens=4)
     assert not pack.members[0].vocabulary.same_as(pack.members[1].vocabulary)
     weights = pack.weigh("The court shall order relief under chapter 7.")
@@ -154,10 +154,10 @@ def test_different_vocabularies_are_weighed_and_not_decoded(make_member):
     sim = pack.weigh("The court shall order relief under chapter 7.", weighting="sim")
     assert sim.unit == "byte"
     assert sim.scored > weights.scored
-    with pytest.raises(VocabularyError, match="not built yet"):
-        pack.stream(PROMPT)
-    with pytest.raises(VocabularyError):
-        pack.score(PROMPT, [" Paris"])
+    assert pack.generate(PROMPT).usage.completion_tokens == 4
+    assert pack.score(PROMPT, [" Paris"])[0] < 0
+    with pytest.raises(VocabularyError, match="decoding='tokens' cannot fuse"):
+        pack.stream(PROMPT, decoding="tokens")
     with pytest.raises(WeightsError, match="exact"):
         pack.weigh(PROMPT, weighting="exact")
     assert pack.generate(PROMPT, weighting="top1").usage.completion_tokens == 4
@@ -331,7 +331,7 @@ def test_the_pack_goes_on_without_a_member_that_fails_midway(members, fault):
 
 def test_the_pack_goes_on_without_a_member_that_fails_on_the_prompt(members):
     made = broken(members[1], to_nan, 1)
-    made._body = None  # the model's own path from the start
+    made.engine.body = None  # the model's own path from the start
     pack = Pack([members[0], made, members[2]], max_tokens=8)
     generation = pack.generate(PROMPT, on_member_error="drop")
     rest = Pack([members[0], members[2]], max_tokens=8).generate(PROMPT)

@@ -458,13 +458,22 @@ def test_a_template_by_name():
 
 
 def test_a_template_that_refuses_says_so_with_the_roles():
-    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    refuse = "{% if messages | length > 3 %}{{ raise_exception('Too many messages') }}{% endif %}"
     encoder = Encoder(with_template(refuse + TEMPLATE))
     with pytest.raises(
-        PromptError, match=r"refuses messages with roles \[system, user, assistant, user\].*System role"
+        PromptError, match=r"refuses messages with roles \[user, assistant, user, assistant\].*Too many"
     ):
-        encoder.encode(DIALOGUE)
+        encoder.encode([*DIALOGUE[1:], {"role": "assistant", "content": "3"}])
     assert encoder.encode(DIALOGUE[1:]).ids
+
+
+def test_a_template_without_system_messages_gets_them_with_the_users_words():
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    encoder = Encoder(with_template(refuse + TEMPLATE))
+    folded = [{"role": "user", "content": "Answer briefly.\n\nWhat is the capital of France?"}, *DIALOGUE[2:]]
+    encoded = encoder.encode(DIALOGUE)
+    assert encoded.ids == encoder.encode(folded).ids
+    assert encoded.text == encoder.encode(DIALOGUE[1:]).text  # the system's words are not scored
 
 
 def test_a_prompt_of_which_nothing_is_left_is_refused():

@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +14,28 @@ from conftest import CORPUS, SHARED, byte_level_tokenizer, sentencepiece_tokeniz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from packllm import starter
 from packllm.align import Vocabulary
+from packllm.cache import cache_folder
 from packllm.errors import PackError, VocabularyError
 
 REAL = ("gpt2", "gpt-neox-20b", "llama3", "qwen3", "mistral-v0.1")
+MODELS = ("SmolLM2-135M", "stories260K", "gemma-3-270m")
 
 FRAGMENTS = st.one_of(
     st.sampled_from(["the ", "def ", "\n\n", "  ", "\t", " \u00a0\u3000", "\r\n", "\u0000\u001b", "\u2028", "\ufeff"]),
     st.sampled_from(["日本語", "한국어", "ไม่", "हिन्दी", "e\u0301", "ﬁ", "İ", "👨\u200d👩\u200d👧", "🇫🇷", "👍🏽"]),
+    st.sampled_from(["\u0301", "a\u0327\u0301\u0323", "\u200b", "\x7f\x9f", "\t \t  \n \n", " " * 40, "\r"]),
     st.sampled_from(["▁", "▁▁x", "<0x41>", "Ġ", "##a", "</w>"]),
 )
 # Characters assigned when this Python was made: normalisers of different age agree on them.
 UNICODE = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=20)
 TEXTS = st.lists(FRAGMENTS | UNICODE, max_size=6).map("".join)
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+some = settings(many, max_examples=60)
 
 _read: dict[str, tuple[Tokenizer, Vocabulary]] = {}
 
@@ -44,16 +51,45 @@ def real(name: str) -> tuple[Tokenizer, Vocabulary]:
     return _read[name]
 
 
+def model_folder(name: str) -> Path:
+    """Folder with the tokenizer of one of the real models."""
+    if name == "stories260K":
+        folder = SHARED / "models" / name
+    elif name.startswith("SmolLM2"):
+        folder = Path(starter.base_model())
+    else:
+        folder = next((cache_folder() / "gguf").glob(f"{name}*"), Path("absent"))
+    if not folder.exists():
+        pytest.skip(f"the model {name} is absent")
+    return folder
+
+
+def real_model(name: str) -> tuple[Tokenizer, Vocabulary]:
+    """The tokenizer of a real model, read once."""
+    if name not in _read:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(name))
+        _read[name] = tokenizer.backend_tokenizer, Vocabulary.from_tokenizer(tokenizer)
+    return _read[name]
+
+
 def joined(vocabulary: Vocabulary, ids: list[int]) -> bytes:
     return b"".join(vocabulary.tokens[i] for i in ids)
+
+
+def spelled(name: str, text: str) -> bytes:
+    """The bytes of it that the tokenizer has tokens for: SmolLM2's drops some rare ones without a word."""
+    lost = b"\x04\x06\x13\x14\x16\x1d\xf1\xf2" if name == "SmolLM2-135M" else b""
+    return normalised(name, text).encode().translate(None, lost)
 
 
 def normalised(name: str, text: str) -> str:
     """What the tokenizer states that it makes of a text before it splits it."""
     if name in ("gpt-neox-20b", "qwen3"):
         return unicodedata.normalize("NFC", text)
-    if name in ("mistral-v0.1", "word"):
+    if name in ("mistral-v0.1", "stories260K", "word"):
         return " " + text.replace("▁", " ") if text else ""
+    if name == "gemma-3-270m":
+        return text.replace("▁", " ")
     return text
 
 
@@ -74,6 +110,31 @@ def test_bytes_of_the_tokens_are_the_text(shared, name, text):
     tokenizer, vocabulary = real(name)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert joined(vocabulary, ids) == normalised(name, text).encode()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", MODELS)
+@some
+@given(text=TEXTS)
+def test_bytes_of_the_tokens_are_the_text_real_models(shared, name, text):
+    tokenizer, vocabulary = real_model(name)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert joined(vocabulary, ids) == spelled(name, text)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("SmolLM2-135M", {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>", "unk": "<|endoftext|>"}),
+        ("stories260K", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}),
+        ("gemma-3-270m", {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}),
+    ],
+)
+def test_roles_of_real_models(shared, name, roles):
+    _, vocabulary = real_model(name)
+    assert {role: vocabulary.tokens[i].decode() for role, i in vocabulary.special.items()} == roles
+    assert vocabulary.control >= set(vocabulary.special.values())
 
 
 @pytest.mark.real
@@ -210,6 +271,31 @@ def test_a_piece_that_is_an_added_token_too_keeps_its_bytes():
     assert vocabulary.tokens[piece] == b"  "
     ids = Tokenizer.from_str(json.dumps(data)).encode("a  b", add_special_tokens=False).ids
     assert joined(vocabulary, ids) == b" a  b"
+
+
+def test_byte_pieces_of_bytes_that_other_pieces_spell_are_shadowed(word_tokenizer, byte_tokenizer):
+    vocabulary, ids = Vocabulary.from_tokenizer(word_tokenizer), word_tokenizer.get_vocab()
+    assert {ids["<0x41>"], ids["<0x20>"]} <= vocabulary.shadowed
+    assert ids["<0xF0>"] not in vocabulary.shadowed
+    texts = [word_tokenizer(text, add_special_tokens=False).input_ids for text in CORPUS]
+    assert not vocabulary.shadowed & {i for ids in texts for i in ids}
+    assert all(vocabulary.tokens.count(vocabulary.tokens[i]) > 1 for i in vocabulary.shadowed)
+    assert not Vocabulary.from_tokenizer(byte_tokenizer).shadowed
+
+
+def test_the_first_ids_alone(byte_tokenizer):
+    whole = Vocabulary.from_tokenizer(byte_tokenizer)
+    cut = whole.first(2)
+    assert (cut.tokens, cut.special, cut.control) == (whole.tokens[:2], {"pad": 0, "unk": 0}, {0, 1})
+    assert not cut.same_as(whole)
+    assert whole.first(len(whole)) is whole
+
+
+def test_one_more_role(make_member):
+    plain = make_member("llama").encoder  # its template ends each turn with the tokenizer's end
+    assert plain.vocabulary.special == {"eos": 2, "pad": 0, "unk": 0, "end_of_turn": 2}
+    more = Vocabulary([b"a", b"<end>"], {"eos": 0}, frozenset({0}), frozenset()).with_role("end_of_turn", 1)
+    assert (more.special, more.control) == ({"eos": 0, "end_of_turn": 1}, {0, 1})
 
 
 def test_roles_make_control_tokens(byte_tokenizer):

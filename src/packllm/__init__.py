@@ -5,6 +5,7 @@ Pack is the way in: Pack.load([...]) or Pack.starter(), then stream, generate, w
 
 from packllm.errors import (
     ContextOverflowError,
+    ExtraError,
     LoadError,
     MemberError,
     OptionError,
@@ -17,14 +18,18 @@ from packllm.member import Member
 from packllm.options import OptionFields, Options
 from packllm.pack import Pack
 from packllm.results import Chunk, Generation, Usage
+from packllm.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
 from packllm.weights import Weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallPart",
     "Chunk",
     "ContextOverflowError",
+    "ExtraError",
     "Generation",
+    "InvalidToolCall",
     "LoadError",
     "Member",
     "MemberError",
@@ -33,9 +38,13 @@ __all__ = [
     "Options",
     "Pack",
     "PackError",
+    "ParsedAnswer",
     "PromptError",
+    "ToolCall",
+    "ToolStream",
     "Usage",
     "VocabularyError",
     "Weights",
     "WeightsError",
+    "parse_tool_calls",
 ]

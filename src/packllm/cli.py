@@ -1,4 +1,4 @@
-"""packllm ask | weigh | bench: the pack on the command line."""
+"""packllm ask | weigh | eval | bench | align: the pack on the command line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packllm.errors import OptionError, PackError, PromptError
+from packllm.evaluate.command import app as evaluate
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
     from packllm.pack import Pack
@@ -74,6 +75,9 @@ Others = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+app.add_typer(evaluate, name="eval")
 
 
 def _print_version(wanted: bool) -> None:
@@ -180,6 +184,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=16, help="Length of the prompt that is weighed.")] = 512,
     members: Annotated[int, typer.Option(min=2, help="Members; too few models are filled up with copies.")] = 4,
     repeat: Annotated[int, typer.Option(min=1, help="Times that each figure is measured; the median counts.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Group to measure; may be repeated. All, if left out.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths: whether it runs, not how fast.")] = False,
 ) -> None:
     """Measure what packing costs on this machine, against its targets.
@@ -192,14 +197,44 @@ def bench(
 
     packllm bench
 
+    packllm bench --only decoding --only speculation
+
     packllm bench --model ./base --tokens 256 --repeat 5 | tail -n 1
     """
     _quieten()
     from packllm import bench as benchmark
 
-    report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick)
+    report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick, only=only or ())
     benchmark.show(report, Console())
     typer.echo(json.dumps(report.as_dict()))
+
+
+@app.command()
+def align(
+    reference: Annotated[str, typer.Argument(help="Whose tokens: a hub id, folder, .gguf or tokenizer.json file.")],
+    target: Annotated[str, typer.Argument(help="In whose tokens they are looked for; likewise.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how well one tokenizer's vocabulary covers another's.
+
+    Each token is mapped to the nearest of the other by edit distance in bytes:
+    what decoding="mined" reads instead of it. Large vocabularies take up to a
+    minute once; the mapping is then kept.
+
+    [dim]Examples:[/]
+
+    packllm align ./smollm2 ./gemma-3
+
+    packllm align llama-3/tokenizer.json qwen-3/tokenizer.json --json
+    """
+    _quieten()
+    from packllm import coverage
+
+    found = coverage.measure(reference, target)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        coverage.show(found, Console(highlight=False))
 
 
 def _quieten() -> None:

@@ -56,3 +56,19 @@ class MemberError(PackError, RuntimeError):
     def __init__(self, member: str, reason: str) -> None:
         self.member = member
         super().__init__(f"member {member!r}: {reason}")
+
+
+class DataError(PackError, ValueError):
+    """Data cannot be used: a malformed row, an answer out of range, fewer documents than asked for."""
+
+
+class ExtraError(PackError, ImportError):
+    """Something needs a library that an extra of this package brings.
+
+    Attributes:
+        extra: name of the extra.
+    """
+
+    def __init__(self, what: str, library: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f"{what} needs {library}; install packllm[{extra}]")

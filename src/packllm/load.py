@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,16 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from packllm.adapters import Adapters
+from packllm.cache import cache_folder
+from packllm.engine import Engine
 from packllm.errors import LoadError, OptionError
-from packllm.lora import merge
+from packllm.lora import merge, read
 from packllm.member import Member
 from packllm.prompt import Encoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $PACKLLM_CACHE, or ~/.cache/packllm."""
-    return Path(os.environ.get("PACKLLM_CACHE") or Path.home() / ".cache" / "packllm")
 
 
 class Loader:
@@ -47,7 +47,7 @@ class Loader:
         self._dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
         self._device_map = "cpu" if device_map == "auto" and not torch.accelerator.is_available() else device_map
         self._trust = trust_remote_code
-        self._bases: dict[str, tuple[Any, Any, Encoder]] = {}
+        self._bases: dict[str, _Base] = {}
 
     def members(self, models: Sequence[str | os.PathLike | Member]) -> list[Member]:
         """One member per model, with names that differ.
@@ -57,9 +57,11 @@ class Loader:
         """
         if not models:
             raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
+        specs = {i: _Spec.of(os.fspath(model)) for i, model in enumerate(models) if not isinstance(model, Member)}
+        uses = Counter(spec.base for spec in specs.values())
         members: list[Member] = []
-        for model in models:
-            member = model if isinstance(model, Member) else self._member(os.fspath(model))
+        for i, model in enumerate(models):
+            member = model if isinstance(model, Member) else self._member(specs[i], uses[specs[i].base] > 1)
             taken = {other.name for other in members}
             name, count = member.name, 2
             while name in taken:
@@ -70,19 +72,27 @@ class Loader:
             members.append(member)
         return members
 
-    def _member(self, spec: str) -> Member:
-        named = None if os.path.exists(spec) else re.match(r"([\w.-]+)=", spec)
-        base, adapter = _split(spec[named.end() :] if named else spec)
-        model, tokenizer, encoder = self._base(base)
-        if adapter is not None:
-            model = merge(model, adapter)
-        name = named[1] if named else os.path.basename(os.path.abspath(adapter or base)).removesuffix(".gguf")
-        return Member(model, tokenizer, name, encoder)
+    def _member(self, spec: _Spec, shared: bool) -> Member:
+        """A member of the base's own engine, if others share it; an adapter used alone is merged, which is faster."""
+        base = self._base(spec.base)
+        if spec.adapter is None:
+            return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine)
+        factors = read(spec.adapter) if shared else None
+        if factors is None:
+            return Member(merge(base.model, spec.adapter), base.tokenizer, spec.name, base.encoder)
+        if base.engine.adapters is None:
+            base.engine.adapters = Adapters(base.model)
+        try:
+            adapter = base.engine.adapters.attach(factors)
+        except (ValueError, AttributeError) as error:
+            raise LoadError(f"cannot load adapter {spec.adapter!r}: {_first_line(error)}") from error
+        return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine, adapter=adapter)
 
-    def _base(self, spec: str) -> tuple[Any, Any, Encoder]:
+    def _base(self, spec: str) -> _Base:
         if spec not in self._bases:
             source: str | Path = converted(Path(spec)) if spec.endswith(".gguf") else spec
-            self._bases[spec] = self._read(source)
+            model, tokenizer, encoder = self._read(source)
+            self._bases[spec] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
         return self._bases[spec]
 
     def _read(self, source: str | Path) -> tuple[Any, Any, Encoder]:
@@ -107,8 +117,32 @@ class Loader:
         return model, tokenizer, Encoder(tokenizer)
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A model as loaded, with the engine of the members that share it."""
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What a user names: a base and perhaps an adapter, each a path that exists or something that may be a hub id."""
+
+    name: str
+    base: str
+    adapter: str | None
+
+    @classmethod
+    def of(cls, text: str) -> _Spec:
+        named = None if os.path.exists(text) else re.match(r"([\w.-]+)=", text)
+        base, adapter = _split(text[named.end() :] if named else text)
+        return cls(named[1] if named else _name(adapter or base), base, adapter)
+
+
 def _split(spec: str) -> tuple[str, str | None]:
-    """A spec's base and adapter, each a path that exists or something that may be a hub id."""
     if os.path.exists(spec):
         return spec, None
     base, plus, adapter = spec.rpartition("+")
@@ -119,6 +153,10 @@ def _split(spec: str) -> tuple[str, str | None]:
         if part is not None and part.endswith(".gguf") and not os.path.exists(part):
             raise LoadError(f"model file {part!r} does not exist")
     return parts
+
+
+def _name(path: str) -> str:
+    return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
 
 
 def _first_line(error: Exception) -> str:

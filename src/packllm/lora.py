@@ -1,4 +1,4 @@
-"""LoRA adapters merged into a base: W + (alpha / r) B A (arXiv 2106.09685)."""
+"""LoRA adapters (arXiv 2106.09685): read, and merged into a base, W + (alpha / r) B A."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from packllm.errors import LoadError
 
@@ -28,17 +29,19 @@ _ABSENT = ("modules_to_save", "layer_replication", "target_parameters", "trainab
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
-def merge(base: Any, adapter: str) -> Any:
-    """The base with the adapter's update added to its weights. What the adapter leaves alone is shared.
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""An adapter's update of each module it changes: float32 (down (r, in), up (out, r)), to add up @ down to the
+weight as nn.Linear holds it, (out, in)."""
 
-    Plain LoRA is read and added here, in a fraction of a second; other kinds of adapters go through peft.
+
+def read(adapter: str) -> Factors | None:
+    """The factors of a plain LoRA adapter; None for one of another kind, which peft can merge.
 
     Args:
-        base: a loaded transformers model; it stays as it is.
         adapter: folder or hub id of an adapter in safetensors format.
 
     Raises:
-        LoadError: no such adapter, another format than safetensors, or an adapter of another model.
+        LoadError: no such adapter, or another format than safetensors.
     """
     folder = Path(adapter) if Path(adapter).is_dir() else _download(adapter)
     if not (folder / "adapter_model.safetensors").exists():
@@ -48,10 +51,69 @@ def merge(base: Any, adapter: str) -> Any:
         tensors = load_file(folder / "adapter_model.safetensors")
         keys = {name: _KEY.fullmatch(name) for name in tensors}
         if not all(keys.values()) or not _is_plain(config):
-            return _merge_with_peft(base, folder)
-        return _merge_plain(base, config, {(key[1], key[2]): tensors[name] for name, key in keys.items() if key})
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError, UserWarning) as error:
-        raise LoadError(f"cannot load adapter {adapter!r}: {str(error).splitlines()[0]}") from error
+            return None
+        return _factors(config, {(key[1], key[2]): tensors[name] for name, key in keys.items() if key})
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _refused(adapter, error) from error
+
+
+def merge(base: Any, adapter: str) -> Any:
+    """The base with the adapter's update added to its weights. What the adapter leaves alone is shared.
+
+    Plain LoRA is read and added here, in a fraction of a second; other kinds of adapters go through peft.
+
+    Args:
+        base: a loaded transformers model; it stays as it is.
+        adapter: as in read().
+
+    Raises:
+        LoadError: as read(), or an adapter of another model.
+    """
+    factors = read(adapter)
+    try:
+        if factors is not None:
+            return add(base, factors)
+        return _merge_with_peft(base, Path(adapter) if Path(adapter).is_dir() else _download(adapter))
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, UserWarning) as error:
+        raise _refused(adapter, error) from error
+
+
+def add(base: Any, factors: Factors) -> Any:
+    """A copy of the base with the update added; it shares all tensors that do not change."""
+    shared = [*base.parameters(), *base.buffers()]
+    model = copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
+    for name, (down, up) in factors.items():
+        module = module_of(model, name)
+        weight = module.weight
+        update = up.to(weight.device) @ down.to(weight.device)
+        if isinstance(module, Conv1D):  # keeps its weight transposed
+            update = update.T
+        merged = (weight.detach().float() + update).to(weight.dtype)
+        module.weight = torch.nn.Parameter(merged, requires_grad=False)
+    return model
+
+
+def module_of(base: Any, name: str) -> Any:
+    """The module of that name; its weight must be in memory."""
+    module = base.get_submodule(name)
+    if module.weight.is_meta:
+        raise ValueError(f"{name} of the base is offloaded; adapters need the base in memory")
+    return module
+
+
+def _refused(adapter: str, error: Exception) -> LoadError:
+    return LoadError(f"cannot load adapter {adapter!r}: {str(error).splitlines()[0]}")
+
+
+def _factors(config: dict[str, Any], tensors: dict[tuple[str, str], Tensor]) -> Factors:
+    factors = {}
+    for name in sorted({name for name, _ in tensors}):
+        down, up = tensors[name, "A"].float(), tensors[name, "B"].float()
+        rank = down.shape[0]
+        factors[name] = down, up * (_alpha(config, name) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if not factors:
+        raise ValueError("it holds no LoRA weights")
+    return factors
 
 
 def _download(adapter: str) -> Path:
@@ -60,33 +122,12 @@ def _download(adapter: str) -> Path:
     try:
         return Path(snapshot_download(adapter, allow_patterns=["adapter_*"]))
     except (OSError, ValueError) as error:
-        raise LoadError(f"cannot load adapter {adapter!r}: {str(error).splitlines()[0]}") from error
+        raise _refused(adapter, error) from error
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
     usual = all(config.get(name, values[0]) in values for name, values in _PLAIN.items())
     return usual and not any(config.get(name) for name in _ABSENT)
-
-
-def _merge_plain(base: Any, config: dict[str, Any], factors: dict[tuple[str, str], Tensor]) -> Any:
-    names = sorted({name for name, _ in factors})
-    if not names:
-        raise ValueError("it holds no LoRA weights")
-    shared = [*base.parameters(), *base.buffers()]
-    model = copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
-    for name in names:
-        module = model.get_submodule(name)
-        a, b, weight = factors[name, "A"].float(), factors[name, "B"].float(), module.weight
-        if weight.is_meta:
-            raise ValueError(f"{name} of the base is offloaded; adapters need the base in memory")
-        rank = a.shape[0]
-        scale = _alpha(config, name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        a, b = a.to(weight.device), b.to(weight.device)
-        if config.get("fan_in_fan_out"):  # layers that keep their weight transposed, as GPT-2's
-            a, b = b.T, a.T
-        merged = torch.addmm(weight.detach().float(), b, a, alpha=scale).to(weight.dtype)
-        module.weight = torch.nn.Parameter(merged, requires_grad=False)
-    return model
 
 
 def _alpha(config: dict[str, Any], name: str) -> float:

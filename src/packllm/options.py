@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from packllm.errors import OptionError
+from packllm.tools import check_tools
 
 
 def _no_bool(value: Any) -> Any:
@@ -43,29 +44,54 @@ class OptionFields(BaseModel):
     min_weight: Number = Field(0.01, ge=0.0, lt=1.0)
     """Members below this weight are not run; the others are renormalised."""
     tau: Number = Field(0.1, gt=0.0)
-    """Temperature of the weighting `sim`."""
+    """Temperature of the weightings `sim` and `cbtm`."""
     alpha: Number = Field(1.0, ge=0.0)
     """Dirichlet prior of `em`, in observed tokens; strength of the expert in `dexperts`."""
     beta: Number = Field(1.0, ge=0.0)
     """Strength of the uniform prior in `map`."""
+    fitted: str | None = Field(None, min_length=1)
+    """File of what the weightings `cbtm` and `router` learnt (packllm.weights.cbtm.fit, router.fit)."""
     unit: Literal["token", "byte"] | None = None
     """What perplexity is counted per. None: token for one vocabulary, byte (`em`: word) for several."""
-    decoding: Literal["auto", "tokens"] = "auto"
-    """How members decode together. auto: token by token where the vocabularies are the same."""
+    decoding: Literal["auto", "tokens", "cool", "cool+rerank", "mined"] = "auto"
+    """How members decode together. tokens: token by token, in one vocabulary; cool: segment by segment, in any
+    (Cool-Fusion); cool+rerank: the best of that and of each member's own answer; mined: token by token in the top
+    member's vocabulary, the others' mapped to it; auto: tokens where the vocabularies are the same, else cool."""
+    scoring: Literal["pool", "perplexity"] = "pool"
+    """How `cool` rates segments. pool: likelihood per byte under the weights and their pool; perplexity: average
+    perplexity per token, every member counting alike (the paper's)."""
+    align: bool = True
+    """`cool`: segments end at word boundaries of all tokenizers (False: of their author's alone)."""
     chat_template: bool = False
     """Wrap a prompt given as text into each member's chat template, as one user message."""
     score_on: str | None = Field(None, min_length=1)
     """Part of the prompt to score (say, the question); None: all of the user's text."""
     on_member_error: Literal["raise", "drop"] = "raise"
     """A failing member ends the request (raise), or the others go on without it (drop)."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools to offer, in OpenAI's form: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    tool_choice: str | None = None
+    """auto (None): a call or text; any: one call; a tool's name: one call of it; none: text, tools are not shown.
+    any and a name need the extra `structured`."""
+    json_schema: dict[str, Any] | None = None
+    """The answer is JSON of this schema, or, with tools and tool_choice auto, a call. Needs the extra `structured`.
+    Strings in `stop` do not cut an answer whose form is guaranteed."""
     batch_size: Count = Field(8, ge=1)
     """Most prompts that generate_batch decodes together."""
+    prefix_cache_mb: Count = Field(1024, ge=0)
+    """Most MiB of keys and values of recent prompts that the pack keeps, so that the next prompt over the same
+    context or conversation reads only what is new. 0: keep none, use none."""
 
 
 class Options(OptionFields):
     """The options of one request, checked and frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @property
+    def offered_tools(self) -> tuple[dict[str, Any], ...]:
+        """The tools that the members are told of."""
+        return () if self.tool_choice == "none" else self.tools
 
     def override(self, changes: Mapping[str, Any]) -> Options:
         """These options with `changes`, validated; OptionError names what is wrong and what is valid."""
@@ -88,10 +114,16 @@ def make_options(values: Mapping[str, Any]) -> Options:
         values["stop"] = (values["stop"],)
     elif values.get("stop") is None:
         values.pop("stop", None)
+    if values.get("tools", ()) is None:
+        values.pop("tools")
+    if values.get("tool_choice") == "required":  # OpenAI's word
+        values["tool_choice"] = "any"
     try:
-        return Options(**values)
+        options = Options(**values)
     except ValidationError as error:
         raise OptionError(_describe(error)) from None
+    check_tools(options.tools, options.tool_choice, options.json_schema)
+    return options
 
 
 def _describe(error: ValidationError) -> str:

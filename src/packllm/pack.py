@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from packllm import starter
+from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
 from packllm.errors import LoadError, PromptError
 from packllm.load import Loader
 from packllm.member import Member
 from packllm.options import Options, make_options
+from packllm.prefix import PrefixCache
 from packllm.prompt import Prompt, check
 from packllm.request import Request
 from packllm.results import Chunk, Generation
@@ -37,6 +39,7 @@ class Pack:
         members: the members, in order.
         recipe: arguments of Pack.load that make these members again; None for Member objects.
         options: the defaults.
+        prefixes: what is kept of recent prompts, with statistics (see prefix.py).
     """
 
     def __init__(self, members: Sequence[Member], *, recipe: dict[str, Any] | None = None, **options: Any) -> None:
@@ -45,6 +48,7 @@ class Pack:
         self.members = tuple(members)
         self.recipe = recipe
         self.options = make_options(options)
+        self.prefixes = PrefixCache()
         self._check_weighting(self.options)
 
     @classmethod
@@ -98,6 +102,7 @@ class Pack:
     def close(self) -> None:
         """Let go of the members; the pack cannot answer any more."""
         self.members = ()
+        self.prefixes.close()
 
     # What adapters and tables need to know
 
@@ -159,11 +164,11 @@ class Pack:
         """Answers to several prompts as they grow: (index of the prompt, Chunk). `batch_size` prompts are
         decoded together, each with its own weights. Arguments, errors and closing as stream()."""
         checked = self.check(**options)
-        size = checked.batch_size
+        size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
         requests = []
         for at in range(0, len(prompts), size):
             request = self._request(prompts[at : at + size], checked)
-            request.require_one_vocabulary()
+            request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
         return _chunks(requests)
@@ -182,7 +187,8 @@ class Pack:
         return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
 
     def score(self, prompt: Prompt, continuations: Sequence[str], **options: Any) -> list[float]:
-        """Fused log-likelihood of each continuation, in nats.
+        """Fused log-likelihood of each continuation, in nats: token by token where the members share a vocabulary,
+        else by the words that end at token boundaries of all of them.
 
         Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
         own ids: no token crosses the boundary.
@@ -192,14 +198,19 @@ class Pack:
         for text in continuations:
             check(text, chat_template=False)
         request = self._request([prompt], self.check(**options))
-        request.require_one_vocabulary()
-        ids = [self.members[0].encoder.continuation(text) for text in continuations]
-        request.limits(max(map(len, ids), default=0))
+        ids = {k: [self.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]}
+        request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
         try:
             request.prefill()
-            weights = request.weights[0]
-            running = {k: session for k, session in request.sessions.items() if weights.values[k] != 0}
-            return list(continuation_logprobs(running, weights, ids))
+            weights, running = request.weights[0], request.running(0)
+            if request.options.decoding == "mined":
+                spoken = [request.members[running[0]].encoder.continuation(text) for text in continuations]
+                ids = dict.fromkeys(running, spoken)
+                request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
+            sessions = {k: request.sessions[k] for k in running}
+            if request.one_vocabulary(running):
+                return list(continuation_logprobs(sessions, weights, ids[running[0]]))
+            return list(text_logprobs(sessions, weights, continuations))
         finally:
             request.close()
 
@@ -228,7 +239,8 @@ class Pack:
     def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
-        return Request(self.members, options, [check(prompt, options.chat_template) for prompt in prompts])
+        checked = [check(prompt, options.chat_template) for prompt in prompts]
+        return Request(self.members, options, checked, self.prefixes)
 
 
 def _chunks(requests: Sequence[Request]) -> Generator[tuple[int, Chunk], None, None]:

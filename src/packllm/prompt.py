@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from packllm import convention
 from packllm.align.vocabulary import Vocabulary, tokenizer_json
 from packllm.errors import PromptError
+from packllm.messages import ROLES, Message, Prompt, check, check_unicode
 
-ROLES = ("system", "user", "assistant", "tool")
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
+__all__ = ["PLAIN_TEMPLATE", "ROLES", "Encoded", "Encoder", "Message", "Prompt", "check"]
+
+Layout = Callable[[Sequence[Message]], str]
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
@@ -64,59 +66,6 @@ class _Span:
         return _Span(start, stop, self.text[begin:end], start - zero - begin)
 
 
-def check(prompt: Prompt, chat_template: bool) -> Prompt:
-    """The prompt as encode() takes it: text, or messages with text contents.
-
-    Raises:
-        PromptError: empty, an unknown role, content that is not text, text that is not Unicode.
-    """
-    if isinstance(prompt, str):
-        if not prompt:
-            raise PromptError("prompt is empty; give at least one character")
-        _check_unicode(prompt)
-        return [{"role": "user", "content": prompt}] if chat_template else prompt
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise PromptError(f"prompt must be text or a non-empty list of messages, not {prompt!r}")
-    messages: Sequence[Any] = prompt
-    return [_check_message(message, at) for at, message in enumerate(messages)]
-
-
-def _check_message(message: Any, at: int) -> Message:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise PromptError(f"message {at} must be a mapping with 'role' and 'content', not {message!r}")
-    if message["role"] not in ROLES:
-        raise PromptError(f"message {at} has role {message['role']!r}; valid roles: {', '.join(ROLES)}")
-    content = message["content"]
-    if content is None:
-        content = ""
-    elif isinstance(content, Sequence) and not isinstance(content, str | bytes | bytearray):
-        content = "".join(_text_part(part, at) for part in content)
-    elif not isinstance(content, str):
-        kind = type(content).__name__
-        raise PromptError(f"message {at} has content of type {kind!r}; give text or a list of text parts")
-    _check_unicode(content)
-    return {**message, "content": content}
-
-
-def _text_part(part: Any, at: int) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise PromptError(f"message {at} holds content of type {kind!r}; the members read text only")
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"prompt holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not "
-            f"Unicode text; decode its source with errors='replace'"
-        ) from None
-
-
 class Encoder:
     """One tokenizer's way from prompts to ids, safe for text that nobody vouches for.
 
@@ -144,6 +93,8 @@ class Encoder:
         self._find_control = re.compile(
             "|".join(re.escape(content) for content in sorted(self._alias, key=len, reverse=True)) or r"(?!)"
         )
+        if self.end_of_turn is not None:
+            self.vocabulary = self.vocabulary.with_role("end_of_turn", self.end_of_turn)
 
     def _rename(self, data: dict[str, Any]) -> dict[str, str]:
         template = self.template or ""
@@ -191,11 +142,18 @@ class Encoder:
     def _real_id_of(self, content: str) -> int:
         return next(token["id"] for token in self._control if token["content"] == content)
 
-    def encode(self, prompt: Prompt, score_on: str | None = None) -> Encoded:
+    def encode(
+        self,
+        prompt: Prompt,
+        score_on: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> Encoded:
         """Token ids of a checked prompt.
 
         Text is encoded as the tokenizer does, BOS included where it adds one. Messages go through the chat
-        template, with the mark that an answer follows.
+        template, with the mark that an answer follows; so do tools, where the template has a place for them. What
+        it has no place for or refuses is told in words (see convention.py), a JSON schema always.
 
         Raises:
             PromptError: the template refuses the messages or leaves nothing of them, or score_on does not
@@ -205,8 +163,8 @@ class Encoder:
             prefix, text, spans = self._prefix, prompt, [_Span(0, len(prompt), prompt)]
         else:
             prefix = [] if self.template else self._prefix  # a chat template writes its own BOS
-            text, spans = self._render(prompt)
-            _check_unicode(text)
+            text, spans = self._render(prompt, tools, json_schema)
+            check_unicode(text)
         if score_on is not None:
             spans = [part for span in spans for part in span.parts(score_on)]
             if not spans:
@@ -240,12 +198,31 @@ class Encoder:
                 return both[len(before) :]
         return self.plain(text)
 
-    def _render(self, messages: Sequence[Message]) -> tuple[str, list[_Span]]:
+    @cached_property
+    def has_words(self) -> bool:
+        """Whether a pre-tokenizer splits text into words before it is split into tokens."""
+        return len(set(self._backend.encode("a b c", add_special_tokens=False).word_ids)) > 1
+
+    def starts(self, text: str) -> set[int]:
+        """Character offsets at which the words of `text` start; its tokens, where the tokenizer has no words."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        words = [None, *encoding.word_ids]
+        return {
+            start
+            for (start, _), word, before in zip(encoding.offsets, encoding.word_ids, words, strict=False)
+            if word is None or word != before or not self.has_words
+        }
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
+    ) -> tuple[str, list[_Span]]:
         """The rendered template with control tokens renamed, and the spans of the user's contents in it."""
         spelled: list[str] = []
-        messages = [self._guard(message, spelled) for message in messages]
+        messages = [self._guard(message, spelled, ("role", "content")) for message in messages]
+        tools = [self._guard(tool, spelled) for tool in tools]
+        schema = None if schema is None else self._guard(schema, spelled)
         marks = [self._mark(i) for i in range(len(messages))]
-        rendered, contents = self._shown(messages, marks)
+        rendered, contents = self._shown(messages, marks, self._layout(_marked(messages, marks), tools, schema))
         text = {**dict(zip(marks, contents, strict=True)), **{self._spelled(i): s for i, s in enumerate(spelled)}}
         pieces = []
         shown: dict[str, int] = {}
@@ -270,9 +247,9 @@ class Encoder:
                 spans.append(_Span(start, reached, message["content"], lead))
         return "".join(pieces), spans
 
-    def _guard(self, message: Message, spelled: list[str]) -> Message:
-        """The message with marks for the control tokens spelled in it outside its content (in a name or a
-        tool call, say); they are appended to `spelled`."""
+    def _guard(self, fields: Message, spelled: list[str], leave: Sequence[str] = ()) -> Message:
+        """The fields (a message's but for its content, a tool's) with marks for the control tokens spelled in
+        them, in a name or a tool call, say; they are appended to `spelled`."""
 
         def mark(found: re.Match[str]) -> str:
             spelled.append(found[0])
@@ -285,7 +262,7 @@ class Encoder:
                 return {guarded(key): guarded(inner) for key, inner in value.items()}
             return [guarded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-        return {key: value if key in ("role", "content") else guarded(value) for key, value in message.items()}
+        return {guarded(key): value if key in leave else guarded(value) for key, value in fields.items()}
 
     def _mark(self, index: int) -> str:
         """Stands for a message's content while the template is rendered."""
@@ -295,16 +272,69 @@ class Encoder:
         """Stands for a control token spelled in another field."""
         return f"\ue000{self._nonce}\ue003{index}\ue001"
 
-    def _shown(self, messages: Sequence[Message], marks: Sequence[str]) -> tuple[str, list[str]]:
+    def _layout(
+        self, marked: Sequence[Message], tools: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
+    ) -> Layout:
+        """The first way of putting the messages that the template neither refuses nor leaves a part out of."""
+        in_words = convention.tools_text(tools) if tools else ""
+        form = "" if schema is None else convention.schema_text(schema)
+        both = "\n\n".join(filter(None, (in_words, form)))
+        calls = any(message["role"] == "assistant" and message.get("tool_calls") for message in marked)
+        ways: list[tuple[Callable, Sequence[Mapping[str, Any]], str]] = []
+        if not calls or self._shows_calls:
+            ways += [(list, tools, form)] * bool(tools and self._shows_tools) + [(list, (), both)]
+        ways += [(convention.written_out, (), both), (convention.alternating, (), both)]
+        refusal = None
+        for arrange, shown, said in ways:
+            layout = partial(self._laid_out, arrange, shown, said)
+            try:
+                if said in layout(marked):
+                    return layout
+            except PromptError as error:
+                refusal = refusal or error
+        raise refusal or PromptError("the chat template leaves out what it is told of tools and of the answer's form")
+
+    def _laid_out(
+        self, arrange: Callable, tools: Sequence[Mapping[str, Any]], said: str, messages: Sequence[Message]
+    ) -> str:
+        return self._apply(arrange(convention.with_system(messages, said)), tools)
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        mark = self._mark(0)
+        tool = {"type": "function", "function": {"name": mark, "description": "a", "parameters": {"type": "object"}}}
+        try:
+            return mark in self._apply([{"role": "user", "content": "a"}], [tool])
+        except PromptError:
+            return False
+
+    @cached_property
+    def _shows_calls(self) -> bool:
+        """Whether the chat template has a place for calls and their results."""
+        name, argument, result = (self._mark(i) for i in range(3))
+        call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": name, "arguments": {"a": argument}}}
+        dialogue: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a1b2c3d4e", "name": name, "content": result},
+        ]
+        try:
+            rendered = self._apply(dialogue)
+        except PromptError:
+            return False
+        return all(mark in rendered for mark in (name, argument, result))
+
+    def _shown(self, messages: Sequence[Message], marks: Sequence[str], layout: Layout) -> tuple[str, list[str]]:
         """The rendered template with a mark for each content, and the contents as it shows them: most
         templates leave them alone, some trim them or drop a part."""
-        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-        rendered = self._apply(marked)
+        marked = _marked(messages, marks)
+        rendered = layout(marked)
         contents = [message["content"] for message in messages]
-        if self._fill(rendered, marks, contents) == self._apply(messages):
+        if self._fill(rendered, marks, contents) == layout(messages):
             return rendered, contents
         for i, mark in enumerate(marks):
-            alone = self._apply([*marked[:i], messages[i], *marked[i + 1 :]])
+            alone = layout([*marked[:i], messages[i], *marked[i + 1 :]])
             before, found, after = rendered.partition(mark)
             shown = len(alone) - len(before) - len(after)
             if found and mark not in after and shown >= 0 and alone.startswith(before) and alone.endswith(after):
@@ -317,10 +347,11 @@ class Encoder:
             rendered = rendered.replace(mark, content)
         return rendered
 
-    def _apply(self, messages: Sequence[Message]) -> str:
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         try:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=True,
                 chat_template=None if self.template else PLAIN_TEMPLATE,
@@ -328,6 +359,10 @@ class Encoder:
         except Exception as error:  # jinja raises what the template's author chose
             roles = ", ".join(str(message["role"]) for message in messages)
             raise PromptError(f"the chat template refuses messages with roles [{roles}]: {error}") from error
+
+
+def _marked(messages: Sequence[Message], marks: Sequence[str]) -> list[Message]:
+    return [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
 
 
 def _template_text(tokenizer: Any) -> str | None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from packllm.decode.mined import MinedMember, translated
+from packllm.decode.rerank import best_answer
+from packllm.decode.segments import Writers
 from packllm.decode.tokens import Ensemble, Row, drop_small, generate_ids
-from packllm.errors import ContextOverflowError, MemberError, VocabularyError
-from packllm.member import Member, Session
+from packllm.decode.writer import Writer
+from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError
+from packllm.member import Member
 from packllm.options import Options
+from packllm.prefix import PrefixCache
 from packllm.prompt import Encoded, Prompt
 from packllm.results import Chunk, FinishReason, Usage
 from packllm.sampling import make_sampler
-from packllm.scoring import weights_of
+from packllm.scoring import prefill, weights_of
+from packllm.session import Session
+from packllm.structured import Constraint, make_grammar
 from packllm.text import TextStream
 from packllm.weights import Weights, find
 
@@ -32,39 +42,71 @@ class Request:
         members: the pack's members.
         options: the request's options.
         prompts: checked prompts (see prompt.check), at least one.
+        prefixes: earlier prompts that one prompt alone may start from, and is kept in.
 
     Attributes:
         encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
         sessions: open sessions by member index, one row a prompt; filled in by prefill().
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
         timings: seconds spent so far: prefill, weighting.
+        grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
+            every token of the answer once and in order.
     """
 
-    def __init__(self, members: Sequence[Member], options: Options, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        options: Options,
+        prompts: Sequence[Prompt],
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         self.members, self.options = members, options
         self._candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
             given = {name: value for name, value in options.weighting.items() if value != 0}
             self._candidates = [k for k, member in enumerate(members) if member.name in given]
             self.options = options.model_copy(update={"weighting": given})
+        if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
+            raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
+        self.grammar = make_grammar(options)
+        told = options.offered_tools, options.json_schema
         self.encoded: list[dict[int, Encoded]] = [
-            {k: members[k].encoder.encode(prompt, options.score_on) for k in self._candidates} for prompt in prompts
+            {k: members[k].encoder.encode(prompt, options.score_on, *told) for k in self._candidates}
+            for prompt in prompts
         ]
         self.sessions: dict[int, Session] = {}
+        self._failed: set[int] = set()
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
+        self._prefixes = prefixes if options.prefix_cache_mb and len(prompts) == 1 else None
+        self._cached: dict[int, int] = {}  # tokens of the prompt that were not read again, by member
 
-    def require_one_vocabulary(self) -> None:
-        """VocabularyError unless the members that may run decode in one vocabulary."""
+    def check_decoding(self) -> None:
+        """VocabularyError if the way of decoding asked for cannot serve the members that may run, OptionError if
+        it cannot keep to the form that the answer must have."""
+        if self.grammar is not None and self.options.decoding in ("cool", "cool+rerank"):
+            raise OptionError(
+                f"decoding={self.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
+                f"demands; use decoding='tokens' or 'mined'"
+            )
+        if self.options.decoding != "tokens" or self.options.weighting == "top1":
+            return
         first = self.members[self._candidates[0]]
         for k in self._candidates[1:]:
             member = self.members[k]
-            if not member.vocabulary.same_as(first.vocabulary) and self.options.weighting != "top1":
+            if not member.vocabulary.same_as(first.vocabulary):
                 raise VocabularyError(
-                    f"members {first.name!r} and {member.name!r} have different vocabularies; weighing them works, "
-                    f"decoding them together is not built yet: use weighting='top1', fixed weights on members of "
-                    f"one vocabulary, or a pack of such members"
+                    f"members {first.name!r} and {member.name!r} have different vocabularies, which "
+                    f"decoding='tokens' cannot fuse; use decoding='cool', 'mined' or 'auto'"
                 )
+
+    def check_room(self, lengths: dict[int, int]) -> None:
+        """ContextOverflowError unless each candidate's window holds each prompt and so many more tokens."""
+        for encoded in self.encoded:
+            for k, prompt in encoded.items():
+                window = self.members[k].context_window
+                if window is not None and len(prompt.ids) + lengths[k] > window:
+                    raise ContextOverflowError(self.members[k].name, window, len(prompt.ids), lengths[k])
 
     def limits(self, wanted: int | None) -> list[int]:
         """Tokens that each prompt may be followed by: `wanted`, or what fits up to the default.
@@ -94,34 +136,109 @@ class Request:
         """
         started = time.perf_counter()
         keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
-        logprobs: dict[int, list[Tensor]] = {}
-        for k in self._candidates:
-            session = self.members[k].open([encoded[k].ids for encoded in self.encoded])
-            try:
-                logprobs[k] = session.prefill([encoded[k].positions for encoded in self.encoded], keep)
-            except MemberError as error:
-                session.close()
-                last = k == self._candidates[-1] and not self.sessions
-                if self.options.on_member_error == "raise" or last:
-                    raise
-                log.warning("going on without a member: %s", error)
-                continue
-            self.sessions[k] = session
+        logprobs = self._score(self._candidates, keep)
+        if self.options.decoding == "mined" and not self.one_vocabulary(list(self.sessions)):
+            logprobs |= self._score(self._translate(logprobs), keep)
         self.timings["prefill"] = time.perf_counter() - started
         started = time.perf_counter()
-        live = list(self.sessions)
-        for row, encoded in enumerate(self.encoded):
-            weights = weights_of(
-                [self.sessions[k] for k in live],
-                row,
-                [encoded[k] for k in live],
-                [logprobs[k][row] for k in live],
-                self._options_for(live),
-            )
-            self.weights.append(drop_small(self._over_all(weights, live), self.options.min_weight))
+        while True:
+            live = list(self.sessions)
+            try:
+                self.weights = [self._weigh(row, live, logprobs) for row in range(len(self.encoded))]
+                break
+            except MemberError as error:  # where the weighting reads the logits first
+                failed = [k for k in live if self.members[k].name == error.member]
+                self._failed |= set(failed)
+                if self.options.on_member_error == "raise" or not failed or len(live) == 1:
+                    raise
+                log.warning("going on without a member: %s", error)
+                self.sessions.pop(failed[0]).close()
         for session in self.sessions.values():
             session.release()
         self.timings["weighting"] = time.perf_counter() - started
+
+    def _weigh(self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]]) -> Weights:
+        weights = self._weights_of(row, live, logprobs, self._options_for(live))
+        return drop_small(self._over_all(weights, live), self.options.min_weight)
+
+    def _weights_of(
+        self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]], options: Options
+    ) -> Weights:
+        encoded = [self.encoded[row][k] for k in live]
+        given = [logprobs[k][row] for k in live]
+        if not self.one_vocabulary(live):  # in one vocabulary all hide the same
+            unknown = [self.members[k].vocabulary.special.get("unk") for k in live]
+            given = [charged(*each) for each in zip(given, encoded, unknown, strict=True)]
+        return weights_of([self.sessions[k] for k in live], row, encoded, given, options)
+
+    def _score(self, which: Sequence[int], keep: bool) -> dict[int, list[Tensor | None]]:
+        """Open and prefill sessions: log-probabilities of the scored tokens per row, by member; None where the
+        weighting is to find them."""
+        engines: dict[int, list[int]] = {}
+        for k in which:
+            engines.setdefault(id(self.members[k].engine), []).append(k)
+        logprobs: dict[int, list[Tensor | None]] = {}
+        for sharing in engines.values():
+            self._score_together(sharing, keep, logprobs)
+        self.sessions = dict(sorted(self.sessions.items()))
+        return logprobs
+
+    def _score_together(self, sharing: Sequence[int], keep: bool, logprobs: dict[int, list[Tensor | None]]) -> None:
+        """Prefill the members of one engine in one pass, a row for each member and prompt. Those that fail are
+        left out, or raise."""
+        count = len(self.encoded)
+        # Late scores do not do where they tell which vocabulary is the reference.
+        late = keep and (self.options.decoding != "mined" or self.one_vocabulary(self._candidates))
+        while sharing:
+            prompts = [encoded[k] for k in sharing for encoded in self.encoded]
+            rows = [prompt.ids for prompt in prompts]
+            if len(sharing) == 1:
+                session = self.members[sharing[0]].open(rows)
+            else:
+                session = Session([self.members[k] for k in sharing for _ in self.encoded], rows)
+            scored = [prompt.positions for prompt in prompts]
+            prefixes = None if isinstance(session.member, MinedMember) else self._prefixes
+            cached = prefixes.resume(session, scored) if prefixes else 0
+            try:
+                observed = prefill(session, scored, keep or prefixes is not None, late and keep)
+            except MemberError as error:
+                session.close()
+                left = [k for k in sharing if self.members[k].name != error.member]
+                left = [] if len(left) == len(sharing) else left  # the pass failed for all of them
+                self._failed |= set(sharing) - set(left)
+                if self.options.on_member_error == "raise" or self._failed == set(self._candidates):
+                    raise
+                log.warning("going on without a member: %s", error)
+                sharing = left
+                continue
+            if prefixes:
+                prefixes.keep(session, self.options.prefix_cache_mb * 2**20)
+            for at, k in enumerate(sharing):
+                self._cached[k] = cached
+                rows_of = range(at * count, (at + 1) * count)
+                self.sessions[k] = session.take(rows_of) if len(sharing) > 1 else session
+                logprobs[k] = list(observed[at * count : (at + 1) * count])
+            return
+
+    def _translate(self, logprobs: dict[int, list[Tensor | None]]) -> list[int]:
+        """Put members of other vocabularies in the one of the reference: the lowest NLL per byte (paper §3.4).
+
+        Returns:
+            Those members; they have yet to read the prompt, in the reference's ids.
+        """
+        live = list(self.sessions)
+        by_byte = self.options.model_copy(update={"weighting": "top1", "unit": "byte"})
+        lowest = self._weights_of(0, live, logprobs, by_byte)
+        reference = live[max(range(len(live)), key=lowest.values.__getitem__)]
+        others = [k for k in live if not self.one_vocabulary([reference, k])]
+        members = list(self.members)
+        for k, member in zip(others, translated([members[k] for k in others], members[reference]), strict=True):
+            self.sessions.pop(k).close()
+            members[k] = member
+            self.encoded[0][k] = self.encoded[0][reference]
+        self.members = members
+        self.limits(0)
+        return others
 
     def _options_for(self, live: Sequence[int]) -> Options:
         """The options, with fixed weights renormalised over the members that are left."""
@@ -147,38 +264,124 @@ class Request:
         """
         started = time.perf_counter()
         options = self.options
-        limits = self.limits(options.max_tokens)
         try:
             self.prefill()
+            limits = self.limits(options.max_tokens)
             rows = [
                 Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed))
                 for weights in self.weights
             ]
+            for r, row in enumerate(rows):
+                if self._by_segments(r):
+                    if self.grammar is not None:
+                        raise VocabularyError(
+                            "the members that run have different vocabularies, and the form that json_schema or "
+                            "tool_choice demands is guaranteed in one only; use decoding='mined' or weighting='top1'"
+                        )
+                    for chunk in self._segments(r, row, limits[r], started):
+                        yield r, chunk
+                    row.done = True
             ensemble = Ensemble(self.sessions, rows, drop=options.on_member_error == "drop")
-            answers = [self._answer(r, row, ensemble.running(r), limits[r]) for r, row in enumerate(rows)]
+            answers = {
+                r: self._answer(r, row, ensemble.running(r), limits[r]) for r, row in enumerate(rows) if not row.done
+            }
             for r, token in generate_ids(ensemble, rows):
                 self.timings.setdefault("first_token", time.perf_counter() - started)
                 text, reason = answers[r].push(token)
                 rows[r].done = reason is not None
                 if reason is not None:
                     timings = {**self.timings, "total": time.perf_counter() - started}
-                    usage = Usage(answers[r].prompt_tokens, answers[r].count)
+                    usage = answers[r].usage
                     yield r, Chunk(text, rows[r].weights, reason, usage, timings)
                 elif text:
                     yield r, Chunk(text, rows[r].weights)
         finally:
             self.close()
 
+    def running(self, index: int) -> list[int]:
+        """Members that run for a prompt, once it is weighed."""
+        return [k for k in self.sessions if self.weights[index].values[k] != 0]
+
+    def one_vocabulary(self, which: Sequence[int]) -> bool:
+        """Whether these members share a vocabulary."""
+        first = self.members[which[0]].vocabulary
+        return all(self.members[k].vocabulary.same_as(first) for k in which[1:])
+
+    def _by_segments(self, index: int) -> bool:
+        decoding = self.options.decoding
+        return decoding in ("cool", "cool+rerank") or (
+            decoding == "auto" and not self.one_vocabulary(self.running(index))
+        )
+
+    def _segments(self, index: int, row: Row, limit: int, started: float) -> Generator[Chunk, None, None]:
+        """One prompt's answer by Cool-Fusion; `row` as in Ensemble."""
+        running = self.running(index)
+        top = max(running, key=lambda k: row.weights.values[k])
+        drop = self.options.on_member_error == "drop"
+
+        def writers(which: Sequence[int], row: Row) -> Writers:
+            made = {k: Writer(self._alone(k, index), len(self.encoded[index][k].ids)) for k in which}
+            return Writers(made, row, self.options.scoring, self.options.align, drop)
+
+        def stream() -> TextStream:
+            return TextStream(self.members[top].vocabulary, self.options.stop)
+
+        def last(text: str, reason: FinishReason, count: int) -> Chunk:
+            timings = {**self.timings, "total": time.perf_counter() - started}
+            usage = Usage(len(self.encoded[index][top].ids), count, self._cached.get(top, 0))
+            return Chunk(text, row.weights, reason, usage, timings)
+
+        if self.options.decoding == "cool+rerank" and len(running) > 1:
+            alone = [k for k in running if row.weights.values[k] > 0]
+            teams = (writers(which, replace(row)) for which in [running, *([k] for k in alone)])
+            best = best_answer(teams, lambda: writers(running, replace(row)), limit, stream, drop)
+            self.timings.setdefault("first_token", time.perf_counter() - started)
+            yield last(*best)
+            return
+        with closing(writers(running, row)) as together:
+            for text, reason, count in together.answer(limit, stream()):
+                self.timings.setdefault("first_token", time.perf_counter() - started)
+                if reason is not None:
+                    yield last(text, reason, count)
+                elif text:
+                    yield Chunk(text, row.weights)
+
+    def _alone(self, member: int, index: int) -> Session:
+        """A session of one row of the batch, to be changed freely."""
+        session = self.sessions[member].fork()
+        if session.rows > 1:
+            session.select([index])
+        return session
+
     def _answer(self, index: int, row: Row, running: Sequence[int], limit: int) -> Answer:
         top = max(running, key=lambda k: row.weights.values[k])
         ends = frozenset().union(*(self.members[k].end_ids for k in running))
-        text = TextStream(self.members[top].vocabulary, self.options.stop)
-        return Answer(text, ends, limit, len(self.encoded[index][top].ids))
+        vocabulary = self.members[top].vocabulary
+        prompt = Usage(len(self.encoded[index][top].ids), 0, self._cached.get(top, 0))
+        if self.grammar is None:
+            return Answer(TextStream(vocabulary, self.options.stop), ends, limit, prompt)
+        constraint = Constraint(self.grammar, vocabulary, ends, limit)
+        row.sample = constraint.wrap(row.sample)
+        return Answer(TextStream(vocabulary), ends, limit, prompt, constraint)
 
     def close(self) -> None:
         """Free the caches."""
         for session in self.sessions.values():
             session.close()
+
+
+def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
+    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
+
+    The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
+    """
+    if logprobs is None or unknown is None:
+        return logprobs
+    hidden = [
+        len(encoded.text[start:end].encode()) if encoded.ids[at] == unknown else 0
+        for at, start, end in zip(encoded.positions, encoded.starts, encoded.ends, strict=True)
+    ]
+    return logprobs - math.log(256) * torch.tensor(hidden, dtype=torch.float64)
 
 
 class Answer:
@@ -188,15 +391,27 @@ class Answer:
         text: turns tokens into text.
         ends: ids that end an answer.
         limit: most tokens.
-        prompt_tokens: length of the prompt, for the usage.
+        prompt: the usage before the first token.
+        constraint: the form that the answer has, if one is guaranteed.
 
     Attributes:
         count: tokens so far, without the one that ended the answer.
     """
 
-    def __init__(self, text: TextStream, ends: frozenset[int], limit: int, prompt_tokens: int) -> None:
-        self._text, self._ends, self._limit = text, ends, limit
-        self.prompt_tokens, self.count = prompt_tokens, 0
+    def __init__(
+        self,
+        text: TextStream,
+        ends: frozenset[int],
+        limit: int,
+        prompt: Usage,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self._text, self._ends, self._limit, self._constraint = text, ends, limit, constraint
+        self._prompt, self.count = prompt, 0
+
+    @property
+    def usage(self) -> Usage:
+        return replace(self._prompt, completion_tokens=self.count)
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that one more token makes sure, and why the answer ends with it, if it does."""
@@ -206,6 +421,8 @@ class Answer:
         text = self._text.push(token)
         if self._text.stopped:
             return text, "stop"
+        if self._constraint is not None and self._constraint.complete:
+            return text + self._text.finish(), "length" if self._constraint.cut else "stop"
         if self.count < self._limit:
             return text, None
         text += self._text.finish()

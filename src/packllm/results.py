@@ -12,10 +12,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one request, in the tokenizer of its top-weighted member."""
+    """Token counts of one request, in the tokenizer of its top-weighted member.
+
+    Attributes:
+        cached_tokens: of the prompt, those that an earlier request had read. Two usages that differ here only are
+            equal: it says what was saved, not what was asked.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def total_tokens(self) -> int:
@@ -25,6 +31,7 @@ class Usage:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
             "total_tokens": self.total_tokens,
         }
 

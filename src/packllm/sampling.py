@@ -13,26 +13,82 @@ _LEAST_TEMPERATURE = 1e-30
 """Below this, dividing in float32 makes every log-probability -infinity; the distribution is one-hot long before."""
 
 
-def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Sampler:
+class Greedy:
+    """Takes the likeliest token, of equals the smallest id. Its verbs are those of Random."""
+
+    def __call__(self, logprobs: Tensor) -> int:
+        return int(logprobs.argmax())
+
+    def distribution(self, logprobs: Tensor) -> Tensor:
+        return logprobs
+
+    def draw(self, distribution: Tensor) -> int:
+        return int(distribution.argmax())
+
+    def judge(self, drafted: int, draft: Tensor, target: Tensor) -> int:
+        return self.draw(target)
+
+    def overlap(self, draft: Tensor, target: Tensor) -> float:
+        return float(self.draw(draft) == self.draw(target))
+
+
+class Random:
+    """Draws a token at random, after temperature, top_k and top_p.
+
+    Args:
+        temperature, top_p, top_k: see make_sampler; the temperature is above 0.
+        seed: of this sampler's own random numbers; None: a new one each time.
+    """
+
+    def __init__(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> None:
+        self._filters = temperature, top_p, top_k
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def __call__(self, logprobs: Tensor) -> int:
+        scaled, ids = filtered(logprobs, *self._filters)
+        drawn = self.draw(scaled.softmax(-1).cpu())
+        return drawn if ids is None else int(ids[drawn])
+
+    def distribution(self, logprobs: Tensor) -> Tensor:
+        """float32 (V,) on the CPU: the probabilities that a token is drawn with."""
+        scaled, ids = filtered(logprobs, *self._filters)
+        probabilities = scaled.softmax(-1)
+        if ids is not None:
+            probabilities = torch.zeros_like(logprobs).scatter_(0, ids, probabilities)
+        return probabilities.cpu()
+
+    def draw(self, distribution: Tensor) -> int:
+        return int(torch.multinomial(distribution, 1, generator=self._generator))
+
+    def judge(self, drafted: int, draft: Tensor, target: Tensor) -> int:
+        """A token distributed as `target`, and the drafted one as often as can be: it is accepted with probability
+        min(1, target/draft), and else replaced by a draw from what target has above draft (arXiv 2211.17192).
+
+        Args:
+            drafted: a token drawn from `draft`.
+            draft, target: distributions (V,).
+        """
+        if float(torch.rand((), generator=self._generator)) * float(draft[drafted]) < float(target[drafted]):
+            return drafted
+        rest = (target - draft).clamp_min(0)
+        return self.draw(rest if rest.sum() > 0 else target)  # equal up to rounding: nothing is left
+
+    def overlap(self, draft: Tensor, target: Tensor) -> float:
+        """The probability that judge() accepts."""
+        return float(torch.minimum(draft, target).sum())
+
+
+def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Greedy | Random:
     """A function from log-probabilities (V,) to a token id.
 
     temperature 0 is greedy (the smallest id of equals). Otherwise the distribution is raised to
     1/temperature, cut to the top_k likeliest, then to the smallest set that reaches top_p, and sampled.
     """
-    if temperature == 0:
-        return lambda logprobs: int(logprobs.argmax())
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-
-    def sample(logprobs: Tensor) -> int:
-        scaled, ids = filtered(logprobs, temperature, top_p, top_k)
-        drawn = torch.multinomial(scaled.softmax(-1).cpu(), 1, generator=generator)
-        return int(drawn if ids is None else ids[drawn])
-
-    return sample
+    return Greedy() if temperature == 0 else Random(temperature, top_p, top_k, seed)
 
 
 def filtered(logprobs: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:

@@ -29,6 +29,10 @@ class TextStream:
         """Text that is sure after one more token; often empty."""
         return self._release(self._decoder.decode(self._vocabulary.text_bytes(token_id)))
 
+    def push_text(self, text: str) -> str:
+        """Text that is sure after a piece that is no token but whole characters."""
+        return self._release(text)
+
     def finish(self) -> str:
         """What was still held back, once no more tokens come."""
         text = self._release(self._decoder.decode(b"", final=True))

@@ -1,12 +1,19 @@
-"""What each token id of a tokenizer means, as bytes."""
+"""What each token id of a tokenizer means, as bytes.
+
+Joined, the bytes of encode(text) are the text as the tokenizer itself normalises it, and nothing else: Unicode's NFC
+(GPT-NeoX, Qwen), a space put before the text (SentencePiece), "▁" read as the space it stands for, words that each
+end in one space (</w>). Byte-level tokenizers without a normaliser (GPT-2, Llama-3) give the text back as it is. A byte or word for which a
+tokenizer has no token is its unknown token, or is dropped (SmolLM2: six control characters).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,30 +31,47 @@ class Vocabulary:
     Attributes:
         tokens: bytes that each id decodes to, by id; b"" for an id that the tokenizer does not use. Added
             and special tokens have their spelling, although they never stand for that text.
-        special: id by role: "bos", "eos", "pad", "unk", where the tokenizer has one.
+        special: id by role: "bos", "eos", "pad", "unk", "end_of_turn", where the tokenizer has one.
         control: ids of special tokens: they steer a model and are never text.
         unused: ids below len(tokens) that no token has; a model must not emit them.
+        shadowed: byte-fallback pieces of bytes that other pieces spell too (<0x41> beside A): the tokenizer
+            never writes them.
     """
 
     tokens: list[bytes]
     special: dict[str, int]
     control: frozenset[int]
     unused: frozenset[int]
+    shadowed: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @cached_property
+    def text(self) -> list[int]:
+        """Ids of tokens that stand for text, ascending."""
+        return [i for i, token in enumerate(self.tokens) if token and i not in self.control]
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the content: equal for tokenizers that map every id to the same byte string."""
-        digest = hashlib.sha256()
-        for token in self.tokens:
-            digest.update(len(token).to_bytes(4, "big") + token)
-        return digest.hexdigest()
+        lengths = array("I", map(len, self.tokens))  # tell where each token ends
+        return hashlib.sha256(lengths.tobytes() + b"".join(self.tokens)).hexdigest()
 
     def same_as(self, other: Vocabulary) -> bool:
         """Whether both map every id to the same byte string, whatever the tokenizers are called."""
         return self is other or self.fingerprint == other.fingerprint
+
+    def first(self, size: int) -> Vocabulary:
+        """The first `size` ids alone, as a model with fewer rows than its tokenizer has them."""
+        if size >= len(self):
+            return self
+        sets = [frozenset(i for i in ids if i < size) for ids in (self.control, self.unused, self.shadowed)]
+        return Vocabulary(self.tokens[:size], {r: i for r, i in self.special.items() if i < size}, *sets)
+
+    def with_role(self, role: str, token_id: int) -> Vocabulary:
+        """This vocabulary with one more special token."""
+        return replace(self, special={**self.special, role: token_id}, control=self.control | {token_id})
 
     def text_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text: none for a control token."""
@@ -85,7 +109,15 @@ class Vocabulary:
             if token_id is not None:
                 special[role] = int(token_id)
         control = {token["id"] for token in added.values() if token["special"]} | set(special.values())
-        return cls(tokens, special, frozenset(control), frozenset(i for i in range(size) if not used[i]))
+        fallback = {i: tokens[i] for piece, i in ids.items() if _BYTE_TOKEN.fullmatch(piece) and len(tokens[i]) == 1}
+        spelled = {tokens[i] for i in ids.values() if i not in fallback}
+        return cls(
+            tokens,
+            special,
+            control=frozenset(control),
+            unused=frozenset(i for i in range(size) if not used[i]),
+            shadowed=frozenset(i for i, byte in fallback.items() if byte in spelled),
+        )
 
 
 def tokenizer_json(tokenizer: Any) -> dict[str, Any]:

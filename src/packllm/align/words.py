@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ class Scored:
     ends: list[int]
     positions: list[int]
     logprobs: Tensor
+
+
+def offsets(text: str, tokens: Sequence[bytes]) -> tuple[list[int], list[int]] | None:
+    """Character offsets (starts, ends) in `text` of the tokens that spell it; None if they spell something else.
+
+    A token of some bytes of a character has the offsets of the character.
+    """
+    if b"".join(tokens) != text.encode() or not all(tokens):
+        return None
+    character_at = [at for at, character in enumerate(text) for _ in character.encode()]
+    cuts = [0, *accumulate(map(len, tokens))]
+    return [character_at[cut] for cut in cuts[:-1]], [character_at[cut - 1] + 1 for cut in cuts[1:]]
 
 
 def common_tokens(members: Sequence[Scored]) -> list[Scored] | None:

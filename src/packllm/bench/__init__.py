@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from packllm.bench import figures
+from packllm.bench import figures, speed
 from packllm.bench.report import Report, show
 from packllm.bench.subjects import build, machine, text_of
+from packllm.errors import OptionError
 
 __all__ = ["Report", "run", "show"]
 
 MEMORY_TOKENS = 4096
 DECODE_PROMPT, DECODE_TOKENS = 64, 48
+CONTEXT_TOKENS = 2000
+GROUPS = ("weighting", "memory", "decoding", "speculation", "prefix", "batches", "naive", "start")
 QUICK_TOKENS = 48
 
 
-def run(models: Sequence[str] | None, *, tokens: int, members: int, repeat: int, quick: bool) -> Report:
-    """All figures.
+def run(
+    models: Sequence[str] | None, *, tokens: int, members: int, repeat: int, quick: bool, only: Sequence[str] = ()
+) -> Report:
+    """The figures.
 
     Args:
         models: specs as Pack.load takes them; None: the starter pack, or random members where it is absent.
@@ -28,7 +33,13 @@ def run(models: Sequence[str] | None, *, tokens: int, members: int, repeat: int,
         members: K.
         repeat: repeats of each measurement.
         quick: lengths of a few tokens, one repeat: only to see that everything runs.
+        only: groups to measure, of GROUPS; all if empty.
+
+    Raises:
+        OptionError: a group that does not exist.
     """
+    if unknown := [name for name in only if name not in GROUPS]:
+        raise OptionError(f"only={unknown[0]!r} is unknown; valid: {', '.join(GROUPS)}")
     pack, notes = build(models, members, quick)
     for member in pack:
         member.end_ids = frozenset()  # every run is to decode the same number of tokens
@@ -53,8 +64,18 @@ def run(models: Sequence[str] | None, *, tokens: int, members: int, repeat: int,
         "quick": quick,
     }
     report = Report(machine(), setting, notes=notes)
-    figures.weighting(report, pack, text_of(pack, tokens), repeat)
-    figures.memory(report, pack, text_of(pack, memory_tokens))
-    figures.decoding(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat)
-    figures.start(report, skip=quick)
+    long = min(room - 64, 2 * QUICK_TOKENS if quick else CONTEXT_TOKENS)
+    naive_prompt, naive_tokens, samples = (16, 4, 2) if quick else (min(room // 2, 256), min(room // 2, 64), 4)
+    groups = {
+        "weighting": lambda: figures.weighting(report, pack, text_of(pack, tokens), repeat),
+        "memory": lambda: figures.memory(report, pack, text_of(pack, memory_tokens)),
+        "decoding": lambda: figures.decoding(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "speculation": lambda: speed.speculation(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "prefix": lambda: speed.prefix(report, pack, text_of(pack, long), 1 if quick else min(repeat, 3)),
+        "batches": lambda: speed.batches(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "naive": lambda: speed.naive(report, pack, text_of(pack, naive_prompt), naive_tokens, samples),
+        "start": lambda: figures.start(report, skip=quick),
+    }
+    for name in only or GROUPS:
+        groups[name]()
     return report

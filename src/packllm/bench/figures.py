@@ -97,25 +97,27 @@ def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, 
     def note(name: str, seconds: float) -> None:
         spent.setdefault(name, []).append(seconds)
 
-    _pack_step(singles[0], text)
+    pack_step(singles[0], text)
     _generate_step(first, text, tokens)
     for _ in bar(range(repeat), "Decoding"):
         note("token_generate", _generate_step(first, text, tokens))
         for at, single in enumerate(singles):
-            note(f"token_alone_{at}", _pack_step(single, text))
+            note(f"token_alone_{at}", pack_step(single, text))
             if at == 0:  # next to what it is compared with
-                note("token_one_hot", _pack_step(pack, text, weighting={first.name: 1.0}))
+                note("token_one_hot", pack_step(pack, text, weighting={first.name: 1.0}))
         with suppress(VocabularyError):
-            note("token_fused", _pack_step(pack, text, weighting=even))
+            note("token_fused", pack_step(pack, text, weighting=even, decoding="tokens"))
     alone = [spent[f"token_alone_{at}"] for at in range(len(members))]
     spent["token_alone_sum"] = [sum(values) for values in zip(*alone, strict=True)]
     report.figures["decoding.alone"] = ratio(alone[0], spent["token_generate"])
     report.figures["decoding.one_hot"] = ratio(spent["token_one_hot"], alone[0])
     report.figures["decoding.fused"] = ratio(spent.get("token_fused"), spent["token_alone_sum"])
+    if len({id(member.engine) for member in members}) == 1:
+        report.figures["decoding.one_batch"] = ratio(spent["token_fused"], alone[0])
     report.seconds |= {name: median(values) for name, values in spent.items()}
 
 
-def _pack_step(pack: Pack, text: str, **options: Any) -> float:
+def pack_step(pack: Pack, text: str, **options: Any) -> float:
     generation = pack.generate(text, **options)
     timings = generation.timings
     return (timings["total"] - timings["first_token"]) / (generation.usage.completion_tokens - 1)

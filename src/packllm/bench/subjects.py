@@ -19,7 +19,7 @@ from packllm.load import Loader
 from packllm.member import Member
 
 NOISE = 0.05
-"""Of a matrix's standard deviation, in the copies that fill up a pack."""
+"""Noise in the copies that fill up a pack, of a matrix's standard deviation."""
 
 
 def build(models: Sequence[str] | None, count: int, quick: bool = False) -> tuple[list[Member], list[str]]:
@@ -46,15 +46,19 @@ def starter_is_here() -> bool:
     return starter.base_model() != starter.HUB_ID and all((folder / name).is_dir() for name in starter.EXPERTS)
 
 
-def noisy_copy(member: Member, seed: int) -> Member:
-    """A member with weights of its own that predicts almost the same."""
-    model = copy.deepcopy(member.model)
+def noisy_copy(member: Member, seed: int, noise: float = NOISE) -> Member:
+    """A member with weights of its own that predicts almost the same.
+
+    Args:
+        noise: standard deviation of what is added to a matrix, over that matrix's own.
+    """
+    model = copy.deepcopy(member.merged())
     generator = torch.Generator(device=member.device).manual_seed(seed)
     with torch.inference_mode():
         for weight in model.parameters():
             if weight.dim() > 1:
-                noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
-                weight.add_((noise * weight.float().std() * NOISE).to(weight.dtype))
+                drawn = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
+                weight.add_((drawn * weight.float().std() * noise).to(weight.dtype))
     return Member(model, member.tokenizer, f"{member.name}-noise{seed}", member.encoder)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from packllm.member import BLOCK_BYTES, Session
 from packllm.pool import fuse
+from packllm.session import BLOCK_BYTES, Session
 from packllm.weights.result import Weights
 
 
@@ -43,3 +44,33 @@ def continuation_logprobs(
                 targets = torch.tensor(ids[at + 1 : at + 1 + fused.shape[1]], dtype=torch.long)
                 totals[row] += float(fused[row, : len(targets)].gather(-1, targets[:, None]).double().sum())
         yield from totals
+
+
+def read(session: Session, here: Tensor, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Put one continuation a row through a session of that many rows, all in one batched forward (in blocks of
+    columns, where their logits take more than BLOCK_BYTES).
+
+    Shorter rows are padded on the right; what comes before does not look at it. The padding stays in the cache.
+
+    Args:
+        session: one row per continuation, all at the same point of the same text.
+        here: float32 (V,), distribution of the next token at that point.
+        rows: token ids, each at least one.
+
+    Returns:
+        Per row, float64 (n,) log-probabilities of its tokens, on the CPU, and float32 (V,), the distribution
+        of the token after them.
+    """
+    width = max(map(len, rows))
+    padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows])
+    logprobs = [[float(here[ids[0]])] for ids in rows]
+    after: list[Tensor] = [here] * len(rows)
+    step = max(1, BLOCK_BYTES // (4 * here.shape[0] * len(rows)))
+    for at in range(0, width, step):
+        block = session.extend(padded[:, at : at + step])
+        for row, ids in enumerate(rows):
+            targets = torch.tensor(ids[at + 1 : at + step + 1], dtype=torch.long, device=block.device)
+            logprobs[row] += block[row, : len(targets)].gather(-1, targets[:, None])[:, 0].tolist()
+            if at < len(ids) <= at + step:
+                after[row] = block[row, len(ids) - 1 - at].clone()  # the rest of the block may go
+    return [torch.tensor(row, dtype=torch.float64) for row in logprobs], after

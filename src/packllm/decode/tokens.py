@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from packllm.decode.devices import across_devices
 from packllm.errors import MemberError
-from packllm.member import Session
 from packllm.pool import fuse
 from packllm.sampling import Sampler
+from packllm.session import Session
 from packllm.weights.result import Weights
 
 log = logging.getLogger("packllm")
@@ -26,76 +28,184 @@ class Row:
     Attributes:
         weights: final weights; members at 0 do not run.
         sample: chooses a token from the fused log-probabilities.
+        limit: most tokens that will be read.
         done: set by whoever reads the tokens, to end this row.
+        drafted, accepted: tokens that one member proposed ahead of the others, and those of them that the answer
+            took over.
     """
 
     weights: Weights
     sample: Sampler
+    limit: int = 2**31
     done: bool = False
+    drafted: int = 0
+    accepted: int = 0
+
+
+Slot = tuple[int, int]
+"""(member, row of the batch)."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """A session of the ensemble, the slot that each of its rows stands for, and the role they play."""
+
+    session: Session
+    slots: list[Slot]
+    role: Hashable = None
+
+    def keep(self, slots: Sequence[Slot]) -> None:
+        """Go on with these slots only, of which there is at least one."""
+        if len(slots) < len(self.slots):
+            self.session.select([self.slots.index(slot) for slot in slots])
+            self.slots = list(slots)
+
+    def divided(self, role: Callable[[Slot], Hashable]) -> list[Lane]:
+        """A lane for each role among the slots."""
+        roles = dict.fromkeys(map(role, self.slots))
+        if len(roles) == 1:
+            return [Lane(self.session, self.slots, *roles)]
+        rows = {one: [at for at, slot in enumerate(self.slots) if role(slot) == one] for one in roles}
+        lanes = [Lane(self.session.take(at), [self.slots[i] for i in at], one) for one, at in rows.items()]
+        self.session.close()
+        return lanes
 
 
 class Ensemble:
-    """The sessions of the members that run, each over the rows where its weight is not 0.
+    """The sessions of the members that run, each over the rows where its weight is not 0. Members that share
+    an engine run as rows of one session, in one pass.
 
     Args:
-        sessions: open, prefilled sessions by member index, each over all rows of the batch.
+        sessions: open, prefilled sessions by member index, each over all rows of the batch; used up.
         rows: the batch; a row's weights may lose a member that fails.
         drop: go on without a member that fails, instead of raising.
     """
 
     def __init__(self, sessions: dict[int, Session], rows: Sequence[Row], drop: bool = False) -> None:
         self._rows, self._drop = rows, drop
-        self._sessions = dict(sessions)
-        self._members = {k: list(range(len(rows))) for k in sessions}  # rows of each session, in its order
+        self._lanes = [Lane(session, [(k, r) for r in range(len(rows))]) for k, session in sessions.items()]
+        self.arrange()
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """What runs in one pass each."""
+        return self._lanes
+
+    def arrange(self, role: Callable[[Slot], Hashable] = lambda slot: None) -> None:
+        """Group the slots: those of one engine and one role run in one pass. What is done leaves."""
         self._retire()
+        groups: dict[tuple[int, Hashable], list[Lane]] = {}
+        for lane in self._lanes:
+            for part in lane.divided(role):
+                key = id(part.session.engine if part.session.joinable() else lane), part.role
+                groups.setdefault(key, []).append(part)
+        self._lanes = [
+            Lane(Session.join([lane.session for lane in lanes]), [slot for lane in lanes for slot in lane.slots], kind)
+            for (_, kind), lanes in groups.items()
+        ]
 
     def _retire(self) -> None:
-        """Let go of rows that are done or give a member no weight, and of members without rows."""
-        for k, session in list(self._sessions.items()):
-            here = self._members[k]
-            keep = [r for r in here if not self._rows[r].done and self._rows[r].weights.values[k] != 0]
-            if not keep:
-                session.close()
-                del self._sessions[k], self._members[k]
-            elif len(keep) < len(here):
-                session.select([here.index(r) for r in keep])
-                self._members[k] = keep
+        """Let go of rows that are done or give a member no weight, and of sessions without rows."""
+        for lane in list(self._lanes):
+            rows = self._rows
+            left = [(k, r) for k, r in lane.slots if not rows[r].done and rows[r].weights.values[k] != 0]
+            if left:
+                lane.keep(left)
+            else:
+                lane.session.close()
+                self._lanes.remove(lane)
 
     def running(self, row: int) -> list[int]:
-        """Indices of the members that run for a row."""
-        return [k for k in self._sessions if row in self._members[k]]
+        """Indices of the members that run for a row, ascending."""
+        return sorted(k for lane in self._lanes for k, r in lane.slots if r == row)
+
+    def top(self, row: int) -> int:
+        """The running member with the largest weight, the first of equals."""
+        return max(self.running(row), key=self._rows[row].weights.values.__getitem__)
+
+    def parts(self, row: int) -> dict[int, Tensor]:
+        """float32 (V_k,), each running member's next-token log-probabilities for a row."""
+        return {
+            k: lane.session.logprobs[at] for lane in self._lanes for at, (k, r) in enumerate(lane.slots) if r == row
+        }
 
     def fused(self, row: int) -> Tensor:
         """The fused next-token distribution of a row: float32 (V,) log-probabilities."""
-        running = self.running(row)
-        parts = [self._sessions[k].logprobs[self._members[k].index(row)] for k in running]
-        size = min(part.shape[0] for part in parts)  # rows that one member lacks carry no mass
-        values = self._rows[row].weights.values
-        stacked = torch.stack([part[:size].to(parts[0].device) for part in parts])
-        return fuse(stacked, [values[k] for k in running], self._rows[row].weights.pool)
+        return fused_row(self.parts(row), self._rows[row].weights)
 
-    def step(self, tokens: dict[int, int]) -> None:
+    def step(self, tokens: Mapping[int, int]) -> None:
         """Append a token to each of the given rows; rows not named must be done."""
         self._retire()
-        for k, session in list(self._sessions.items()):
-            try:
-                session.step([tokens[r] for r in self._members[k]])
-            except MemberError as error:
-                self._lose(k, error)
+        self.extend({r: [token] for r, token in tokens.items()})
 
-    def _lose(self, member: int, error: MemberError) -> None:
-        affected = self._members[member]
-        if not self._drop or any(len(self.running(r)) == 1 for r in affected):
+    def extend(
+        self, blocks: Mapping[int, Sequence[int]], among: Callable[[Lane], bool] = lambda lane: True
+    ) -> dict[Slot, Tensor]:
+        """Append a block of tokens to each slot of some lanes, in one pass a lane.
+
+        Args:
+            blocks: tokens of each row that these lanes have slots of, of one length.
+            among: the lanes to run.
+
+        Returns:
+            float32 (n, V_k) for each slot that did not fail, the log-probabilities after each token.
+        """
+        lanes = [lane for lane in self._lanes if among(lane)]
+        runs = [partial(lane.session.extend, torch.tensor([blocks[r] for _, r in lane.slots])) for lane in lanes]
+        failures = across_devices([lane.session.engine.device for lane in lanes], runs, self._drop)
+        for lane, failure in zip(lanes, failures, strict=True):
+            if failure is not None:
+                self._lose(lane, failure)
+        return {
+            slot: part
+            for lane in lanes
+            if lane in self._lanes
+            for slot, part in zip(lane.slots, lane.session.block, strict=True)
+        }
+
+    def forget(self, counts: Mapping[int, int]) -> None:
+        """Drop the last tokens of each row again, so many as given; rows not named must be done."""
+        common = min(counts.values())
+        for lane in self._lanes:
+            lane.session.forget([counts.get(r, common) for _, r in lane.slots], common)
+
+    def _lose(self, lane: Lane, error: Exception) -> None:
+        """Go on without the member that failed, or raise."""
+        if not isinstance(error, MemberError):
+            raise error
+        owners = lane.session.owners
+        named = [slot for slot, owner in zip(lane.slots, owners, strict=True) if owner.name == error.member]
+        failed = {k for k, _ in named or lane.slots}  # a failed pass names all its members, and takes all along
+        lost = [(k, r) for k, r in lane.slots if k in failed]
+        if not self._drop or any({(k, r) for k in self.running(r)} <= set(lost) for _, r in lost):
             raise error
         log.warning("going on without a member: %s", error)
-        for r in affected:
-            self._rows[r].weights = without(self._rows[r].weights, member)
-        self._sessions.pop(member).close()
-        del self._members[member]
+        for k, r in lost:
+            self._rows[r].weights = without(self._rows[r].weights, k)
+        left = [slot for slot in lane.slots if slot[0] not in failed]
+        if not left:
+            lane.session.close()
+            self._lanes.remove(lane)
+            return
+        lane.keep(left)
+        try:
+            lane.session.check()
+        except MemberError as another:
+            self._lose(lane, another)
 
     def close(self) -> None:
-        for session in self._sessions.values():
-            session.close()
+        for lane in self._lanes:
+            lane.session.close()
+
+
+def fused_row(parts: dict[int, Tensor], weights: Weights) -> Tensor:
+    """Log-probabilities (..., V) by member index, fused under a row's weights; ids that one member lacks carry
+    no mass."""
+    members = sorted(parts)
+    size = min(parts[k].shape[-1] for k in members)
+    device = parts[members[0]].device
+    stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
+    return fuse(stacked, [weights.values[k] for k in members], weights.pool)
 
 
 def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from packllm.errors import OptionError, WeightsError
 from packllm.options import Options, make_options
-from packllm.weights import dexperts, exact, exhaustive, opt, simple
+from packllm.weights import cbtm, dexperts, exact, exhaustive, opt, router, simple
 from packllm.weights import em as _em
 from packllm.weights.em import em
 from packllm.weights.problem import (
@@ -19,7 +18,6 @@ from packllm.weights.problem import (
     Solution,
     TensorSource,
     Weighting,
-    observed_logprobs,
 )
 from packllm.weights.result import Pool, Unit, Weights
 
@@ -47,6 +45,9 @@ WEIGHTINGS: dict[str, Weighting] = {
     "exact": Weighting("log", exact.solve, needs_logits=True),
     "map": Weighting("log", exact.solve_map, needs_logits=True),
     "dexperts": Weighting("log", dexperts.solve),
+    "dexperts-opt": Weighting("log", dexperts.solve_opt, needs_logits=True),
+    "cbtm": Weighting("linear", cbtm.solve),
+    "router": Weighting("linear", router.solve),
 }
 
 
@@ -77,7 +78,7 @@ def fixed(weights: dict[str, float], names: tuple[str, ...], pool: Pool) -> tupl
 
 def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
     """Weights of a prompt's problem under `options.weighting` and `options.pool`."""
-    scored = problem.logprobs.shape[1]
+    scored = problem.scored
     if isinstance(options.weighting, dict):
         pool = options.pool or "linear"
         solution, strategy = Solution(fixed(options.weighting, problem.names, pool)), "fixed"
@@ -118,6 +119,7 @@ def solve(name: str, logits: Tensor | LogitSource, targets: Tensor, **options: A
     Raises:
         OptionError: an unknown weighting or option.
         WeightsError: shapes that do not fit.
+        MemberError: logits that are NaN or +infinity, or a position where all are -infinity.
     """
     find(name)
     source: LogitSource = TensorSource(logits) if isinstance(logits, Tensor) else logits
@@ -126,12 +128,5 @@ def solve(name: str, logits: Tensor | LogitSource, targets: Tensor, **options: A
         raise WeightsError(f"targets have shape {tuple(targets.shape)}, logits ask for ({positions},)")
     if positions and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise WeightsError(f"targets must be token ids in 0..{vocabulary - 1}")
-    observed = observed_logprobs(source, targets)
-    problem = Problem(
-        names=tuple(str(k) for k in range(members)),
-        logprobs=observed,
-        nll=-observed.mean(dim=1) if positions else torch.zeros(members, dtype=torch.float64),
-        source=source,
-        targets=targets,
-    )
+    problem = Problem(tuple(str(k) for k in range(members)), source=source, targets=targets)
     return weigh(problem, make_options({**options, "weighting": name}))

@@ -21,7 +21,8 @@ TIE = 1e-6
 WORKSPACE = 2**20
 """Most floats in one working tensor: it stays in a CPU's cache, and still fills a GPU."""
 
-_NOTHING = -1e4  # margin of a row without mass: exp() of it is exactly 0, its square is finite
+NOTHING = -1e4
+"""Margin of a row without mass: exp() of it is exactly 0, its square is finite."""
 
 
 def usable(problem: Problem) -> list[int]:
@@ -55,7 +56,13 @@ def margins(source: LogitSource, targets: Tensor, members: Sequence[int], positi
         for rows, logits in zip(part.split(share), block.split(share, dim=1), strict=True):
             observed = targets[rows.to(targets.device)].to(block.device)[:, None]
             margin = logits - logits.gather(-1, observed.expand(len(members), -1, -1))
-            yield margin.masked_fill_(margin.amin(dim=0) == -math.inf, _NOTHING) if holes else margin
+            yield margin.masked_fill_(margin.amin(dim=0) == -math.inf, NOTHING) if holes else margin
+
+
+def pool(block: Tensor, weights: np.ndarray) -> Tensor:
+    """Σ_k λ_k s_k of logits (K, b, V): float32 (b, V), −inf wherever a member says −inf, whatever its weight."""
+    scale = torch.from_numpy(weights).to(block).clamp_min(1e-30)  # 0 · −inf would be no number
+    return (scale @ block.flatten(1)).view(block.shape[1:])
 
 
 def grid_losses(points: Tensor, margin: Tensor) -> Tensor:

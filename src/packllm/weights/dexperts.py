@@ -1,9 +1,13 @@
-"""dexperts: fixed weights on base, expert and anti-expert (Liu et al. 2021, PackLLM arXiv 2404.11531, Eq. 9)."""
+"""dexperts: weights (1, α, −α) on base, expert and anti-expert (Liu et al. 2021, PackLLM arXiv 2404.11531, Eq. 9),
+with α given or, in dexperts-opt, picked on the prompt."""
 
 from __future__ import annotations
 
+import torch
+
 from packllm.errors import WeightsError
 from packllm.options import Options
+from packllm.weights.blocks import STEPS, grid_search, usable
 from packllm.weights.problem import Problem, Solution
 
 
@@ -19,3 +23,15 @@ def solve(problem: Problem, options: Options) -> Solution:
             f"got {len(problem.names)}: {', '.join(problem.names)}"
         )
     return Solution((1.0, options.alpha, -options.alpha))
+
+
+def solve_opt(problem: Problem, options: Options) -> Solution:
+    """Weights (1, α, −α) with the α of {0, .05, ..., 1} of lowest prompt NLL; equal losses go to the smaller."""
+    base = (solve(problem, options).values[0], 0.0, 0.0)
+    if len(usable(problem)) < 3:
+        problem.logits("dexperts-opt")
+        return Solution(base, -float(problem.logprobs[0].mean()))
+    strength = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
+    points = torch.stack((torch.ones_like(strength), strength, -strength), dim=1)
+    chosen, loss = grid_search(problem, "dexperts-opt", range(3), points)
+    return Solution(tuple(points[chosen].tolist()), loss)

@@ -1,33 +1,38 @@
 """exact: the global minimum of PackLLM's Eq. 3 with a certificate; map: the same with a prior (METHODS §3).
 
-The loss f(λ) = mean_i [logsumexp_v Σ_k λ_k s_k(v) − Σ_k λ_k s_k(x_i)] is convex. Newton steps on the simplex
-run first on a sample of positions whose margins are kept, which costs little and ends near the optimum; a
-few passes over all positions (two, typically) finish and certify.
+The loss f(λ) = mean_i [logsumexp_v Σ_k λ_k s_k(v) − Σ_k λ_k s_k(x_i)] is convex. One pass over the logits, which
+also gives the members' own scores, builds a compact lower bound of it (see minorant.py), block by block and each
+at the minimiser of what came before. A second pass evaluates f at the minimiser λ of the whole bound and makes the
+bound touch f there; f(λ) less the new minimum of the bound is the certificate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from packllm.options import Options
 from packllm.weights import simple
-from packllm.weights.blocks import Expansion, expand, guarded, margins, usable
-from packllm.weights.problem import Problem, Solution
+from packllm.weights.blocks import NOTHING, Expansion, expand, guarded, margins, usable
+from packllm.weights.minorant import Minorant
+from packllm.weights.problem import LogitSource, Problem, SharedHeadSource, Solution, chosen, normalisers
 
 GAP = 1e-4
 """The search ends when the optimum is certified to be at most this far below, in nats per token."""
 
-SAMPLE_PASSES, PASSES = 100, 20
-"""Most evaluations on the sample and on all positions; a gap that is then above GAP is reported as it is."""
+ROUNDS, PASSES = 3, 20
+"""Most times that the bound is made to touch the loss, and after that most passes of Newton's method on the loss
+itself; a gap that is then above GAP is reported as it is."""
 
-SAMPLE_POSITIONS, SAMPLE_BYTES = 128, 64 * 2**20
-"""Limits on the sample of positions whose margins are kept."""
+FIRST = 32
+"""Positions read at uniform weights, before the first minimiser of the bound."""
 
 _NOISE = 1e-6  # nats: what float32 rounding may raise a loss by; a step that raises it no more is progress
+_INNER = GAP / 20, 50  # tolerance and passes of a minimisation of the bound, which costs milliseconds
 _FLOOR = 1e-9  # least weight under a prior, whose gradient is infinite at 0
 
 
@@ -36,46 +41,112 @@ Expand = Callable[[np.ndarray], Expansion]
 
 def solve(problem: Problem, options: Options) -> Solution:
     """The minimum of f over the simplex; `gap` bounds fused_nll − min f."""
-    problem.logits("exact")
-    members = usable(problem)
-    if not members:
-        return simple.uniform(problem, options)
-    weights, loss, gap = _search(problem, "exact", members, prior=0.0)
-    return guarded(problem, members, weights.tolist(), loss, gap)
+    found = _search(problem, "exact", prior=0.0)
+    return simple.uniform(problem, options) if found is None else guarded(problem, *found)
 
 
 def solve_map(problem: Problem, options: Options) -> Solution:
     """The minimum of f(λ) + (β/t) KL(λ ‖ uniform), whose gap is reported; fused_nll is f alone, unguarded."""
-    _, targets = problem.logits("map")
-    members = usable(problem)
-    if not members:
+    found = _search(problem, "map", options.beta / problem.scored)
+    if found is None:
         return simple.uniform(problem, options)
-    weights, loss, gap = _search(problem, "map", members, prior=options.beta / len(targets))
+    members, weights, loss, gap = found
     values = np.zeros(len(problem.names))
     values[members] = weights
     return Solution(tuple(values.tolist()), loss, gap)
 
 
-def _search(problem: Problem, name: str, members: list[int], prior: float) -> tuple[np.ndarray, float, float]:
-    """Weights of `members`, their mean loss, and the gap of the (regularised) objective on all positions."""
+def _search(problem: Problem, name: str, prior: float) -> tuple[list[int], list[float], float, float] | None:
+    """The usable members, their weights, mean loss, and the gap of the (regularised) objective on all positions."""
     source, targets = problem.logits(name)
-    total = len(targets)
-    count = min(total, SAMPLE_POSITIONS, max(1, SAMPLE_BYTES // (4 * len(members) * source.shape[2])))
-    sample = torch.arange(count) * total // count
-    kept = list(margins(source, targets, members, sample))
-    uniform = np.full(len(members), 1.0 / len(members))
+    members = list(range(len(problem.names)))
+    bound, weights = _sweep(problem, source, targets, members, prior)
+    if len(usable(problem)) < len(members):
+        members = usable(problem)
+        if not members:
+            return None
+        bound, weights = _sweep(problem, source, targets, members, prior)
+    if len(members) == 1:
+        return members, [1.0], -float(problem.logprobs[members[0]].mean()), 0.0
     floor = _FLOOR if prior else 0.0
-    weights, loss, gap = minimise(lambda at: expand(kept, at), uniform, prior, floor, GAP, SAMPLE_PASSES)
-    if count == total:
-        return weights, loss, gap
-    rest = torch.ones(total, dtype=torch.bool)
-    rest[sample] = False
-    others = rest.nonzero()[:, 0]
+    for _ in range(ROUNDS):
+        bound, loss = _touch(bound, source, targets, members, weights)
+        lowest, least, slack = minimise(bound.expand, weights, prior, floor, *_INNER)
+        gap = loss - least + slack + prior * (_divergence(weights) - _divergence(lowest))
+        if gap <= GAP:
+            return members, weights.tolist(), loss, max(0.0, gap)
+        weights = lowest
+    everywhere = torch.arange(len(targets))
+    weights, loss, gap = minimise(
+        lambda at: expand(margins(source, targets, members, everywhere), at), weights, prior, floor, GAP, PASSES
+    )
+    return members, weights.tolist(), loss, gap
 
-    def everywhere(at: np.ndarray) -> Expansion:
-        return expand(chain(kept, margins(source, targets, members, others)), at)
 
-    return minimise(everywhere, weights, prior, floor, GAP, PASSES)
+def _sweep(
+    problem: Problem, source: LogitSource, targets: Tensor, members: list[int], prior: float
+) -> tuple[Minorant, np.ndarray]:
+    """Read all logits once: tells the problem the members' scores, gives the bound and its minimiser."""
+    everyone = len(members) == len(problem.names)
+    total = len(targets)
+    weights = np.full(len(members), 1.0 / len(members))
+    bound: Minorant | None = None
+    next_stop = FIRST
+    for part, block in chain.from_iterable(source.blocks(stage, members) for stage in _stages(total)):
+        if bound is None:
+            bound = Minorant((len(members), total, block.shape[2]), block.device)
+            scores = torch.empty(len(members), total, device=block.device)
+        at = part.to(block.device)
+        observed = chosen(block, targets[part])
+        scores[:, at] = observed - normalisers(block)
+        bound.add(at, block, observed.clamp_min(NOTHING), weights)
+        seen = len(bound.order)
+        if seen == total:
+            if everyone:
+                problem.told(scores.cpu().double())
+            return bound, minimise(bound.expand, weights, prior, _FLOOR if prior else 0.0, *_INNER)[0]
+        if seen >= next_stop:  # the only reads from the device: O(log t)
+            next_stop = 2 * seen
+            if everyone:
+                problem.check(scores[:, bound.order])
+            # A prior worth one position keeps few positions from deciding against a member.
+            weights = minimise(bound.expand, weights, max(prior, 1 / seen), _FLOOR, 10 * GAP, 20)[0]
+    raise AssertionError("the source gave fewer positions than it has")
+
+
+def _stages(total: int) -> Iterator[Tensor]:
+    """0..total-1 in parts spread evenly over the text, each twice as large as the one before it."""
+    step = 1
+    while total // (2 * step) >= FIRST:
+        step *= 2
+    yield torch.arange(0, total, step)
+    while step > 1:
+        yield torch.arange(step // 2, total, step)
+        step //= 2
+
+
+def _touch(
+    bound: Minorant, source: LogitSource, targets: Tensor, members: list[int], weights: np.ndarray
+) -> tuple[Minorant, float]:
+    """A bound that touches the loss at `weights`, and the loss there."""
+    if isinstance(source, SharedHeadSource):
+        parts = list(source.gradients(weights, bound.order.cpu(), targets, members))
+        losses = torch.cat([loss for loss, _ in parts])
+        bound.touch(losses, torch.cat([gradient for _, gradient in parts], dim=1), weights)
+        return bound, float(losses.cpu().double().mean())
+    fresh: Minorant | None = None
+    for part, block in source.blocks(torch.arange(len(targets)), members):
+        if fresh is None:
+            fresh = Minorant((len(members), len(targets), block.shape[2]), block.device)
+        fresh.add(part.to(block.device), block, chosen(block, targets[part]), weights)
+    assert fresh is not None
+    return fresh, fresh.expand(weights).value
+
+
+def _divergence(weights: np.ndarray) -> float:
+    """KL(λ ‖ uniform)."""
+    held = weights[weights > 0]
+    return float(held @ np.log(held * len(weights)))
 
 
 def minimise(

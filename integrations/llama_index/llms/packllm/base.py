@@ -18,26 +18,27 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
-    TextBlock,
 )
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from pydantic import PrivateAttr
 
+from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_message
 from llama_index.llms.packllm.streams import off_the_loop, streaming
-from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError, PromptError
+from llama_index.llms.packllm.structured import StructuredOutput
+from llama_index.llms.packllm.tool_calls import ToolCalling
+from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
-Make = Callable[[str, dict[str, Any], "str | None"], Response]  # text so far, raw, delta -> response
+Reply = Callable[[str, dict[str, Any], bool], Response]  # piece of text, raw, whether it is the last -> response
 
 LOADING = ("dtype", "device_map", "trust_remote_code")
-SAME_ROLE = {"developer": "system", "chatbot": "assistant", "model": "assistant", "function": "tool"}
+Prompt = str | list[dict[str, Any]]
 HERE_ONLY = {"callback_manager", "rate_limiter"}  # belong to the running process, not to the LLM's description
 
 
-class PackLLM(CustomLLM, OptionFields):
+class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     """Several local models that answer as one.
 
     Give the `models` to load, or a loaded `pack`, and any option of `packllm.Options`; options that are not set here
@@ -98,6 +99,7 @@ class PackLLM(CustomLLM, OptionFields):
             # Prompts are cut to window - num_output, so the default must leave a small window some room.
             num_output=self._set_options().get("max_tokens") or min(DEFAULT_NUM_OUTPUTS, window // 2),
             is_chat_model=self._pack.has_chat_template,
+            is_function_calling_model=self._pack.has_chat_template,
             model_name=self._pack.name,
         )
 
@@ -105,72 +107,79 @@ class PackLLM(CustomLLM, OptionFields):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return self._answer(_completion, prompt, formatted, kwargs)
+        return self._answer(CompletionReply(), *self._text_request(prompt, formatted, kwargs))
 
     @streaming(llm_completion_callback())
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        return self._stream(_completion, prompt, formatted, kwargs)
+        return self._stream(CompletionReply(), *self._text_request(prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return await self._aanswer(_completion, prompt, formatted, kwargs)
+        return await self._aanswer(CompletionReply(), *self._text_request(prompt, formatted, kwargs))
 
     @streaming(llm_completion_callback())
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        return await self._astream(_completion, prompt, formatted, kwargs)
+        return await self._astream(CompletionReply(), *self._text_request(prompt, formatted, kwargs))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return self._answer(_chat, messages, False, kwargs)
+        """The answer to messages. Calls of `tools=` are in its blocks and in additional_kwargs["tool_calls"]."""
+        return self._answer(*self._chat_request(messages, **kwargs))
 
     @streaming(llm_chat_callback())
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        return self._stream(_chat, messages, False, kwargs)
+        return self._stream(*self._chat_request(messages, **kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return await self._aanswer(_chat, messages, False, kwargs)
+        return await self._aanswer(*self._chat_request(messages, **kwargs))
 
     @streaming(llm_chat_callback())
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        return await self._astream(_chat, messages, False, kwargs)
+        return await self._astream(*self._chat_request(messages, **kwargs))
 
-    def _answer(self, make: Make[Response], prompt: Any, formatted: bool, kwargs: dict[str, Any]) -> Response:
-        prompt, options = self._request(prompt, formatted, kwargs)
+    def _answer(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Response:
         generation = self._pack.generate(prompt, **options)
-        return make(generation.text, _raw(generation), None)
+        response = reply(generation.text, _raw(generation), True)
+        response.delta = None
+        return response
 
-    def _stream(
-        self, make: Make[Response], prompt: Any, formatted: bool, kwargs: dict[str, Any]
-    ) -> Generator[Response]:
-        prompt, options = self._request(prompt, formatted, kwargs)
-        return _responses(make, self._pack.stream(prompt, **options))  # a wrong option is raised here, at the call
+    def _stream(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Generator[Response]:
+        return _responses(reply, self._pack.stream(prompt, **options))  # a wrong option is raised here, at the call
 
-    async def _aanswer(self, make: Make[Response], *request: Any) -> Response:
+    async def _aanswer(self, *request: Any) -> Any:
         """As `_answer`, but through the stream: a cancelled caller stops the work at the next token."""
-        async for response in await self._astream(make, *request):
+        async for response in await self._astream(*request):
             last = response
         last.delta = None
         return last
 
-    async def _astream(self, make: Make[Response], *request: Any) -> AsyncGenerator[Response]:
-        return off_the_loop(await asyncio.to_thread(self._stream, make, *request))
+    async def _astream(self, *request: Any) -> AsyncGenerator[Any]:
+        return off_the_loop(await asyncio.to_thread(self._stream, *request))
 
-    def _request(
-        self, prompt: str | Sequence[ChatMessage], formatted: bool, kwargs: dict[str, Any]
-    ) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
-        """The prompt in the pack's words, and the options to send with it."""
-        options = {name: getattr(self, name) for name in self._own_options()} | kwargs
-        if isinstance(prompt, str):
-            text = prompt if formatted or not self.completion_to_prompt else self.completion_to_prompt(prompt)
-        else:
-            messages = [_message(message) for message in prompt]
-            if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
-                return messages, options
-            text, formatted = self.messages_to_prompt(prompt), True
-        if formatted and options.get("chat_template", self._pack.options.chat_template):
-            options["chat_template"] = False  # a formatted prompt goes in as it is
-        return text, options
+    def _chat_request(
+        self, messages: Sequence[ChatMessage], *, allow_parallel_tool_calls: bool = True, **kwargs: Any
+    ) -> tuple[ChatReply, Prompt, dict[str, Any]]:
+        """What makes responses of the pieces, the prompt in the pack's words, the options to send with it."""
+        options = self._call_options(kwargs)
+        reply = ChatReply(self._pack.check(**options).offered_tools, allow_parallel_tool_calls)
+        if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
+            return reply, [from_message(message) for message in messages], options
+        return reply, self.messages_to_prompt(messages), self._as_it_is(options)
+
+    def _text_request(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
+        options = self._call_options(kwargs)
+        if formatted:
+            return prompt, self._as_it_is(options)
+        return self.completion_to_prompt(prompt) if self.completion_to_prompt else prompt, options
+
+    def _call_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._own_options()} | kwargs
+
+    def _as_it_is(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options for a prompt that is formatted already: it goes in without the members' templates."""
+        wrapped = options.get("chat_template", self._pack.options.chat_template)
+        return options | {"chat_template": False} if wrapped else options
 
     def _own_options(self) -> list[str]:
         return [name for name in Options.model_fields if name in self.model_fields_set]
@@ -198,36 +207,17 @@ class PackLLM(CustomLLM, OptionFields):
         return super().__deepcopy__(memo)
 
 
-def _message(message: ChatMessage) -> dict[str, str]:
-    for block in message.blocks:
-        if not isinstance(block, TextBlock):
-            raise PromptError(
-                f"{type(block).__name__} in a message of role {message.role.value!r}: the models read text only; "
-                "send TextBlock or a string"
-            )
-    role = message.role.value
-    return {"role": SAME_ROLE.get(role, role), "content": message.content or ""}
-
-
-def _completion(text: str, raw: dict[str, Any], delta: str | None) -> CompletionResponse:
-    return CompletionResponse(text=text, raw=raw, delta=delta)
-
-
-def _chat(text: str, raw: dict[str, Any], delta: str | None) -> ChatResponse:
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), raw=raw, delta=delta)
-
-
 def _raw(generation: Generation) -> dict[str, Any]:
-    """JSON-safe; `usage` is where LlamaIndex's TokenCountingHandler looks."""
+    """JSON-safe; `usage` is where LlamaIndex's TokenCountingHandler looks, `packllm` is all there is to know of it."""
     raw = generation.as_dict()
-    return {**raw, "packllm": raw["weights"]}
+    return {**raw, "packllm": {**raw["weights"], "usage": raw["usage"], "timings": raw["timings"]}}
 
 
-def _responses(make: Make[Response], chunks: Generator[Chunk, None, None]) -> Generator[Response]:
+def _responses(reply: Reply[Response], chunks: Generator[Chunk, None, None]) -> Generator[Response]:
     text = ""
     with closing(chunks):
         for chunk in chunks:
             text += chunk.text
             last = chunk.finish_reason is not None
             raw = _raw(Generation.from_last(text, chunk)) if last else {"packllm": chunk.weights.as_dict()}
-            yield make(text, raw, chunk.text)
+            yield reply(chunk.text, raw, last)

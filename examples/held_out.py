@@ -1,0 +1,116 @@
+"""Write what `docs/results.md` was measured on: documents that no expert of the study was trained on.
+
+    python examples/held_out.py --shared ../shared --out study
+
+Medicine, law and databases: the one document in twenty that `train_expert.py` held out of the starter
+experts' corpora, by the same hash. Maths: the half of GSM8K that it held out of the maths expert
+(--hold-out 2). Code: files of Python's standard library; no expert of them. Mixed: the first half of one
+held-out document followed by the second half of another domain's. Also writes `gsm8k.jsonl`, what the
+maths expert is trained on, and `corpora/`, a sample of each expert's training documents for
+cbtm and the router.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from train_expert import Document, read_documents
+
+CORPORA = {
+    "medicine": ("corpora/medicine_medquad.jsonl.gz", "focus"),
+    "law": ("corpora/law_uscode.txt.gz", None),
+    "databases": ("corpora/databases_postgresql15.txt.gz", None),
+}
+LEAST = 800  # characters of a document
+FITTED = 300  # training documents a domain for cbtm and the router
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with corpora/ and eval/")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    maths = args.out / "gsm8k.jsonl"
+    write(maths, gsm8k(args.shared / "eval" / "gsm8k_test.jsonl.gz"))
+    found = {name: read_documents(args.shared / path, group) for name, (path, group) in CORPORA.items()}
+    found["maths"] = read_documents(maths, "question", 2)
+    held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in found.items()}
+    held_out["code"] = [cut for path in standard_library() for cut in code(path)]
+    held_out["mixed"] = mixed(held_out)
+    for name, texts in held_out.items():
+        write(args.out / f"{name}.jsonl", ({"text": text} for text in texts))
+    for name, documents in found.items():
+        train = [d.text for d in documents if not d.held_out]
+        texts = random.Random(0).sample(train, min(FITTED, len(train)))
+        write(args.out / "corpora" / f"{name}.jsonl", ({"text": text} for text in texts))
+    other = [cut for path in standard_library("*/*.py") for cut in code(path)]
+    write(args.out / "corpora" / "code.jsonl", ({"text": text} for text in random.Random(0).sample(other, FITTED)))
+    unseen = [d for d in found["maths"] if d.held_out]
+    write(args.out / "gsm8k_held_out.jsonl", (split_answer(d) for d in unseen))
+
+
+def gsm8k(path: Path) -> Iterable[dict]:
+    """Question and worked answer, without the calculator's marks; every other one in the words of a prompt."""
+    with gzip.open(path, "rt") as file:
+        for number, line in enumerate(file):
+            row = json.loads(line)
+            answer = re.sub(r"<<[^>]*>>", "", row["answer"])
+            text = f"Question: {row['question']}\nAnswer: {answer}" if number % 2 else f"{row['question']}\n\n{answer}"
+            yield {"question": row["question"], "text": text}
+
+
+def split_answer(document: Document) -> dict:
+    question = document.key
+    answer = document.text.removeprefix("Question: ")[len(question) :].removeprefix("\nAnswer:").strip()
+    return {"question": question, "answer": answer}
+
+
+def joined(texts: Iterable[str]) -> list[str]:
+    """Documents long enough to have a prompt and a rest: short ones are put together."""
+    documents, held = [], ""
+    for text in texts:
+        held = f"{held}\n\n{text}" if held else text
+        if len(held) >= LEAST:
+            documents.append(held)
+            held = ""
+    return documents
+
+
+def standard_library(pattern: str = "*.py") -> list[Path]:
+    """Its modules; those in packages ("*/*.py") serve for fitting."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return sorted(path for path in library.glob(pattern) if path.parent.name not in ("site-packages", "test"))
+
+
+def code(path: Path) -> list[str]:
+    """A passage from the middle of a file, from the start of a line."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    start = text.find("\n", len(text) // 3) + 1
+    return [text[start : start + 2400]] if len(text) - start >= LEAST else []
+
+
+def mixed(held_out: dict[str, list[str]]) -> list[str]:
+    """Halves of documents of two domains, one after the other."""
+    rng, domains, texts = random.Random(0), list(held_out), []
+    for _ in range(200):
+        one, other = rng.sample(domains, 2)
+        first, second = (rng.choice(held_out[domain])[:1600] for domain in (one, other))
+        texts.append(first[: len(first) // 2].rstrip() + "\n\n" + second[len(second) // 2 :].lstrip())
+    return texts
+
+
+def write(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

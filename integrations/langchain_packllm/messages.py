@@ -1,0 +1,89 @@
+"""Messages between LangChain and a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.messages.tool import (
+    InvalidToolCall,
+    ToolCall,
+    ToolCallChunk,
+    invalid_tool_call,
+    tool_call,
+    tool_call_chunk,
+)
+
+import packllm
+
+_ROLES: dict[type[BaseMessage], str] = {
+    SystemMessage: "system",
+    HumanMessage: "user",
+    AIMessage: "assistant",
+    ToolMessage: "tool",
+    FunctionMessage: "tool",
+}
+_SAID_ELSEWHERE = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call")  # AIMessage.tool_calls has them
+_NOT_SAID = ("thinking", "redacted_thinking", "reasoning")  # templates leave earlier thoughts out
+
+
+def pack_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """LangChain's messages as Pack takes them.
+
+    Raises:
+        PromptError: a message that is no part of a conversation.
+    """
+    return [_pack_message(message) for message in messages]
+
+
+def _pack_message(message: BaseMessage) -> dict[str, Any]:
+    if isinstance(message, ChatMessage):
+        role = message.role
+    else:
+        found = next((role for kind, role in _ROLES.items() if isinstance(message, kind)), None)
+        if found is None:
+            raise packllm.PromptError(f"{type(message).__name__} cannot be sent to a model; leave it out")
+        role = found
+    packed: dict[str, Any] = {"role": role, "content": _content(message.content)}
+    if message.name:
+        packed["name"] = message.name
+    if isinstance(message, ToolMessage):
+        packed["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
+        calls = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+        refused = [(call["id"], call["name"] or "", call["args"] or "") for call in message.invalid_tool_calls]
+        packed["tool_calls"] = [
+            {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id_, name, arguments in [*calls, *refused]
+        ]
+    return packed
+
+
+def _content(content: str | Iterable[Any]) -> Any:
+    if isinstance(content, str):
+        return content
+    left_out = (*_SAID_ELSEWHERE, *_NOT_SAID)
+    return [part for part in content if not (isinstance(part, dict) and part.get("type") in left_out)]
+
+
+def tool_calls(answer: packllm.ParsedAnswer) -> tuple[list[ToolCall], list[InvalidToolCall]]:
+    """The calls of an answer in LangChain's form, and those that cannot be read."""
+    calls = [tool_call(name=call.name, args=call.arguments, id=call.id) for call in answer.calls]
+    refused = [
+        invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=call.error) for call in answer.invalid
+    ]
+    return calls, refused
+
+
+def call_chunk(part: packllm.CallPart) -> ToolCallChunk:
+    """A piece of a call in LangChain's form."""
+    return tool_call_chunk(name=part.name, args=part.arguments, id=part.id, index=part.index)

@@ -1,0 +1,103 @@
+"""LlamaIndex's messages as the pack's, and the pack's answers as LlamaIndex's responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    ContentBlock,
+    MessageRole,
+    TextBlock,
+    ToolCallBlock,
+)
+
+from packllm import ParsedAnswer, PromptError, ToolStream
+
+SAME_ROLE = {"developer": "system", "chatbot": "assistant", "model": "assistant", "function": "tool"}
+
+
+def from_message(message: ChatMessage) -> dict[str, Any]:
+    """The pack's message: role and text, the calls an assistant made, the call that a tool answers.
+
+    Raises:
+        PromptError: content that is not text.
+    """
+    texts, calls = [], []
+    for block in message.blocks:
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif isinstance(block, ToolCallBlock):
+            calls.append(_call(block.tool_call_id, block.tool_name, block.tool_kwargs))
+        else:
+            raise PromptError(
+                f"{type(block).__name__} in a message of role {message.role.value!r}: the models read text only; "
+                "send TextBlock or a string"
+            )
+    known = message.additional_kwargs
+    calls = calls or [_openai_call(call) for call in known.get("tool_calls") or ()]
+    role = SAME_ROLE.get(message.role.value, message.role.value)
+    translated: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
+    if calls:
+        translated["tool_calls"] = calls
+    if role == "tool":
+        translated |= {name: known[name] for name in ("tool_call_id", "name") if known.get(name)}
+    return translated
+
+
+def _call(identity: str | None, name: str, arguments: Any) -> dict[str, Any]:
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _openai_call(call: Any) -> Any:
+    """A call in additional_kwargs, where integrations of OpenAI's kind keep mappings or objects; the pack checks it."""
+    return call.model_dump() if hasattr(call, "model_dump") else call
+
+
+class CompletionReply:
+    """Completion responses from a growing text."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def __call__(self, piece: str, raw: dict[str, Any], last: bool) -> CompletionResponse:
+        self._text += piece
+        return CompletionResponse(text=self._text, raw=raw, delta=piece)
+
+
+class ChatReply:
+    """Chat responses from a growing text: the content without calls of tools, and the calls as far as they are whole.
+
+    Args:
+        tools: tools whose calls to look for; without any, all text is content.
+        parallel: whether an answer may hold several calls; else the first counts.
+    """
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]], parallel: bool) -> None:
+        self._stream, self._parallel = ToolStream(tools), parallel
+
+    def __call__(self, piece: str, raw: dict[str, Any], last: bool) -> ChatResponse:
+        parts = self._stream.feed(piece)
+        if last:
+            parts = [*parts, *self._stream.finish()]
+        delta = "".join(part for part in parts if isinstance(part, str))
+        return ChatResponse(message=_message(self._stream.answer, self._parallel), raw=raw, delta=delta)
+
+
+def _message(answer: ParsedAnswer, parallel: bool) -> ChatMessage:
+    """Calls are blocks, which memories keep, and OpenAI-like dictionaries, which older parts of the core read."""
+    calls = answer.calls if parallel else answer.calls[:1]
+    blocks: list[ContentBlock] = [TextBlock(text=answer.content)] if answer.content or not calls else []
+    blocks += [ToolCallBlock(tool_call_id=c.id, tool_name=c.name, tool_kwargs=c.arguments) for c in calls]
+    extra: dict[str, Any] = {}
+    if calls:
+        extra["tool_calls"] = [_call(c.id, c.name, json.dumps(c.arguments, ensure_ascii=False)) for c in calls]
+    if answer.invalid:
+        extra["invalid_tool_calls"] = [
+            {"id": c.id, "name": c.name, "arguments": c.arguments, "error": c.error} for c in answer.invalid
+        ]
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=extra)

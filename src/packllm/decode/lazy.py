@@ -1,0 +1,67 @@
+"""Lazy mixture sampling: one member a token, and exactly the mixture (METHODS §6).
+
+A draw from p = Σ λ_k p_k is a draw of k from λ and then of a token from p_k alone. The members that are not drawn need
+not run; one that is reads first, in one block, what it missed. So a token costs one pass, whatever the number of
+members. It holds for the linear pool at temperature 1 without top_k and top_p only: nothing else is a mixture of what
+the members would do by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from packllm.decode.tokens import Ensemble, Row
+from packllm.errors import OptionError
+from packllm.options import Options
+
+
+def check_lazy(options: Options) -> None:
+    """OptionError unless the options leave each token a draw from the plain distribution."""
+    for name, needed in (("temperature", 1.0), ("top_p", 1.0), ("top_k", None), ("json_schema", None)):
+        if (given := getattr(options, name)) != needed:
+            raise OptionError(f"decoding='lazy' needs {name}={needed}, not {given!r}; use decoding='auto'")
+    if options.tool_choice not in (None, "auto", "none"):
+        raise OptionError(
+            f"decoding='lazy' cannot guarantee the form that tool_choice={options.tool_choice!r} demands; use 'auto'"
+        )
+    if options.pool == "log":
+        raise OptionError("decoding='lazy' draws from a mixture, which pool='log' is not; use pool='linear'")
+
+
+def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """Yield (row, token id) as generate_ids does. Rows run by themselves: each draws members of its own.
+
+    Raises:
+        OptionError: weights of the logarithmic pool.
+    """
+    if any(row.weights.pool != "linear" for row in rows if not row.done):
+        raise OptionError("decoding='lazy' draws from a mixture: set pool='linear', or use decoding='auto'")
+    ensemble.arrange(lambda slot: slot)
+    missed: dict[tuple[int, int], list[int]] = {slot: [] for lane in ensemble.lanes for slot in lane.slots}
+    while not all(row.done for row in rows):
+        for r, row in enumerate(rows):
+            if row.done:
+                continue
+            token = None
+            while token is None:
+                token = _drawn(ensemble, row, r, missed)
+            for slot, tokens in missed.items():
+                if slot[1] == r:
+                    tokens.append(token)
+            yield r, token
+
+
+def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[tuple[int, int], list[int]]) -> int | None:
+    """A token of a member drawn from the weights; None where that member is lost, or the token is not one that
+    all members have: both are drawn anew."""
+    k = row.sample(torch.tensor(row.weights.values).log())
+    if missed[k, r]:
+        ensemble.extend({r: missed[k, r]}, lambda lane: lane.role == (k, r))
+        missed[k, r] = []
+    parts = ensemble.parts(r)
+    if k not in parts:
+        return None
+    token = row.sample(parts[k])
+    return token if token < min(len(part) for part in parts.values()) else None

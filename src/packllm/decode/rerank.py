@@ -1,0 +1,130 @@
+"""Whole texts instead of segments: their fused likelihood across vocabularies, and the best of several answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from packllm.align.words import Scored, common_words, offsets
+from packllm.decode.score import read
+from packllm.decode.segments import Writers
+from packllm.decode.writer import Segment
+from packllm.errors import MemberError
+from packllm.member import Member, Session
+from packllm.results import FinishReason
+from packllm.text import TextStream
+from packllm.weights.result import Weights
+
+log = logging.getLogger("packllm")
+
+TOGETHER = 8
+"""Most texts that a member reads in one forward."""
+
+
+def text_logprobs(sessions: dict[int, Session], weights: Weights, texts: Sequence[str]) -> Iterator[float]:
+    """log p(text) of each text under members of any vocabularies, fused word by word (METHODS §4).
+
+    Each member scores a text with its own tokenizer. The text is cut where a word ends at token boundaries of
+    all members, and every word fused: log Σ λ_k p_k(word) in the linear pool, Σ λ_k log p_k(word) in the log pool
+    (whose normaliser over all words nobody can compute; it is at most 1, so this is a lower bound). A member
+    whose tokenizer does not know the text is left out, and the others' weights renormalised.
+
+    Args:
+        sessions: prefilled sessions of one row, by index of the members that run.
+        weights: final weights; those of the running members are used.
+        texts: each at least one character.
+
+    Yields:
+        Nats, one number per text, in order; -infinity for a text that no member's tokenizer knows.
+    """
+    for start in range(0, len(texts), TOGETHER):
+        group = texts[start : start + TOGETHER]
+        read_by: list[dict[int, Scored]] = [{} for _ in group]
+        for k, session in sessions.items():
+            for row, scored in _read(session, group).items():
+                read_by[row][k] = scored
+        for text, by in zip(group, read_by, strict=True):
+            yield _fused(text, by, weights)
+
+
+def _read(session: Session, texts: Sequence[str]) -> dict[int, Scored]:
+    """Texts as one member's tokens with their log-probabilities, by index; none of texts that it cannot spell."""
+    member = session.member
+    ids = {row: member.encoder.continuation(text) for row, text in enumerate(texts)}
+    known = {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
+    if not known:
+        return {}
+    fork = session.fork(len(known))
+    logprobs, _ = read(fork, session.logprobs[0], list(known.values()))
+    fork.close()
+    return {row: spelled(member, texts[row], known[row], given) for row, given in zip(known, logprobs, strict=True)}
+
+
+def spelled(member: Member, text: str, ids: list[int], logprobs: Tensor) -> Scored:
+    """Tokens of a text with their places in it; one token that is all of it, where the tokenizer writes it in
+    another form (lower case, say)."""
+    places = offsets(text, [member.vocabulary.text_bytes(i) for i in ids])
+    if places is None:
+        return Scored([0], [0], [len(text)], [0], logprobs.sum()[None])
+    return Scored(ids, *places, list(range(len(ids))), logprobs)
+
+
+def _fused(text: str, by: dict[int, Scored], weights: Weights) -> float:
+    if not by:
+        return -math.inf
+    matrix, spans = common_words(text, list(by.values()))
+    assert sum(end - start for start, end in spans) == len(text)
+    values = torch.tensor([weights.values[k] for k in by], dtype=torch.float64)
+    values = values / values.sum()
+    if weights.pool == "linear":
+        return float((values.log()[:, None] + matrix).logsumexp(0).sum())
+    return float(values @ matrix.sum(1).clamp_min(-1e30))
+
+
+def best_answer(
+    teams: Iterable[Writers], judges: Callable[[], Writers], limit: int, stream: Callable[[], TextStream], drop: bool
+) -> tuple[str, FinishReason, int]:
+    """Cool+Rerank: the best of what several teams write (the whole pack, and each member alone), as the pack
+    rates it (Cool-Fusion §3.3).
+
+    Args:
+        teams: writers at the end of the prompt, made one after the other and closed here.
+        judges: makes the writers that rate, once the answers are written.
+        limit: most tokens of each answer.
+        stream: makes what turns an answer's pieces into text.
+        drop: pass over a team that fails; the last one never.
+
+    Returns:
+        Text, why it ends, and its tokens.
+    """
+    answers: dict[Segment, tuple[str, FinishReason, int]] = {}
+    failure: MemberError | None = None
+    for team in teams:
+        pieces = stream()
+        try:
+            steps = list(team.answer(limit, pieces))
+        except MemberError as error:
+            if not drop:
+                raise
+            log.warning("going on without an answer: %s", error)
+            failure = error
+            continue
+        finally:
+            team.close()
+        text = "".join(piece for piece, _, _ in steps)
+        _, reason, count = steps[-1]
+        assert reason is not None
+        answers.setdefault(Segment(text, reason == "stop" and not pieces.stopped), (text, reason, count))
+    if failure and not answers:
+        raise failure
+    if len(answers) == 1:
+        return next(iter(answers.values()))
+    segments = list(answers)
+    with closing(judges()) as judging:
+        ratings = judging.rate(segments)
+    return answers[segments[max(range(len(segments)), key=ratings.__getitem__)]]

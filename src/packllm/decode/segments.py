@@ -1,0 +1,178 @@
+"""Cool-Fusion: members of any vocabularies write together, segment by segment (Cool-Fusion §2, METHODS §5)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from packllm.decode.tokens import Row, without
+from packllm.decode.writer import Judgement, Segment, Writer
+from packllm.errors import MemberError
+from packllm.results import FinishReason
+from packllm.text import TextStream
+from packllm.weights.result import Weights
+
+log = logging.getLogger("packllm")
+
+END_BYTES = 4
+"""What the end of an answer counts for in a likelihood per byte: about as much as one token."""
+
+Scoring = Literal["pool", "perplexity"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A segment that won: the text of each of its author's tokens, and whether the answer ends with it."""
+
+    pieces: tuple[str, ...]
+    ends: bool
+
+
+class Writers:
+    """The members that run, each at the end of the same text.
+
+    Args:
+        writers: by index of the member, for those whose weight is not 0.
+        row: the prompt's weights and sampler; its weights may lose a member that fails.
+        scoring: how segments are rated, see rate().
+        align: end segments at boundaries of all tokenizers; False: of their author's alone (Cool−align).
+        drop: go on without a member that fails, instead of raising.
+    """
+
+    def __init__(
+        self, writers: dict[int, Writer], row: Row, scoring: Scoring = "pool", align: bool = True, drop: bool = False
+    ) -> None:
+        self._writers, self._row = writers, row
+        self._scoring: Scoring = scoring
+        self._align, self._drop = align, drop
+        encoders = {writer.member.vocabulary.fingerprint: writer.member.encoder for writer in writers.values()}
+        self._encoders = list(encoders.values())
+
+    def write(self, limit: int) -> Iterator[Written]:
+        """The best segment of each round, until the row is done, one ends the answer, they hold `limit` tokens
+        of their authors, or a context window is full.
+
+        A round: (1) members with a weight above 0 propose; (2) all judge every distinct proposal; (3) the best
+        (of equals the earliest member's) is appended for all, when the next one is asked for.
+        """
+        left = limit
+        while left > 0 and all(writer.room >= 1 for writer in self._writers.values()):
+            pieces = self._propose(left)
+            segments = [s for s in pieces if all(writer.fits(s) for writer in self._writers.values())]
+            if not segments:
+                if pieces:
+                    return  # no window has room for any of them
+                continue  # all that could write failed
+            if any(s.text or s.ends for s in segments):
+                segments = [s for s in segments if s.text or s.ends]
+            best = segments[0]
+            if len(segments) > 1:
+                ratings = self.rate(segments)
+                best = segments[max(range(len(segments)), key=ratings.__getitem__)]
+            yield Written(pieces[best], best.ends)
+            if best.ends or self._row.done:
+                return
+            left -= len(pieces[best])
+            if left > 0:
+                self._accept(best)
+
+    def answer(self, limit: int, stream: TextStream) -> Iterator[tuple[str, FinishReason | None, int]]:
+        """Write an answer: (text that is sure, why it ends or None, tokens so far) after each segment.
+
+        Args:
+            limit: most tokens, counted in those of whoever wrote them.
+            stream: holds back what may begin a stop string.
+        """
+        count = 0
+        for written in self.write(limit):
+            text = ""
+            for piece in written.pieces:
+                count += 1
+                text += stream.push_text(piece)
+                if stream.stopped:
+                    break
+            if written.ends and not stream.stopped:
+                text += stream.finish()
+            if written.ends or stream.stopped:
+                self._row.done = True
+                yield text, "stop", count
+                return
+            yield text, None, count
+        text = stream.finish()
+        yield text, "stop" if stream.stopped else "length", count
+
+    def _propose(self, budget: int) -> dict[Segment, tuple[str, ...]]:
+        """Distinct proposals in member order, each with the text of its first author's tokens."""
+        pieces: dict[Segment, tuple[str, ...]] = {}
+        values = self._row.weights.values
+
+        def propose(writer: Writer) -> None:
+            encoders = self._encoders if self._align else [writer.member.encoder]
+            segment = writer.propose(self._row.sample, encoders, budget)
+            pieces.setdefault(segment, writer.pieces())
+
+        self._each(propose, [k for k in self._writers if values[k] > 0])
+        return pieces
+
+    def _accept(self, best: Segment) -> None:
+        self._each(lambda writer: writer.accept(best))
+
+    def rate(self, segments: Sequence[Segment]) -> list[float]:
+        """Every segment's rating, higher is better: each member reads those it did not write in one forward."""
+        judged = self._each(lambda writer: writer.judge(segments))
+        weights = self._row.weights
+        return [
+            rate(segment, {k: judgements[i] for k, judgements in judged.items()}, weights, self._scoring)
+            for i, segment in enumerate(segments)
+        ]
+
+    def _each(self, act: Callable[[Writer], T], which: Sequence[int] | None = None) -> dict[int, T]:
+        """What `act` gives for each writer; those that fail are let go of, where that is wanted."""
+        results = {}
+        for k in list(self._writers) if which is None else which:
+            try:
+                results[k] = act(self._writers[k])
+            except MemberError as error:
+                weights = without(self._row.weights, k) if len(self._writers) > 1 else self._row.weights
+                if not self._drop or max(weights.values) <= 0 or len(self._writers) == 1:
+                    raise
+                log.warning("going on without a member: %s", error)
+                self._row.weights = weights
+                self._writers.pop(k).close()
+        return results
+
+    def close(self) -> None:
+        """Free the caches."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def rate(segment: Segment, judgements: dict[int, Judgement | None], weights: Weights, scoring: Scoring) -> float:
+    """How good a segment is, higher is better.
+
+    perplexity (Cool-Fusion Eq. 2 and 3, with the 1/n that Eq. 2 lacks): −mean over members of exp(−log p_k(s)/n_k),
+    n_k the tokens that member k has for it.
+    pool: log Σ λ_k p_k(s) (linear), or Σ λ_k log p_k(s) (log), per byte of s.
+
+    Members that cannot judge it are left out, and the others' weights renormalised.
+
+    Args:
+        judgements: of the members that run, by index.
+    """
+    able = {k: judgement for k, judgement in judgements.items() if judgement is not None}
+    if not able:
+        return -math.inf
+    if scoring == "perplexity":
+        return -math.fsum(math.exp(min(-j.logprob / max(j.tokens, 1), 700.0)) for j in able.values()) / len(able)
+    total = math.fsum(weights.values[k] for k in able)
+    parts = [(weights.values[k] / total, max(j.logprob, -1e30)) for k, j in able.items()]
+    if weights.pool == "linear":
+        peak = max(logprob for _, logprob in parts)
+        fused = peak + math.log(math.fsum(weight * math.exp(logprob - peak) for weight, logprob in parts))
+    else:
+        fused = math.fsum(weight * logprob for weight, logprob in parts)
+    return fused / max(1, len(segment.text.encode()) + END_BYTES * segment.ends)

@@ -1,0 +1,149 @@
+"""Protocol (b), multiple choice: weights from the question alone, accuracy of the fused likelihoods (PackLLM §5.1)."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packllm.errors import DataError, OptionError, PackError
+from packllm.evaluate.lm import alone, reads_logits
+from packllm.evaluate.methods import Method, ready
+from packllm.evaluate.reading import Reading
+from packllm.evaluate.records import run
+from packllm.evaluate.rows import Question
+from packllm.pack import Pack
+
+SAMPLE = 256
+"""Questions a task, as in the paper."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question is put. The weights see `question` only; where the options are shown, that is in `rest`."""
+
+    question: str
+    rest: str
+
+
+TEMPLATES = {
+    "choices": Template("Question: {question}", "\nChoices:{choices}\nAnswer:"),
+    "plain": Template("Question: {question}", "\nAnswer:"),
+    "continue": Template("{question}", ""),
+}
+"""By name. `choices` is the paper's for MMLU, ARC, OpenBookQA and PubMedQA, `continue` its for USMLE (appendix C)."""
+
+
+def pieces(question: Question, template: Template, shots: Sequence[Question]) -> list[str]:
+    """The prompt in two pieces where the template shows the options: what the weights see, and the rest."""
+    examples = "".join(
+        f"{_fill(template.question, shot)}{_fill(template.rest, shot)} {shot.choices[int(shot.answer)]}\n\n"
+        for shot in shots
+    )
+    seen, rest = examples + _fill(template.question, question), _fill(template.rest, question)
+    return [seen, rest] if "{choices}" in template.rest else [seen + rest]
+
+
+def _fill(text: str, question: Question) -> str:
+    whole = f"{question.context} {question.question}" if question.context else question.question
+    shown = "".join(f" {letter}. {c}" for letter, c in zip(string.ascii_uppercase, question.choices, strict=False))
+    return text.format(question=whole, choices=shown)
+
+
+def examples(rows: Sequence[Question], sampled: Sequence[Question], shots: int, seed: int) -> dict[str, list[Question]]:
+    """Worked examples of each subject: its rows of the split "dev" where there are any, else rows not sampled.
+
+    Raises:
+        DataError: fewer rows left than examples asked for.
+    """
+    taken = {question.id for question in sampled}
+    found = {}
+    for subject in dict.fromkeys(question.subject for question in sampled):
+        here = [row for row in rows if row.subject == subject]
+        pool = [row for row in here if row.split == "dev"] or [row for row in here if row.id not in taken]
+        if len(pool) < shots:
+            raise DataError(
+                f"{shots} examples asked for, {len(pool)} rows left for them; sample fewer or lower --shots"
+            )
+        found[subject] = random.Random(f"{seed} {subject}").sample(pool, shots)
+    return found
+
+
+def evaluate(
+    pack: Pack,
+    questions: Sequence[Question],
+    path: Path,
+    *,
+    methods: Sequence[Method | str] | None = None,
+    template: str = "choices",
+    shots: dict[str, list[Question]] | None = None,
+    notes: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """A record of each question: the log-likelihood of every choice under every member and every method.
+
+    Args:
+        pack: the members; its options are the methods' defaults.
+        questions: with choices; see rows.read_questions and rows.sample.
+        path: .jsonl file of the records; a run that was interrupted goes on from it.
+        methods: what to compare (see Method.parse); None for methods.DEFAULT.
+        template: a key of TEMPLATES.
+        shots: worked examples by subject, see examples(); None for none.
+        notes: what else the records depend on (the seed of the sample), for the header.
+
+    Returns:
+        Records: id, corpus, subject, `answer`, `bytes` of each choice, `members` {name: [nats]}, `methods`
+        {label: {"nats": [of each choice], "weights"}}; or `left_out`, the reason.
+
+    Raises:
+        OptionError: an unknown method, option, member or template.
+        DataError: the file holds other results, or no question could be scored.
+    """
+    if template not in TEMPLATES:
+        raise OptionError(f"template={template!r} is unknown; valid: {', '.join(TEMPLATES)}")
+    checked = ready(pack, methods)
+    header = {
+        "protocol": "choice",
+        "members": [member.name for member in pack.members],
+        "fingerprint": pack.fingerprint,
+        "methods": [m.label for m in checked],
+        "template": template,
+        "shots": {subject: [shot.id for shot in found] for subject, found in (shots or {}).items()},
+        **(notes or {}),
+    }
+    keep = any(reads_logits(m) for m in checked)
+
+    def work(question: Question) -> dict[str, Any]:
+        prompt = pieces(question, TEMPLATES[template], (shots or {}).get(question.subject, []))
+        singles = [((k,), alone(pack, k)) for k in range(len(pack.members))]
+        try:
+            with Reading(pack.members, prompt, keep) as reading:
+                weighed = [(m.members, reading.weights(m.options, m.members)) for m in checked]
+                nats = reading.options([f" {choice}" for choice in question.choices], [*singles, *weighed])
+        except OptionError:
+            raise
+        except PackError as error:
+            return {"left_out": str(error)}
+        return {
+            "subject": question.subject,
+            "answer": question.answer,
+            "bytes": [len(choice.encode()) for choice in question.choices],
+            "members": dict(zip((m.name for m in pack.members), nats, strict=False)),
+            "methods": {
+                m.label: {"nats": scores, "weights": dict(zip(w.names, w.values, strict=True))}
+                for m, scores, (_, w) in zip(checked, nats[len(singles) :], weighed, strict=True)
+            },
+        }
+
+    records = run(questions, work, path, header, "Questions")
+    if records and all("left_out" in record for record in records):
+        raise DataError(f"no question could be scored; the first: {records[0]['left_out']}")
+    return records
+
+
+def right(record: dict[str, Any], nats: Sequence[float], per_byte: bool = False) -> bool:
+    """Whether the likeliest choice (per byte of it) is the answer; ties go to the earlier choice."""
+    scores = [n / b for n, b in zip(nats, record["bytes"], strict=True)] if per_byte else list(nats)
+    return max(range(len(scores)), key=scores.__getitem__) == record["answer"]

@@ -1,0 +1,268 @@
+"""packllm eval: the protocols on the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from packllm.evaluate.tables import Entry
+    from packllm.pack import Pack
+
+
+class AuditFirst(typer.core.TyperGroup):
+    """`packllm eval FILE` is `packllm eval audit FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["audit", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=AuditFirst, no_args_is_help=True, help="Compare the pack with its members and with rivals.")
+
+Files = Annotated[list[Path], typer.Argument(help=".jsonl or .txt files, gzipped or not.", show_default=False)]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--models",
+        "--model",
+        "-m",
+        metavar="SPEC",
+        help="Members, as for ask; repeat it, or separate them by commas. Default: the starter pack.",
+    ),
+]
+MethodNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="WEIGHTING[@MEMBERS][:NAME=VALUE,...]",
+        help="What to compare, as in em, sim:tau=1 or opt@base+law. Repeatable. Default: all that fit the pack.",
+    ),
+]
+Report = Annotated[Path, typer.Option("--report", help="Folder of the report; a run that stopped goes on from it.")]
+Seed = Annotated[int, typer.Option(min=0, help="Draws the rows.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out instead of refusing the file.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs packllm[eval]).")]
+
+
+@app.command()
+def audit(
+    files: Files,
+    models: Models = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 50, or all of fewer.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the weights see: 32, 20% or 32|20% (the shorter).")] = "32|20%",
+    length: Annotated[int, typer.Option(min=16, help="Most tokens of a document.")] = 512,
+    weighting: Annotated[str, typer.Option("--weighting", "-w", help="The pack's weighting.")] = "em",
+    report: Report = Path("packllm-audit"),
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
+    dtype: Dtype = "auto",
+    plots: Plots = True,
+) -> None:
+    """Which members help on my corpus, which never get weight, what each costs.
+
+    Compares the pack with each member alone and with the pack without it.
+    """
+    from packllm.evaluate import lm
+    from packllm.evaluate import report as reports
+    from packllm.evaluate.methods import Method
+    from packllm.evaluate.tables import lm_table, uses
+
+    if plots:
+        reports.require_plots()
+    rows = _documents(files, documents, seed, skip_bad, 50)
+    pack = _load(models, dtype)
+    names = [member.name for member in pack.members]
+    options = {"weighting": weighting}
+    methods = [Method(weighting, options)]
+    if len(names) > 1:
+        methods += [Method(f"{weighting} without {n}", options, tuple(m for m in names if m != n)) for n in names]
+    notes = {"seed": seed}
+    records = lm.evaluate(
+        pack, rows, report / "records.jsonl", methods=methods, prompts=(prompt,), length=length, notes=notes
+    )
+    entries, found = lm_table(records), uses(records, weighting)
+    parts = [reports.left_out(records), reports.audit(found), reports.markdown(entries, reports.LM, True)]
+    content = {"audit": [use.as_dict() for use in found], "table": [entry.as_dict() for entry in entries]}
+    reports.write(report, "Audit of a pack", parts, content)
+    if plots:
+        reports.plot_weights(report / "weights.png", entries, weighting)
+    _finish(parts[:2], report)
+
+
+@app.command("lm")
+def lm_command(
+    files: Files,
+    models: Models = None,
+    method: MethodNames = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What the weights see: 32, 20% or 32|20% (the shorter, default). Repeat it for several."),
+    ] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 200, or all of fewer.")] = None,
+    length: Annotated[int, typer.Option(min=16, help="Most tokens of a document.")] = 512,
+    report: Report = Path("packllm-lm"),
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
+    dtype: Dtype = "auto",
+    plots: Plots = True,
+) -> None:
+    """Language modelling: weights from the start of each document, bits per byte of the rest."""
+    from packllm.evaluate import lm
+    from packllm.evaluate import report as reports
+    from packllm.evaluate.tables import AVERAGE, lm_table
+
+    if plots:
+        reports.require_plots()
+    rows = _documents(files, documents, seed, skip_bad, 200)
+    pack = _load(models, dtype)
+    prompts = tuple(prompt or (lm.PROMPT,))
+    records = lm.evaluate(
+        pack,
+        rows,
+        report / "records.jsonl",
+        methods=method,
+        prompts=prompts,
+        length=length,
+        notes={"seed": seed},
+    )
+    tables = {p: lm_table(records, p) for p in prompts}
+    parts = [reports.left_out(records)]
+    for p, entries in tables.items():
+        parts += [f"## Prompt {p}", reports.markdown(entries, reports.LM, True)]
+    content = {p: [entry.as_dict() for entry in entries] for p, entries in tables.items()}
+    reports.write(report, "Language modelling", parts, content)
+    if plots:
+        entries = tables[prompts[0]]
+        last = AVERAGE if any(entry.corpus == AVERAGE for entry in entries) else entries[0].corpus
+        reports.plot_scores(report / "scores.png", entries, "bits/byte", last)
+        for label in [entry.method for entry in entries if entry.corpus == last and entry.weights][:1]:
+            reports.plot_weights(report / "weights.png", entries, label)
+        if len(prompts) > 1:
+            reports.plot_lengths(report / "lengths.png", records)
+    _finish([_last(tables[prompts[0]], reports.LM, True)], report)
+
+
+@app.command("choice")
+def choice_command(
+    files: Files,
+    models: Models = None,
+    method: MethodNames = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
+    questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
+    template: Annotated[str, typer.Option(help="choices, plain or continue.")] = "choices",
+    report: Report = Path("packllm-choice"),
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
+    dtype: Dtype = "auto",
+    plots: Plots = True,
+) -> None:
+    """Multiple choice: weights from the question alone, accuracy of the fused likelihoods."""
+    from packllm.evaluate import choice
+    from packllm.evaluate import report as reports
+    from packllm.evaluate.rows import read_questions, sample
+    from packllm.evaluate.tables import AVERAGE, choice_table
+
+    if plots:
+        reports.require_plots()
+    found = [read_questions(path, "skip" if skip_bad else "raise") for path in files]
+    asked = [[row for row in rows if row.split != "dev"] for rows in found]
+    drawn = [sample(rows, questions, seed, choice.SAMPLE) for rows in asked]
+    told = [choice.examples(rows, some, shots, seed) for rows, some in zip(found, drawn, strict=True)] if shots else []
+    pack = _load(models, dtype)
+    records = []
+    for at, some in enumerate(drawn):
+        records += choice.evaluate(
+            pack,
+            some,
+            report / f"records-{some[0].corpus}.jsonl",
+            methods=method,
+            template=template,
+            shots=told[at] if told else None,
+            notes={"seed": seed},
+        )
+    entries = choice_table(records)
+    parts = [reports.left_out(records), reports.markdown(entries, reports.CHOICE, False)]
+    reports.write(report, f"Multiple choice, {shots}-shot", parts, {"table": [entry.as_dict() for entry in entries]})
+    if plots:
+        last = AVERAGE if len(files) > 1 else entries[0].corpus
+        reports.plot_scores(report / "accuracy.png", entries, "accuracy", last)
+    _finish([_last(entries, reports.CHOICE, False)], report)
+
+
+@app.command("generate")
+def generate_command(
+    files: Files,
+    models: Models = None,
+    method: MethodNames = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 5,
+    questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    report: Report = Path("packllm-generate"),
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Generation: the last number (or the text) of each answer must be the right one, as in GSM8K."""
+    from packllm.evaluate import choice, generate
+    from packllm.evaluate import report as reports
+    from packllm.evaluate.rows import read_questions, sample
+    from packllm.evaluate.tables import generate_table
+
+    found = [read_questions(path, "skip" if skip_bad else "raise", choices=False) for path in files]
+    pack = _load(models, dtype)
+    records = []
+    for rows in found:
+        drawn = sample(rows, questions, seed, choice.SAMPLE)
+        told = next(iter(choice.examples(rows, drawn, shots, seed).values())) if shots else []
+        records += generate.evaluate(
+            pack,
+            drawn,
+            report / f"records-{drawn[0].corpus}.jsonl",
+            methods=method,
+            shots=told,
+            max_tokens=max_tokens,
+            notes={"seed": seed},
+        )
+    entries = generate_table(records)
+    parts = [reports.left_out(records), reports.markdown(entries, reports.GENERATE, False)]
+    reports.write(report, f"Generation, {shots}-shot", parts, {"table": [entry.as_dict() for entry in entries]})
+    _finish(parts, report)
+
+
+def _documents(files: list[Path], count: int | None, seed: int, skip_bad: bool, default: int) -> list[Any]:
+    from packllm.evaluate.rows import read_documents, sample
+
+    rows = [row for path in files for row in read_documents(path, "skip" if skip_bad else "raise")]
+    return sample(rows, count, seed, default)
+
+
+def _load(models: list[str] | None, dtype: str) -> Pack:
+    from transformers.utils import logging as transformers_logging
+
+    from packllm.pack import Pack
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("packllm").setLevel(logging.WARNING)
+    specs = [spec for given in models or () for spec in given.split(",")]
+    return Pack.load(specs, dtype=dtype) if specs else Pack.starter(dtype=dtype)
+
+
+def _last(entries: list[Entry], headings: tuple[str, str], lower_is_better: bool) -> str:
+    from packllm.evaluate.report import markdown
+
+    return markdown([entry for entry in entries if entry.corpus == entries[-1].corpus], headings, lower_is_better)
+
+
+def _finish(parts: list[str], report: Path) -> None:
+    Console().print(Markdown("\n\n".join(part for part in parts if part)))
+    typer.echo(json.dumps({"report": str(report)}))

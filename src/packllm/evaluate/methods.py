@@ -1,0 +1,94 @@
+"""What is compared: weightings with their options, over all members or some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from packllm.errors import OptionError
+from packllm.options import Options
+from packllm.pack import Pack
+from packllm.weights import find
+
+_SPEC = re.compile(r"(?P<weighting>[\w-]+)(@(?P<members>[^:]+))?(:(?P<options>.+))?")
+
+DEFAULT = ("em", "uniform", "top1", "sim", "sim:tau=1", "opt", "exact", "map")
+"""Compared unless others are named; those that read logits only where the members share a vocabulary."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Attributes:
+        label: what the row is called.
+        options: of the request: `weighting` and what goes with it.
+        members: names of the members it may use, in its order; None for the whole pack.
+    """
+
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    members: tuple[str, ...] | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> Method:
+        """A method written as WEIGHTING, WEIGHTING:name=value,... or WEIGHTING@member+member:name=value."""
+        match = _SPEC.fullmatch(spec)
+        if match is None:
+            raise OptionError(f"method {spec!r} is not WEIGHTING[@member+member][:name=value,...]")
+        options: dict[str, Any] = {"weighting": match["weighting"]}
+        for pair in (match["options"] or "").split(",") if match["options"] else ():
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise OptionError(f"method {spec!r}: {pair!r} has no '='; write name=value")
+            options[name.strip()] = value
+        members = tuple(match["members"].split("+")) if match["members"] else None
+        return cls(spec, options, members)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A method checked against a pack: its options and the indices of its members."""
+
+    label: str
+    options: Options
+    members: tuple[int, ...]
+
+
+def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
+    """The methods, checked against the pack; None for DEFAULT, as far as they fit it.
+
+    Raises:
+        OptionError: an unknown weighting, option or member, two methods with one label, or a weighting that
+            reads logits over members of different vocabularies.
+    """
+    chosen = [Method.parse(m) if isinstance(m, str) else m for m in (DEFAULT if methods is None else methods)]
+    names = [member.name for member in pack.members]
+    checked: list[Ready] = []
+    for method in chosen:
+        unknown = [name for name in method.members or () if name not in names]
+        if unknown:
+            raise OptionError(f"method {method.label!r} names member {unknown[0]!r}; members: {', '.join(names)}")
+        members = tuple(names.index(name) for name in method.members or names)
+        options = pack.options.override(method.options)
+        if not one_vocabulary(pack, members):
+            if isinstance(options.weighting, str) and find(options.weighting).needs_logits:
+                if methods is None:
+                    continue
+                raise OptionError(f"method {method.label!r} needs members of one vocabulary")
+            if options.pool is None:
+                options = options.override({"pool": "linear"})  # words have no normalised product
+        elif isinstance(options.weighting, str):
+            find(options.weighting)
+        if any(method.label == other.label for other in checked):
+            raise OptionError(f"two methods are called {method.label!r}")
+        checked.append(Ready(method.label, options, members))
+    return checked
+
+
+def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
+    """Whether these members can be fused token by token."""
+    first = pack.members[members[0]].vocabulary
+    return all(pack.members[k].vocabulary.same_as(first) for k in members[1:])

@@ -1,0 +1,103 @@
+"""Results on disk, a line a row: a run that was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from packllm.errors import DataError
+from packllm.evaluate.rows import Document, Question
+
+Row = TypeVar("Row", Document, Question)
+
+
+class Records:
+    """A .jsonl file: a header that says what was asked for, then one record a row.
+
+    A last line that was cut short by a kill is dropped; everything before it is kept.
+
+    Args:
+        path: the file; made, with its folder, where it does not exist.
+        header: what the records depend on, JSON-safe.
+
+    Attributes:
+        rows: the records so far, by id.
+
+    Raises:
+        DataError: the file holds the results of another question.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.rows = path, dict[str, dict[str, Any]]()
+        header = json.loads(json.dumps(header))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = self._read(header)
+        self._file = open(path, "r+b" if kept else "wb")  # noqa: SIM115 (open as long as the records are)
+        self._file.truncate(kept)
+        self._file.seek(kept)
+        if not kept:
+            self._write(header)
+
+    def _read(self, header: dict[str, Any]) -> int:
+        """Reads what is there; the number of bytes to keep."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = 0
+        for at, line in enumerate(lines):
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            if at == 0:
+                self._compare(record, header)
+            else:
+                self.rows[record["id"]] = record
+            kept += len(line)
+        return kept
+
+    def _compare(self, found: dict[str, Any], header: dict[str, Any]) -> None:
+        differs = [name for name in {**found, **header} if found.get(name) != header.get(name)]
+        if differs:
+            raise DataError(
+                f"{str(self.path)!r} holds results for another {', '.join(sorted(differs))}; "
+                f"name another folder for this run, or delete that file"
+            )
+
+    def add(self, record: dict[str, Any]) -> None:
+        """File a record (it has an "id"); on disk when this returns."""
+        self._write(record)
+        self.rows[record["id"]] = record
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def run(
+    rows: Sequence[Row], work: Callable[[Row], dict[str, Any]], path: Path, header: dict[str, Any], name: str
+) -> list[dict[str, Any]]:
+    """A record of each row, in order: those on disk as they are, the others worked out and filed, with a bar."""
+    with Records(path, header) as records:
+        for row in tqdm(rows, desc=name, unit="row", disable=None):
+            if row.id not in records.rows:
+                records.add({"id": row.id, "corpus": row.corpus, **work(row)})
+        return [records.rows[row.id] for row in rows]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The complete records of a file, without its header."""
+    lines = path.read_bytes().splitlines(keepends=True)[1:]
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]

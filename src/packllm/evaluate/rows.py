@@ -1,0 +1,187 @@
+"""What is evaluated on: documents and questions, read from files and checked line by line."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from packllm.errors import DataError
+
+log = logging.getLogger("packllm")
+
+Bad = Literal["raise", "skip"]
+"""What to do with a malformed row: refuse the file, or leave the row out and say so."""
+
+DOCUMENT_CHARS = 2000
+"""A text file is cut into documents of whole paragraphs, at most about this long."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to model.
+
+    Attributes:
+        id: what its results are filed under: a hash of the text.
+        corpus: what it is reported under: the row's `domain`, or the file's name.
+        text: at least one character that is not a space.
+    """
+
+    id: str
+    corpus: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, with choices (multiple choice) or without (generation).
+
+    Attributes:
+        id: what its results are filed under: a hash of the content.
+        corpus: the file's name.
+        question, context: `context` may be empty.
+        choices: empty for generation.
+        answer: index of the right choice, or the right answer as text.
+        subject, split: as in MMLU; empty where the row has none.
+    """
+
+    id: str
+    corpus: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int | str
+    context: str = ""
+    subject: str = ""
+    split: str = ""
+
+
+Row = TypeVar("Row", Document, Question)
+
+
+def read_documents(path: Path, bad: Bad = "raise") -> list[Document]:
+    """Documents of a .jsonl file (rows with `text`, or `question` and `answer`) or a text file; .gz too.
+
+    Raises:
+        DataError: no such file, a malformed row (named by line) unless bad="skip", or nothing in it.
+    """
+    name = _name(path)
+    if ".jsonl" in path.name:
+        documents = list(_rows(path, bad, lambda row: _document(row, name)))
+    else:
+        with _open(path) as file:
+            documents = [Document(_key(text), name, text) for text in cut(file.read())]
+    return _some(documents, path)
+
+
+def read_questions(path: Path, bad: Bad = "raise", choices: bool = True) -> list[Question]:
+    """Questions of a .jsonl file, `.gz` too: rows with `question`, `choices` (a list) and `answer` (an index, or a
+    letter), or without choices and with `answer` as text; `context`, `subject` and `split` where there are any.
+
+    Raises:
+        DataError: as read_documents; also an answer out of range.
+    """
+    name = _name(path)
+    return _some(list(_rows(path, bad, lambda row: _question(row, name, choices))), path)
+
+
+def sample(rows: Sequence[Row], count: int | None, seed: int, default: int) -> list[Row]:
+    """`count` rows of each corpus, drawn by the seed; None: `default`, or all where there are fewer.
+
+    Raises:
+        DataError: a corpus has fewer than `count` rows.
+    """
+    drawn: list[Row] = []
+    for corpus in dict.fromkeys(row.corpus for row in rows):
+        # The same text twice would be filed once.
+        pool = list({row.id: row for row in rows if row.corpus == corpus}.values())
+        if count is not None and count > len(pool):
+            raise DataError(f"{corpus!r} has {len(pool)} rows, fewer than the {count} asked for; ask for fewer")
+        wanted = min(default, len(pool)) if count is None else count
+        drawn += random.Random(f"{seed} {corpus}").sample(pool, wanted)
+    return drawn
+
+
+def cut(text: str) -> Iterator[str]:
+    """Documents of whole paragraphs, about DOCUMENT_CHARS long; a longer paragraph is one of its own."""
+    held: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        if not paragraph.strip():
+            continue
+        if held and sum(map(len, held)) + len(paragraph) > DOCUMENT_CHARS:
+            yield "\n\n".join(held)
+            held = []
+        held.append(paragraph.strip("\n"))
+    if held:
+        yield "\n\n".join(held)
+
+
+def _document(row: dict[str, Any], name: str) -> Document:
+    if "text" in row:
+        text = row["text"]
+    elif "question" in row and "answer" in row:
+        text = f"{row['question']}\n\n{row['answer']}"
+    else:
+        raise ValueError("no field 'text'")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("its text is empty or no text")
+    return Document(_key(text), str(row.get("domain") or name), text)
+
+
+def _question(row: dict[str, Any], name: str, wants_choices: bool) -> Question:
+    question, answer, choices = row.get("question"), row.get("answer"), row.get("choices")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("no question")
+    if wants_choices:
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise ValueError("'choices' must be a list of at least two texts")
+        if isinstance(answer, str) and re.fullmatch("[A-Z]", answer):
+            answer = ord(answer) - ord("A")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise ValueError(f"answer={row.get('answer')!r} is none of 0..{len(choices) - 1}")
+    elif not isinstance(answer, str) or not answer.strip():
+        raise ValueError("'answer' must be a text")
+    fields = {name: str(row.get(name) or "") for name in ("context", "subject", "split")}
+    key = _key(json.dumps([question, choices, fields["context"]]))
+    return Question(key, name, question, tuple(choices or ()) if wants_choices else (), answer, **fields)
+
+
+def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+                yield make(row)
+            except ValueError as error:
+                reason = "empty" if not line.strip() else str(error)
+                if bad == "raise":
+                    raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
+                log.warning("%s line %d left out: %s", path.name, number, reason)
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{str(path)!r} is no file; give a .jsonl or .txt file, gzipped or not")
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".txt")
+
+
+def _some(rows: list[Row], path: Path) -> list[Row]:
+    if not rows:
+        raise DataError(f"{path.name} holds nothing to evaluate on")
+    return rows
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,245 @@
+"""From records to tables: a row a method, with intervals and paired tests against the best member."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from packllm.evaluate.choice import right
+from packllm.evaluate.lm import bits_per_byte
+from packllm.evaluate.statistics import Interval, Paired, interval, paired
+
+Records = Sequence[dict[str, Any]]
+
+AVERAGE = "average"
+"""The corpus that stands for the mean over corpora."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one corpus.
+
+    Attributes:
+        corpus: its name, or AVERAGE.
+        method: its label; "member NAME" for a member alone; "best member" for the one that is best on the corpus
+            in hindsight.
+        rows: documents or questions.
+        score: bits per byte (lower is better), or accuracy.
+        more: what else is reported: perplexity per token, or byte-normalised accuracy.
+        against: the difference to the best single member on the same rows; None for that member.
+        weights: mean weight of each member.
+    """
+
+    corpus: str
+    method: str
+    rows: int
+    score: Interval
+    more: float | None
+    against: Paired | None
+    weights: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {
+            "corpus": self.corpus,
+            "method": self.method,
+            "rows": self.rows,
+            **self.score.as_dict(),
+            "more": self.more,
+            "against_best_member": self.against.as_dict() if self.against else None,
+            "weights": self.weights,
+        }
+
+
+def scored(records: Records) -> list[dict[str, Any]]:
+    """The records that were not left out."""
+    return [record for record in records if "left_out" not in record]
+
+
+def corpora(records: Records) -> dict[str, list[dict[str, Any]]]:
+    """Scored records by corpus."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in scored(records):
+        found.setdefault(record["corpus"], []).append(record)
+    return found
+
+
+def lm_table(records: Records, prompt: str | None = None) -> list[Entry]:
+    """Bits per byte after one of the prompt lengths (None: the first), by corpus and on average over corpora."""
+    entries = []
+    groups = corpora(records)
+    for corpus, rows in groups.items():
+        length = prompt or next(iter(rows[0]["prompts"]))
+        columns = _lm_columns(rows, length)
+        sizes = [row["bytes"] for row in rows]
+        best = min((label for label in columns if label.startswith("member ")), key=lambda m: sum(columns[m]))
+        for label, nats in columns.items():
+            bits = [n / math.log(2) for n in nats]
+            base = [n / math.log(2) for n in columns[best]]
+            tokens = sum(row["tokens"] or 0 for row in rows)
+            entries.append(
+                Entry(
+                    corpus,
+                    label,
+                    len(rows),
+                    interval(bits, sizes),
+                    math.exp(sum(nats) / tokens) if tokens else None,
+                    None if label == best else paired(bits, base, sizes),
+                    _mean_weights([row["prompts"][length]["methods"][label]["weights"] for row in rows])
+                    if label in rows[0]["prompts"][length]["methods"]
+                    else {},
+                )
+            )
+        entries.append(_renamed(entries, corpus, best))
+    return [*entries, *(_averages(entries) if len(groups) > 1 else [])]
+
+
+def _lm_columns(rows: Records, length: str) -> dict[str, list[float]]:
+    columns = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
+    for label in rows[0]["prompts"][length]["methods"]:
+        columns[label] = [row["prompts"][length]["methods"][label]["nats"] for row in rows]
+    return columns
+
+
+def choice_table(records: Records) -> list[Entry]:
+    """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy."""
+    entries = []
+    groups = corpora(records)
+    for corpus, rows in groups.items():
+        columns = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
+        columns |= {m: [row["methods"][m]["nats"] for row in rows] for m in rows[0]["methods"]}
+        hits = {m: [float(right(r, n)) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
+        best = max((label for label in hits if label.startswith("member ")), key=lambda m: sum(hits[m]))
+        for label, nats in columns.items():
+            per_byte = [right(r, n, per_byte=True) for r, n in zip(rows, nats, strict=True)]
+            entries.append(
+                Entry(
+                    corpus,
+                    label,
+                    len(rows),
+                    interval(hits[label]),
+                    sum(per_byte) / len(per_byte),
+                    None if label == best else paired(hits[label], hits[best]),
+                    _mean_weights([row["methods"][label]["weights"] for row in rows])
+                    if label in rows[0]["methods"]
+                    else {},
+                )
+            )
+        entries.append(_renamed(entries, corpus, best))
+    return [*entries, *(_averages(entries) if len(groups) > 1 else [])]
+
+
+def generate_table(records: Records) -> list[Entry]:
+    """Exact match by task; `more` is seconds an answer. Compared with the first method."""
+    entries = []
+    for corpus, rows in corpora(records).items():
+        labels = list(rows[0]["methods"])
+        hits = {m: [float(row["methods"][m]["right"]) for row in rows] for m in labels}
+        for m in labels:
+            seconds = sum(row["methods"][m]["seconds"] for row in rows) / len(rows)
+            weights = _mean_weights([row["methods"][m]["weights"] for row in rows])
+            against = None if m == labels[0] else paired(hits[m], hits[labels[0]])
+            entries.append(Entry(corpus, m, len(rows), interval(hits[m]), seconds, against, weights))
+    return entries
+
+
+def _renamed(entries: Sequence[Entry], corpus: str, best: str) -> Entry:
+    found = next(entry for entry in entries if entry.corpus == corpus and entry.method == best)
+    return Entry(corpus, "best member", found.rows, found.score, found.more, None, {})
+
+
+def _averages(entries: Sequence[Entry]) -> list[Entry]:
+    """Means over corpora, each counted alike; the corpora are independent, so half-widths add in squares."""
+    found = []
+    for label in dict.fromkeys(entry.method for entry in entries):
+        parts = [entry for entry in entries if entry.method == label]
+        more = [entry.more for entry in parts if entry.more is not None]
+        deltas = [entry.against.difference for entry in parts if entry.against is not None]
+        # Where a method is the best member itself, the difference is 0 and certain.
+        deltas += [Interval(0.0, 0.0, 0.0)] * (len(parts) - len(deltas))
+        difference = _mean(deltas)
+        spread = (difference.high - difference.low) / (2 * 1.96)
+        p = math.erfc(abs(difference.value) / spread / math.sqrt(2)) if spread else 1.0
+        found.append(
+            Entry(
+                AVERAGE,
+                label,
+                sum(entry.rows for entry in parts),
+                _mean([entry.score for entry in parts]),
+                math.exp(sum(map(math.log, more)) / len(more)) if len(more) == len(parts) and min(more) > 0 else None,
+                None if label == "best member" else Paired(difference, p),
+                _mean_weights([entry.weights for entry in parts]),
+            )
+        )
+    return found
+
+
+def _mean(intervals: Sequence[Interval]) -> Interval:
+    count = len(intervals)
+    value = sum(i.value for i in intervals) / count
+    half: Callable[[Iterable[float]], float] = lambda sides: math.sqrt(sum(s * s for s in sides)) / count  # noqa: E731
+    return Interval(
+        value, value - half(i.value - i.low for i in intervals), value + half(i.high - i.value for i in intervals)
+    )
+
+
+def _mean_weights(weights: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in weights for name in each)
+    return {name: sum(each.get(name, 0.0) for each in weights) / len(weights) for name in names}
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a member is to a pack on a corpus: the audit's row.
+
+    Attributes:
+        weight: its mean weight.
+        runs: share of documents where it has any weight, so is run while decoding.
+        top: share of documents where it has the largest weight.
+        alone: its bits per byte by itself.
+        helps: bits per byte that the pack loses without it (negative: the pack is better without it).
+        cost: seconds of its pass over a document.
+    """
+
+    corpus: str
+    member: str
+    weight: float
+    runs: float
+    top: float
+    alone: float
+    helps: Interval
+    cost: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {**self.__dict__, "helps": self.helps.as_dict()}
+
+
+def uses(records: Records, label: str) -> list[Use]:
+    """The audit of a method and of its variants "LABEL without NAME", one row a member and corpus."""
+    found = []
+    for corpus, rows in corpora(records).items():
+        length = next(iter(rows[0]["prompts"]))
+        methods = [row["prompts"][length]["methods"] for row in rows]
+        sizes = [row["bytes"] for row in rows]
+        for name in rows[0]["members"]:
+            weights = [m[label]["weights"][name] for m in methods]
+            top = [max(m[label]["weights"], key=m[label]["weights"].__getitem__) == name for m in methods]
+            without = f"{label} without {name}"
+            lost = [(m[without]["nats"] - m[label]["nats"]) / math.log(2) if without in m else 0.0 for m in methods]
+            alone = bits_per_byte(sum(row["members"][name] for row in rows), sum(sizes))
+            found.append(
+                Use(
+                    corpus,
+                    name,
+                    sum(weights) / len(rows),
+                    sum(w != 0 for w in weights) / len(rows),
+                    sum(top) / len(rows),
+                    alone,
+                    interval(lost, sizes),
+                    sum(row["seconds"][name] for row in rows) / len(rows),
+                )
+            )
+    return found

@@ -1,0 +1,60 @@
+"""cbtm: weights from the distance of the prompt to each expert's corpus (Gururangan et al. 2023, arXiv 2303.14177;
+PackLLM arXiv 2404.11531, Eq. 8)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from packllm.errors import DataError, ExtraError
+from packllm.options import Options
+from packllm.weights import tfidf
+from packllm.weights.problem import Problem, Solution
+
+
+def fit(corpora: Mapping[str, Sequence[str]], path: str | os.PathLike, *, clusters: int = 1, seed: int = 0) -> None:
+    """Learn the centroids of each expert's corpus, and write them to `path` for the option `fitted`.
+
+    tf-idf rows of each corpus are clustered by k-means; one cluster is the mean of the corpus, as in the
+    paper, where every expert was trained on one cluster.
+
+    Args:
+        corpora: documents by member name, at least two members.
+        clusters: centroids a member.
+
+    Raises:
+        ExtraError: scikit-learn is absent.
+        DataError: fewer than two corpora, or one with fewer documents than clusters, or with a single one.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError:
+        raise ExtraError("fitting cbtm", "scikit-learn", "eval") from None
+    if len(corpora) < 2:
+        raise DataError("cbtm needs the corpora of at least two members")
+    for name, texts in corpora.items():
+        if len(texts) < max(2, clusters + 1):
+            raise DataError(
+                f"the corpus of {name!r} has {len(texts)} document{'s' * (len(texts) != 1)} for {clusters} "
+                f"cluster{'s' * (clusters != 1)}: a cluster of one document is that document; give more of them"
+            )
+    features, rows = tfidf.fit([text for texts in corpora.values() for text in texts], "cbtm")
+    centroids, begin = [], 0
+    for texts in corpora.values():
+        part = rows[begin : begin + len(texts)]
+        centroids.append(KMeans(clusters, n_init=3, random_state=seed).fit(part).cluster_centers_)
+        begin += len(texts)
+    arrays = {"centroids": np.stack(centroids).astype(np.float32)}
+    tfidf.Fitted("cbtm", tuple(corpora), features, arrays).save(path)
+
+
+def solve(problem: Problem, options: Options) -> Solution:
+    """λ = softmax(−d²/τ), d the distance in tf-idf space from the prompt to the member's nearest centroid."""
+    fitted = tfidf.load(options.fitted, "cbtm")
+    row = fitted.features.of(tfidf.known(fitted, problem.names, problem.text))
+    centroids = fitted.arrays["centroids"][[fitted.names.index(name) for name in problem.names]]
+    distances = ((centroids - row) ** 2).sum(-1).min(-1)
+    raised = np.exp((distances.min() - distances) / options.tau)
+    return Solution(tuple((raised / raised.sum()).tolist()))

@@ -1,0 +1,109 @@
+"""A compact lower bound of the log pool's loss, for `exact` and `map` (METHODS §3).
+
+At a position, a_k(v) = s_k(v) − s_k(x) are the members' margins over the observed token x and
+
+    f(λ) = log Σ_v exp(λ·a(v)) = log [Σ_{v likely} exp(λ·a(v)) + T(λ)],    T(λ) = Σ_{v unlikely} exp(λ·a(v)).
+
+The few likely tokens are kept as they are. The many others are kept as one: with q the pool at λ', restricted to
+them, and ā = E_q a, Jensen's inequality gives
+
+    T(λ) = T(λ') E_q exp((λ − λ')·a) ≥ T(λ') exp((λ − λ')·ā) = exp(λ·ā + c),    c = log T(λ') − λ'·ā.
+
+So the kept f is a log-sum-exp of a few hundred terms, convex and nowhere above f, and touches it at λ' with value
+and gradient. Each position has a λ' of its own. The mean over positions is minimised in milliseconds, and its
+minimum bounds that of the loss from below.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packllm.weights.blocks import NOTHING, Expansion, expand, pool
+
+LIKELY = 256
+"""Tokens kept of each position."""
+
+_LEAST = 1e-5  # mass of the unlikely tokens below which a difference of float32 numbers does not tell their mean
+
+
+class Minorant:
+    """The bound over the positions added so far.
+
+    Args:
+        shape: (K, t, V), members and positions to come.
+        device: where the logits are.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        members, positions, vocabulary = shape
+        likely = min(vocabulary, LIKELY)
+        # Terms of each position: K margins and a constant, which is 0 for a token and c for the rest, the last.
+        self._terms = torch.zeros(members + 1, positions, likely + 1, device=device)
+        self._order = torch.empty(positions, dtype=torch.int64, device=device)
+        self._count = 0
+
+    def add(self, part: Tensor, block: Tensor, observed: Tensor, weights: np.ndarray) -> None:
+        """Touch the loss at `weights` on these positions.
+
+        Args:
+            part: int64 (b,) positions, none of them added before.
+            block: float32 (K, b, V) logits; overwritten.
+            observed: float32 (K, b), those of the observed tokens.
+            weights: λ'.
+        """
+        here = slice(self._count, self._count + len(part))
+        self._count = here.stop
+        self._order[here] = part
+        terms = self._terms[:, here]
+        fused = pool(block, weights)
+        logits, likely = fused.topk(terms.shape[2] - 1, dim=-1)
+        chances = fused.softmax(-1)
+        loss = logits[:, 0] - chances.gather(-1, likely[:, :1])[:, 0].log() - _combine(observed, weights)
+        chances.scatter_(-1, likely, 0.0)
+        block.clamp_(min=NOTHING)  # for 0 · −inf
+        kept = block.gather(-1, likely.expand(len(block), -1, -1)) - observed[..., None]
+        terms[:-1, :, :-1] = kept.masked_fill_(logits.isneginf(), NOTHING)  # also where a weight is 0
+        rest = chances.sum(-1)
+        mean = torch.bmm(block.transpose(0, 1), chances[..., None])[..., 0].T / rest.clamp_min(1e-30) - observed
+        terms[:-1, :, -1], terms[-1, :, -1] = mean, _constant(mean, rest, loss, weights)
+
+    def touch(self, loss: Tensor, gradient: Tensor, weights: np.ndarray) -> None:
+        """Touch the loss at other weights, on all positions, with the same likely tokens.
+
+        Args:
+            loss: float32 (n,), f at `weights`, in the order of `order`.
+            gradient: float32 (K, n), E_p a_k with p the pool there.
+            weights: the new λ'.
+        """
+        terms = self._terms[:, : self._count]
+        kept = terms[:-1, :, :-1]
+        chances = (_combine(kept.flatten(1), weights).view(kept.shape[1:]) - loss[:, None]).exp_()
+        rest = 1 - chances.sum(-1)
+        mean = (gradient - torch.einsum("knm,nm->kn", kept, chances)) / rest
+        told = rest > _LEAST
+        constant = _constant(mean, rest, loss, weights)
+        terms[:-1, :, -1] = torch.where(told, mean, terms[:-1, :, -1])
+        terms[-1, :, -1] = torch.where(told, constant, terms[-1, :, -1])
+
+    @property
+    def order(self) -> Tensor:
+        """int64 (n,), the positions in the order they were added."""
+        return self._order[: self._count]
+
+    def expand(self, weights: np.ndarray) -> Expansion:
+        """Value, gradient and Hessian of the mean at `weights`."""
+        share = max(1, 2**18 // self._terms[0, 0].numel())
+        whole = expand(self._terms[:, : self._count].split(share, dim=1), np.append(weights, 1.0))
+        return Expansion(whole.value, whole.gradient[:-1], whole.hessian[:-1, :-1])
+
+
+def _combine(values: Tensor, weights: np.ndarray) -> Tensor:
+    """Σ_k λ_k values_k, (K, n) -> (n,)."""
+    return torch.from_numpy(weights).to(values) @ values
+
+
+def _constant(mean: Tensor, rest: Tensor, loss: Tensor, weights: np.ndarray) -> Tensor:
+    """c of unlikely tokens with the pool's mass `rest` and margins `mean`, where log Σ_v exp(λ'·a) is `loss`."""
+    return (rest.log() + loss - _combine(mean, weights)).clamp_min(NOTHING)

@@ -1,0 +1,248 @@
+"""One pack under many callers: 8 threads and 32 asyncio tasks ask, stream and break off at once. Answers are those of
+one caller alone, nobody waits for ever, and nothing of a request stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from faces import FACES, Face
+from transformers import DynamicCache
+
+from packllm import Member, Pack
+from packllm.member import Session
+
+PROMPTS = (
+    "the patient has a fever and",
+    "once upon a time",
+    "the court shall order",
+    "a query planner chooses an index scan or a sequential scan from statistics",
+)
+TOKENS = 10
+LIMIT = 60.0  # seconds until a test that hangs is given up; a run takes a few
+ROUNDS = 4  # of each thread and task
+KINDS = 8  # of options
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _count_only_what_is_new() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # the million objects of imported modules: leave them out of every count
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _stacks_of_a_deadlock() -> Iterator[None]:
+    faulthandler.dump_traceback_later(LIMIT, exit=False)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@dataclass
+class Alive:
+    """What requests hold: sessions, caches, bytes of tensors."""
+
+    sessions: int = 0
+    caches: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def now(cls) -> Alive:
+        gc.collect()
+        alive = cls()
+        storages = {}
+        for thing in gc.get_objects():
+            kind = type(thing)
+            if issubclass(kind, Session):
+                alive.sessions += 1
+            elif issubclass(kind, DynamicCache):
+                alive.caches += 1
+            elif issubclass(kind, torch.Tensor):
+                storages[thing.data_ptr()] = thing.nbytes
+        alive.bytes = sum(storages.values())
+        return alive
+
+
+def settled(start: Alive) -> Alive:
+    """What is alive once threads that were told to stop have stopped (their last step may still run)."""
+    until = time.monotonic() + 10
+    while (now := Alive.now()) != start and time.monotonic() < until:
+        time.sleep(0.05)
+    return now
+
+
+@dataclass
+class Crowd:
+    """What the callers did and found wrong."""
+
+    wrong: list[Any] = field(default_factory=list)
+    done: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check(self, way: str, got: str, expected: str, whole: bool = True) -> None:
+        with self.lock:
+            self.done[way] = self.done.get(way, 0) + 1
+            if got != expected if whole else not expected.startswith(got):
+                self.wrong.append((way, got, expected))
+
+
+@pytest.fixture(scope="module")
+def shared_pack(make_member: Callable[..., Member]) -> Pack:
+    return Pack([make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)], max_tokens=TOKENS)
+
+
+def options_of(number: int) -> dict[str, Any]:
+    """Options that differ between requests, so that one mixed up with another shows."""
+    choices = [{}, {"temperature": 0.9, "seed": number % 3}, {"weighting": "top1"}, {"max_tokens": 4}]
+    return choices[number % len(choices)]
+
+
+@pytest.fixture(scope="module")
+def alone(shared_pack: Pack) -> dict[tuple[bool, str, int], str]:
+    """Answers of one caller alone: by whether it is a chat, prompt and number of the options."""
+    faces = [kind(shared_pack) for kind in {kind.chat: kind for kind in FACES}.values()]
+    return {
+        (face.chat, text, number): shared_pack.generate(face.prompt(text), **options_of(number)).text
+        for face in faces
+        for text in PROMPTS
+        for number in range(KINDS)
+    }
+
+
+def test_eight_threads(shared_pack: Pack, alone: dict[tuple[bool, str, int], str]) -> None:
+    faces = [kind(shared_pack) for kind in FACES]
+    start, crowd = Alive.now(), Crowd()
+    ready = threading.Barrier(8)
+
+    def caller(thread: int) -> None:
+        dice = random.Random(thread)
+        ready.wait()
+        for _ in range(ROUNDS):
+            face, text, number = dice.choice(faces), dice.choice(PROMPTS), dice.randrange(KINDS)
+            options, right = options_of(number), alone[face.chat, text, number]
+            way = dice.choice(("ask", "stream", "break", "batch", "weigh"))
+            try:
+                if way == "ask":
+                    crowd.check(way, face.ask(text, **options), right)
+                elif way == "stream":
+                    crowd.check(way, "".join(face.stream(text, **options)), right)
+                elif way == "break":
+                    with closing(face.stream(text, **options)) as pieces:
+                        crowd.check(way, next(pieces) + next(pieces, ""), right, whole=False)
+                elif way == "batch":  # rows of a batch have random streams of their own: greedy only
+                    greedy = [alone[face.chat, one, 0] for one in PROMPTS]
+                    for got, right in zip(face.batch(PROMPTS), greedy, strict=True):
+                        crowd.check(way, got, right)
+                else:
+                    weights = shared_pack.weigh(face.prompt(text), **options)
+                    crowd.check(way, str(sum(weights.values) > 0.99), "True")
+            except Exception as error:
+                crowd.wrong.append((way, error))
+
+    threads = [threading.Thread(target=caller, args=(thread,), daemon=True) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + LIMIT
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads), "deadlock: see the stacks above"
+    assert crowd.wrong == []
+    assert set(crowd.done) == {"ask", "stream", "break", "batch", "weigh"}
+    assert settled(start) == start
+
+
+async def test_thirty_two_tasks(shared_pack: Pack, alone: dict[tuple[bool, str, int], str]) -> None:
+    faces = [kind(shared_pack) for kind in FACES]
+    await faces[0].aask(PROMPTS[0])  # the loop's own thread pool stays for the next calls
+    start, crowd = Alive.now(), Crowd()
+
+    async def caller(task: int) -> None:
+        dice = random.Random(100 + task)
+        for _ in range(ROUNDS // 2):
+            face, text, number = dice.choice(faces), dice.choice(PROMPTS), dice.randrange(KINDS)
+            options, right = options_of(number), alone[face.chat, text, number]
+            way = dice.choice(("ask", "stream", "break", "cancel"))
+            if way == "ask":
+                crowd.check(way, await face.aask(text, **options), right)
+            elif way == "stream":
+                crowd.check(way, "".join([piece async for piece in face.astream(text, **options)]), right)
+            elif way == "break":
+                pieces = face.astream(text, **options)
+                crowd.check(way, await anext(pieces), right, whole=False)
+                await pieces.aclose()
+            else:
+                work = asyncio.create_task(face.aask(text, **{**options, "max_tokens": 200}))
+                await asyncio.sleep(dice.random() / 10)
+                work.cancel()
+                await asyncio.wait([work])
+                error = None if work.cancelled() else work.exception()  # it may have been finished by then
+                crowd.check(way, str(error), "None")
+
+    async with asyncio.timeout(LIMIT):
+        await asyncio.gather(*[caller(task) for task in range(32)])
+    assert crowd.wrong == []
+    assert set(crowd.done) == {"ask", "stream", "break", "cancel"}
+    assert await asyncio.to_thread(settled, start) == start
+    assert faces[0].ask(PROMPTS[0]) == alone[faces[0].chat, PROMPTS[0], 0]
+
+
+@pytest.mark.parametrize("kind", FACES, ids=lambda kind: kind.name)
+def test_the_count_sees_what_a_request_holds(shared_pack: Pack, kind: type[Face]) -> None:
+    start = Alive.now()
+    pieces = kind(shared_pack).stream(PROMPTS[0])
+    next(pieces)
+    during = Alive.now()
+    assert during.sessions > start.sessions
+    assert during.caches > start.caches
+    assert during.bytes > start.bytes
+    pieces.close()
+    del pieces
+    assert settled(start) == start
+
+
+@pytest.mark.parametrize("kind", FACES, ids=lambda kind: kind.name)
+def test_a_failed_request_leaves_nothing(make_member: Any, kind: type[Face]) -> None:
+    class Failing(Member):
+        left = 5
+
+        def run(self, function: Any, **inputs: Any) -> Any:
+            self.left -= 1
+            return super().run(function if self.left >= 0 else self._fail, **inputs)
+
+        @staticmethod
+        def _fail(**_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    member = make_member("llama", 0)
+    pack = Pack([Failing(member.model, member.tokenizer, "failing")], max_tokens=50)
+    start = Alive.now()
+
+    def ask() -> None:  # a frame of its own: the error that pytest keeps would hold this one's names
+        with pytest.raises(RuntimeError, match="out of memory"):
+            kind(pack).ask(PROMPTS[0])
+
+    ask()
+    assert settled(start) == start
+
+
+def test_interrupting_a_thread_of_a_batch(shared_pack: Pack) -> None:
+    """Streams of several prompts, closed in another order than they were opened."""
+    start = Alive.now()
+    streams = [shared_pack.stream(text, max_tokens=50) for text in PROMPTS]
+    for stream in streams:
+        next(stream)
+    for stream in reversed(streams):
+        stream.close()
+    del stream, streams
+    assert settled(start) == start

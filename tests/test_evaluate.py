@@ -1,0 +1,525 @@
+"""Protocols, cached scores, records that go on after a kill, tables and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from packllm import OptionError, Pack
+from packllm.cli import app
+from packllm.errors import DataError, ExtraError
+from packllm.evaluate import choice, generate, lm, records, report, rows, tables
+from packllm.evaluate.methods import DEFAULT, Method, ready
+from packllm.evaluate.reading import Reading, cut_after, encode_pieces
+from packllm.evaluate.rows import Document, Question
+
+TEXT = (
+    "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. "
+    "A query planner chooses an index scan or a sequential scan from statistics of the table. Ça coûte 5 €, dit-elle. "
+    "Diabetes is a disease in which the blood glucose level is too high, and insulin helps."
+)
+QUESTION = Question("q", "quiz", "What is the capital of France?", ("Paris", "the dog", "an index scan"), 0)
+
+
+@pytest.fixture
+def mixed_pack(make_member) -> Pack:
+    """Two members of one vocabulary and one of another."""
+    return Pack([make_member("llama", 0), make_member("gpt2", 1), make_member("gemma", 3, "words")])
+
+
+def documents(count: int) -> list[Document]:
+    return [Document(f"d{i}", "one" if i % 2 else "two", TEXT[7 * i :]) for i in range(count)]
+
+
+def without_seconds(found):
+    if isinstance(found, dict):
+        return {k: without_seconds(v) for k, v in found.items() if k != "seconds"}
+    return [without_seconds(v) for v in found] if isinstance(found, list) else found
+
+
+# Reading rows
+
+
+def test_rows_are_read_from_jsonl_and_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x y", "domain": "d"}\n{"question": "q?", "answer": "a"}\n')
+    assert [(d.corpus, d.text) for d in rows.read_documents(tmp_path / "a.jsonl")] == [("d", "x y"), ("a", "q?\n\na")]
+    paragraph = "word " * 250
+    (tmp_path / "b.txt").write_text("\n\n".join([paragraph.strip()] * 4))
+    found = rows.read_documents(tmp_path / "b.txt")
+    assert [len(d.text) for d in found] == [1249, 1249, 1249, 1249]
+    (tmp_path / "c.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": "B", "context": "c"}\n')
+    (question,) = rows.read_questions(tmp_path / "c.jsonl")
+    assert (question.answer, question.choices, question.context) == (1, ("a", "b"), "c")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "empty"),
+        ("{", "line 2: Expecting"),
+        ("[1]", "not a JSON object"),
+        ('{"question": " "}', "no question"),
+        ('{"question": "q", "choices": ["a"], "answer": 0}', "at least two"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer=2 is none of 0\.\.1"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "answer=-1"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "answer='C'"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": true}', "answer=True"),
+    ],
+)
+def test_malformed_rows_are_named_by_line_or_skipped(tmp_path, caplog, line, reason):
+    good = '{"question": "q", "choices": ["a", "b"], "answer": 0}'
+    path = tmp_path / "q.jsonl"
+    path.write_text(f"{good}\n{line}\n{good}x\n"[:-2] + "\n" if line else f"{good}\n\n{good}\n")
+    with pytest.raises(DataError, match=f"q.jsonl line 2.*{reason}" if "line 2" not in reason else reason):
+        rows.read_questions(path)
+    assert len(rows.read_questions(path, bad="skip")) == 2
+    assert "line 2 left out" in caplog.text
+
+
+def test_files_that_hold_nothing(tmp_path):
+    (tmp_path / "e.txt").write_text(" \n\n ")
+    with pytest.raises(DataError, match="holds nothing"):
+        rows.read_documents(tmp_path / "e.txt")
+    with pytest.raises(DataError, match="is no file"):
+        rows.read_documents(tmp_path / "absent.jsonl")
+    (tmp_path / "t.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="line 1: its text is empty"):
+        rows.read_documents(tmp_path / "t.jsonl")
+
+
+def test_samples_are_drawn_by_the_seed_and_never_silently_small():
+    found = rows.sample(documents(10), 3, 0, 200)
+    assert found == rows.sample(documents(10), 3, 0, 200) != rows.sample(documents(10), 3, 1, 200)
+    assert [d.corpus for d in found] == ["two"] * 3 + ["one"] * 3
+    assert len(rows.sample(documents(10), None, 0, 200)) == 10
+    with pytest.raises(DataError, match="'two' has 5 rows, fewer than the 6 asked for"):
+        rows.sample(documents(10), 6, 0, 200)
+
+
+# Scores: each member runs once
+
+
+def test_cached_scores_equal_fresh_ones(pack):
+    """Every method's NLL is what Pack.score gives for the same prompt and continuation, run anew."""
+    cut = TEXT.index(" unless")
+    with Reading(pack.members, [TEXT[:cut], TEXT[cut:]]) as reading:
+        methods = ready(
+            pack, [*DEFAULT, "em:pool=log", "exact:pool=linear", "uniform:pool=linear", "em:min_weight=0.4"]
+        )
+        weighed = [(m.members, reading.weights(m.options, m.members)) for m in methods]
+        cached = reading.nll(weighed, 1, 2)
+    for method, (_, weights), nll in zip(methods, weighed, cached, strict=True):
+        fresh = method.options.model_dump(exclude_unset=True)
+        assert pack.weigh(TEXT[:cut], **fresh).values == pytest.approx(weights.values, abs=1e-6)
+        assert -pack.score(TEXT[:cut], [TEXT[cut:]], **fresh)[0] == pytest.approx(nll, rel=1e-4), method.label
+
+
+def test_options_score_as_the_pack_does(pack):
+    prompt, options = "Question: Who?\nAnswer:", [" the dog", " a", " an index scan of the table"]
+    methods = ready(pack, ["em", "uniform", "opt", "top1"])
+    with Reading(pack.members, [prompt]) as reading:
+        weighed = [(m.members, reading.weights(m.options, m.members)) for m in methods]
+        found = reading.options(options, weighed)
+    for method, scores in zip(methods, found, strict=True):
+        assert scores == pytest.approx(pack.score(prompt, options, weighting=method.options.weighting), rel=1e-4)
+
+
+def test_a_member_alone_scores_as_alone(pack, make_member):
+    with Reading(pack.members, [TEXT[:60], TEXT[60:]]) as reading:
+        cached = reading.nll([((k,), lm.alone(pack, k)) for k in range(3)], 1, 2)
+    for member, nll in zip(pack.members, cached, strict=True):
+        assert -Pack([member]).score(TEXT[:60], [TEXT[60:]])[0] == pytest.approx(nll, rel=1e-4)
+
+
+def test_each_member_runs_once_a_document(pack, tmp_path):
+    before = [member.tokens for member in pack.members]
+    lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=["em", "uniform", "sim", "opt", "exact", "map"])
+    tokens = len(pack.members[0].encoder.encode(TEXT).ids)
+    assert [m.tokens - b for m, b in zip(pack.members, before, strict=True)] == [tokens] * 3
+
+
+def test_words_fuse_members_of_different_vocabularies(mixed_pack):
+    """The mixture of words by hand: products of token probabilities between common boundaries."""
+    text = " the dog"
+    with Reading(mixed_pack.members, ["The quick brown", text]) as reading:
+        weights = reading.weights(mixed_pack.check(), range(3))
+        fused = reading.nll([((0, 1, 2), weights)], 1, 2)[0]
+        members = [reading.nll([((k,), lm.alone(mixed_pack, k))], 1, 2)[0] for k in range(3)]
+        one_word = reading.options(
+            [" dog"], [((0, 1, 2), weights), *[((k,), lm.alone(mixed_pack, k)) for k in range(3)]]
+        )
+    expected = -math.log(sum(v * math.exp(s[0]) for v, s in zip(weights.values, one_word[1:], strict=True)))
+    assert -one_word[0][0] == pytest.approx(expected)
+    # Every word of a mixture is at most 1/λ less likely than under any member.
+    bounds = [nll - len(text) * math.log(v) for nll, v in zip(members, weights.values, strict=True)]
+    assert 0 < fused <= min(bounds)
+    assert weights.unit == "word"
+
+
+def test_weights_do_not_see_what_follows(pack, mixed_pack):
+    """Changing the continuation changes no weight (leave no leak): they are Pack.weigh's on the prompt alone, up to
+    the rounding of matrix products of another size."""
+    prompt = "The court shall order relief under"
+    for chosen in (pack, mixed_pack):
+        methods = ready(chosen, None)
+        alone = [chosen.weigh(prompt, **m.options.model_dump(exclude_unset=True)).values for m in methods]
+        for rest in (" 30 days.", "objects", "\n\nfor i in range(10)", " ça, dit-elle"):
+            with Reading(chosen.members, [prompt, rest]) as reading:
+                weighed = [reading.weights(m.options, m.members).values for m in methods]
+            for values, expected in zip(weighed, alone, strict=True):
+                assert values == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_do_not_move_weights(pack, tmp_path):
+    changed = Question("p", "quiz", QUESTION.question, ("for i in range(10):", "insulin", "30 days"), 1)
+    for template in choice.TEMPLATES:
+        found = choice.evaluate(pack, [QUESTION, changed], tmp_path / f"{template}.jsonl", template=template)
+        for label, method in found[0]["methods"].items():
+            assert found[1]["methods"][label]["weights"] == pytest.approx(method["weights"], abs=1e-4)
+            assert found[1]["methods"][label]["nats"] != method["nats"]
+    assert [len(choice.pieces(QUESTION, t, [])) for t in choice.TEMPLATES.values()] == [2, 1, 1]
+
+
+def test_pieces_are_tokenised_by_themselves(make_member):
+    for tokenizer in ("bytes", "words"):
+        encoder = make_member("llama", 0, tokenizer).encoder
+        encoded, counts = encode_pieces(encoder, ["The court", " shall ça", " 5 €."])
+        alone = [encoder.encode("The court").ids, encoder.continuation(" shall ça"), encoder.continuation(" 5 €.")]
+        assert encoded.ids == [i for ids in alone for i in ids]
+        assert counts[-1] == len(encoded.positions)
+        assert encoded.ends[-1] == len("The court shall ça 5 €.")
+        assert encoded.starts == sorted(encoded.starts)
+
+
+def test_cuts_fall_between_words(make_member):
+    encoder = make_member("llama").encoder
+    for tokens in range(1, 60):
+        at = cut_after(encoder, TEXT, tokens)
+        assert TEXT[at].isspace()
+        assert len(encoder.encode(TEXT[:at]).positions) >= min(tokens, 59) - 1
+    assert cut_after(encoder, "日本語" * 40, 3) > 0
+
+
+# Protocols
+
+
+def test_prompt_lengths():
+    assert [lm.PromptLength.parse("32|20%").of(n) for n in (1000, 100, 3)] == [32, 20, 1]
+    assert lm.PromptLength.parse("64").of(1000) == 64
+    assert lm.PromptLength.parse("5%").of(1000) == 50
+    for bad in ("", "x", "0", "0%", "120%", "|20%"):
+        with pytest.raises(OptionError, match="prompt="):
+            lm.PromptLength.parse(bad)
+
+
+def test_lm_by_hand(make_member, tmp_path):
+    """Two members, fixed weights: bits per byte from log-probabilities computed without any cache."""
+    pack = Pack([make_member("llama", 0), make_member("llama", 1)])
+    method = Method("half", {"weighting": {"llama-0": 0.5, "llama-1": 0.5}})
+    (record,) = lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=[method], prompts=("10",))
+    cut = cut_after(pack.members[0].encoder, TEXT, 10)
+    prompt, rest = pack.members[0].encoder.plain(TEXT[:cut]), pack.members[0].encoder.plain(TEXT[cut:])
+    ids = torch.tensor([prompt + rest])
+    given = []
+    for member in pack.members:
+        with torch.inference_mode():
+            logprobs = member.model(ids).logits[0, :, : member.vocabulary_size].double().log_softmax(-1)
+        given.append(logprobs[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None])[:, 0])
+    expected = -float((torch.stack(given).exp().mean(0)).log().sum())
+    assert record["prompts"]["10"]["methods"]["half"]["nats"] == pytest.approx(expected, rel=1e-5)
+    assert record["members"]["llama-0"] == pytest.approx(-float(given[0].sum()), rel=1e-5)
+    assert (record["bytes"], record["tokens"]) == (len(TEXT[cut:].encode()), len(rest))
+    entry = next(e for e in tables.lm_table([record]) if e.method == "half")
+    assert entry.score.value == pytest.approx(expected / math.log(2) / record["bytes"])
+    assert entry.more == pytest.approx(math.exp(expected / len(rest)))
+
+
+def test_several_prompt_lengths_score_the_same_text(pack, tmp_path):
+    (record,) = lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=["uniform", "em"], prompts=("4", "20"))
+    uniform = [record["prompts"][p]["methods"]["uniform"]["nats"] for p in ("4", "20")]
+    em = [record["prompts"][p]["methods"]["em"]["nats"] for p in ("4", "20")]
+    assert uniform[0] == pytest.approx(uniform[1])
+    assert em[0] != em[1]
+
+
+def test_short_documents_are_left_out_with_the_reason(pack, tmp_path):
+    found = lm.evaluate(pack, [*documents(1), Document("s", "one", "Hi")], tmp_path / "r.jsonl", methods=["em"])
+    assert "nothing after its prompt" in found[1]["left_out"]
+    assert "1 of 2 rows left out" in report.left_out(found)
+    with pytest.raises(DataError, match="no document could be scored"):
+        lm.evaluate(pack, [Document("s", "one", "Hi")], tmp_path / "s.jsonl", methods=["em"])
+
+
+def test_methods_are_checked_before_anything_runs(pack, mixed_pack, tmp_path):
+    for spec, message in {
+        "emm": "weighting='emm' is unknown",
+        "em@nobody": "names member 'nobody'",
+        "em:tau": "has no '='",
+        "em:taw=1": "did you mean 'tau'",
+        "": "is not WEIGHTING",
+    }.items():
+        with pytest.raises(OptionError, match=message):
+            lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=[spec])
+    with pytest.raises(OptionError, match="two methods are called 'em'"):
+        ready(pack, ["em", "em"])
+    with pytest.raises(OptionError, match="'opt' needs members of one vocabulary"):
+        ready(mixed_pack, ["opt"])
+    assert not list(tmp_path.iterdir())
+    assert [m.label for m in ready(mixed_pack, None)] == ["em", "uniform", "top1", "sim", "sim:tau=1"]
+    (subset,) = ready(pack, ["sim@qwen-2+llama-0:tau=1"])
+    assert (subset.members, subset.options.tau) == ((2, 0), 1.0)
+
+
+def test_choice_by_hand(pack, tmp_path):
+    (record,) = choice.evaluate(pack, [QUESTION], tmp_path / "r.jsonl", methods=["em"], template="plain")
+    scores = pack.score("Question: What is the capital of France?\nAnswer:", [f" {c}" for c in QUESTION.choices])
+    assert record["methods"]["em"]["nats"] == pytest.approx(scores, rel=1e-4)
+    record |= {"bytes": [5, 7, 13], "answer": 1}
+    assert [choice.right(record, nats) for nats in ([-9, -8, -10], [-8, -8, -10])] == [True, False]
+    assert choice.right(record, [-5.1, -7, -13.1], per_byte=True)
+    assert not choice.right(record, [-5.1, -7, -13.1])
+
+
+def test_templates_and_examples():
+    shot = Question("s", "quiz", "Why?", ("so", "no"), 1, context="Once.", subject="law", split="dev")
+    seen, rest = choice.pieces(QUESTION, choice.TEMPLATES["choices"], [shot])
+    assert seen == (
+        "Question: Once. Why?\nChoices: A. so B. no\nAnswer: no\n\nQuestion: What is the capital of France?"
+    )
+    assert rest == "\nChoices: A. Paris B. the dog C. an index scan\nAnswer:"
+    asked = Question("t", "quiz", "When?", ("a", "b"), 0, subject="law")
+    assert choice.examples([shot, asked], [asked], 1, 0) == {"law": [shot]}
+    with pytest.raises(DataError, match="2 examples asked for, 1 rows left"):
+        choice.examples([shot, asked], [asked], 2, 0)
+    with pytest.raises(OptionError, match="template='x' is unknown"):
+        choice.evaluate(None, [], Path("r"), template="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("She has 3 + 4 = 7 eggs.\n#### 7", "7"),
+        ("#### 1,200 dollars and 3", "1200"),
+        ("so it is 12, then 15.0", "15"),
+        ("It is -2.5.", "-2.5"),
+        ("The  Answer.", "the answer"),
+    ],
+)
+def test_final_answers(text, answer):
+    assert generate.final_answer(text) == answer
+
+
+def test_generation_is_the_packs(pack, tmp_path):
+    asked = Question("g", "sums", "2 + 2?", (), "4")
+    (record,) = generate.evaluate(pack, [asked], tmp_path / "r.jsonl", methods=["em", "top1"], max_tokens=5)
+    prompt = "Question: 2 + 2?\nAnswer:"
+    fresh = pack.generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"), weighting="top1")
+    assert record["methods"]["top1"]["text"] == fresh.text
+    assert [e.method for e in tables.generate_table([record])] == ["em", "top1"]
+
+
+# Records
+
+
+def test_a_killed_run_goes_on_where_it_stopped(make_member, tmp_path):
+    """A process that is killed while it writes, then resumed: the records of an uninterrupted run."""
+    pack = Pack([make_member("llama", 0), make_member("llama", 1)])
+    for member in pack.members:
+        member.model.save_pretrained(tmp_path / member.name)
+        member.tokenizer.save_pretrained(tmp_path / member.name)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents(12)))
+    code = (
+        "import sys, time; from pathlib import Path; from packllm import Pack; from packllm.evaluate import lm, rows\n"
+        "slow = lm._score\n"
+        "lm._score = lambda *a: (time.sleep(0.3), slow(*a))[1]\n"
+        "at = Path(sys.argv[1]); pack = Pack.load([str(at / 'llama-0'), str(at / 'llama-1')])\n"
+        "lm.evaluate(pack, rows.read_documents(at / 'd.jsonl'), at / 'r.jsonl', methods=['em', 'opt'])\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    path = tmp_path / "r.jsonl"
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 4):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    assert 3 <= len(records.read(path)) < 12
+    path.write_bytes(kept + b'{"id": "half a li')  # as a kill within a write leaves it
+    loaded = Pack.load([str(tmp_path / "llama-0"), str(tmp_path / "llama-1")])
+    found = rows.read_documents(tmp_path / "d.jsonl")
+    resumed = lm.evaluate(loaded, found, path, methods=["em", "opt"])
+    whole = lm.evaluate(loaded, found, tmp_path / "whole.jsonl", methods=["em", "opt"])
+    assert path.read_bytes().startswith(kept)
+    assert without_seconds(resumed) == without_seconds(whole)
+    assert without_seconds(records.read(path)) == without_seconds(records.read(tmp_path / "whole.jsonl"))
+
+
+def test_a_failure_keeps_what_was_done(pack, tmp_path, monkeypatch):
+    path, score, seen = tmp_path / "r.jsonl", lm._score, []
+
+    def fails_at_third(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(lm, "_score", fails_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        lm.evaluate(pack, documents(5), path, methods=["em"])
+    assert [r["id"] for r in records.read(path)] == ["d0", "d1"]
+    lm.evaluate(pack, documents(5), path, methods=["em"])
+    assert len(seen) == 6
+
+
+def test_records_of_another_question_are_refused(pack, tmp_path):
+    lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=["em"])
+    with pytest.raises(DataError, match="results for another methods;"):
+        lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=["top1"])
+    with pytest.raises(DataError, match="another fingerprint, members, methods"):
+        lm.evaluate(Pack(pack.members[:2]), documents(1), tmp_path / "r.jsonl")
+
+
+# Tables and reports
+
+
+def made_up(corpus: str, nats: dict[str, float], size: int = 100) -> dict:
+    weights = {"a": 0.75, "b": 0.25}
+    methods = {"em": {"nats": nats["em"], "weights": weights, "pool": "linear", "seconds": 0.1}}
+    methods["em without a"] = {"nats": nats["b"], "weights": {"b": 1.0}, "pool": "linear", "seconds": 0.1}
+    methods["em without b"] = {"nats": nats["em"], "weights": {"a": 1.0}, "pool": "linear", "seconds": 0.1}
+    return {
+        "id": str(nats),
+        "corpus": corpus,
+        "bytes": size,
+        "tokens": 20,
+        "members": {"a": nats["a"], "b": nats["b"]},
+        "seconds": {"a": 1.0, "b": 2.0},
+        "prompts": {"32": {"tokens": 32, "methods": methods}},
+    }
+
+
+def test_tables_by_hand():
+    bit = math.log(2)
+    found = [
+        made_up("x", {"a": 100 * bit, "b": 200 * bit, "em": 80 * bit}),
+        made_up("x", {"a": 300 * bit, "b": 400 * bit, "em": 280 * bit}, 300),
+        made_up("y", {"a": 90 * bit, "b": 50 * bit, "em": 60 * bit}),
+        {"id": "z", "corpus": "x", "left_out": "too short"},
+    ]
+    entries = {(e.corpus, e.method): e for e in tables.lm_table(found)}
+    assert entries["x", "em"].score.value == pytest.approx(360 / 400)
+    assert entries["x", "em"].against.difference.value == pytest.approx(-40 / 400)
+    assert entries["x", "best member"].score.value == entries["x", "member a"].score.value == pytest.approx(1.0)
+    assert entries["y", "best member"].score.value == pytest.approx(0.5)
+    assert entries["y", "em"].against.difference.value == pytest.approx(0.1)
+    assert entries[tables.AVERAGE, "best member"].score.value == pytest.approx(0.75)
+    assert entries[tables.AVERAGE, "em"].against.difference.value == pytest.approx(0.0)
+    assert entries["x", "em"].more == pytest.approx(math.exp(360 * bit / 40))
+    found_uses = {(u.corpus, u.member): u for u in tables.uses(found, "em")}
+    assert found_uses["x", "a"].helps.value == pytest.approx((200 + 400 - 360) / 400)
+    assert found_uses["x", "b"].helps.value == 0
+    assert (found_uses["x", "a"].weight, found_uses["x", "a"].top, found_uses["x", "b"].runs) == (0.75, 1.0, 1.0)
+    assert (found_uses["x", "b"].alone, found_uses["x", "b"].cost) == (pytest.approx(1.5), 2.0)
+    text = report.audit(list(found_uses.values()))
+    assert "Helps: a." in text
+
+
+def test_reports_are_written_with_plots(pack, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = lm.evaluate(pack, documents(4), tmp_path / "r.jsonl", methods=["em", "top1"], prompts=("4", "16"))
+    entries = tables.lm_table(found, "16")
+    report.write(
+        tmp_path, "Title", [report.markdown(entries, report.LM, True)], {"table": [e.as_dict() for e in entries]}
+    )
+    report.plot_weights(tmp_path / "weights.png", entries, "em")
+    report.plot_scores(tmp_path / "scores.png", entries, "bits/byte", tables.AVERAGE)
+    report.plot_lengths(tmp_path / "lengths.png", found)
+    assert {p.name for p in tmp_path.glob("*.png")} == {"weights.png", "scores.png", "lengths.png"}
+    assert all(p.stat().st_size > 5000 for p in tmp_path.glob("*.png"))
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Title")
+    assert "| em | " in text
+    assert json.loads((tmp_path / "report.json").read_text())["table"][0]["corpus"] == "two"
+
+
+def test_plots_without_matplotlib_say_which_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExtraError, match=r"install packllm\[eval\]"):
+        report.require_plots()
+
+
+def test_importing_needs_no_extra():
+    code = (
+        "import sys\n"
+        "for name in ('sklearn', 'matplotlib', 'lm_eval'): sys.modules[name] = None\n"
+        "import packllm.evaluate.command, packllm.evaluate.report, packllm.merge, packllm.weights\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def saved(make_member, tmp_path_factory) -> list[str]:
+    """Folders of two tiny members."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        member = make_member("llama", seed)
+        member.model.save_pretrained(folder / member.name)
+        member.tokenizer.save_pretrained(folder / member.name)
+    return [str(folder / name) for name in ("llama-0", "llama-1")]
+
+
+def run(*arguments: str):
+    from typer.testing import CliRunner
+
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_the_five_minute_audit(saved, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents(4)))
+    result = run(tmp_path / "mine.jsonl", "--models", ",".join(saved), "--report", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [use["member"] for use in content["audit"]] == ["llama-0", "llama-1"]
+    assert {"em", "em without llama-0", "member llama-1"} <= {entry["method"] for entry in content["table"]}
+    assert (tmp_path / "out" / "weights.png").exists()
+    assert "Members on mine" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_protocols_on_the_command_line(saved, tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents(3)))
+    quiz = [{"question": f"Is {i} odd?", "choices": ["yes", "no"], "answer": i % 2} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
+    sums = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(4)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    models = ["-m", saved[0], "-m", saved[1], "--method", "em", "--method", "sim:tau=1"]
+    result = run("lm", tmp_path / "d.jsonl", *models, "--prompt", "8", "--prompt", "16", "--report", tmp_path / "lm")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "lm" / "lengths.png").exists()
+    result = run(
+        "choice", tmp_path / "q.jsonl", *models, "--shots", "2", "--questions", "3", "--report", tmp_path / "c"
+    )
+    assert result.exit_code == 0, result.output
+    assert len(records.read(tmp_path / "c" / "records-q.jsonl")) == 3
+    result = run(
+        "generate", tmp_path / "s.jsonl", *models, "--shots", "1", "--questions", "2", "--max-tokens", "4",
+        "--report", tmp_path / "g",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = run("lm", tmp_path / "d.jsonl", *models, "--documents", "9", "--report", tmp_path / "x")
+    assert result.exit_code == 2
+    result = run("choice", tmp_path / "d.jsonl", *models, "--report", tmp_path / "y")
+    assert result.exit_code == 2

@@ -1,0 +1,429 @@
+"""Cool-Fusion: segments, their judging, caches, cost, and answers of members with different vocabularies."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import math
+from itertools import pairwise
+
+import naive
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import follows, llama3_like, phi3_like
+from test_pack import broken, fail, to_nan
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3NextConfig
+
+from packllm import ContextOverflowError, Member, MemberError, Pack, VocabularyError
+from packllm.decode.boundaries import common_boundaries, inside_character
+from packllm.decode.segments import END_BYTES, Writers, rate
+from packllm.decode.tokens import Row
+from packllm.decode.writer import SEGMENT_BYTES, Judgement, Segment, Writer
+from packllm.weights.result import Weights
+
+PROMPTS = ["The capital of France is", "Diabetes is a disease in which the court shall order relief", "def add(a, b):"]
+PIECES = ["LLMs", " are", " not", " the", " trained", " Multi", "-task", "ing", " is"]
+PHI_PIECES = ["LL", "M", "s", " are", " not", " the", " trained", " Multi", "-", "task", "ing", " is"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return llama3_like(PIECES), phi3_like(PHI_PIECES)
+
+
+def greedy(logprobs: torch.Tensor) -> int:
+    return int(logprobs.argmax())
+
+
+def writer_of(member: Member, prompt: str) -> Writer:
+    ids = member.encoder.encode(prompt).ids
+    session = member.open([ids])
+    session.prefill([[]])
+    return Writer(session, len(ids))
+
+
+def says(member: Member, text: str):
+    """A sampler that has a member write this text, whatever it thinks."""
+    ids = iter(member.encoder.continuation(text))
+    return lambda logprobs: next(ids, min(member.end_ids))
+
+
+def weights_of(*values: float, pool: str = "linear") -> Weights:
+    names = tuple(f"m{k}" for k in range(len(values)))
+    return Weights(values, names, pool, (None,) * len(values), "byte", "fixed")
+
+
+def team(members, prompt, values=None, **options) -> Writers:
+    values = values or [1 / len(members)] * len(members)
+    row = Row(weights_of(*values), greedy)
+    return Writers({k: writer_of(m, prompt) for k, m in enumerate(members)}, row, **options)
+
+
+def written(team: Writers, limit: int) -> list[str]:
+    return ["".join(w.pieces) for w in team.write(limit)]
+
+
+# Segments: the paper's examples
+
+
+def test_a_segment_ends_where_a_word_ends_for_all(tokenizers):
+    llama = follows(tokenizers[0], {" are": {" Multi": 0.9}, " Multi": {"-task": 0.9}, "-task": {"ing": 0.9}}, "llama")
+    phi = follows(tokenizers[1], {}, "phi")
+    assert llama.tokenizer.tokenize("LLMs are Multi-tasking")[2:] == ["ĠMulti", "-task", "ing"]
+    assert phi.tokenizer.tokenize("LLMs are Multi-tasking")[5:] == ["▁Multi", "-", "task", "ing"]
+    both = [llama.encoder, phi.encoder]
+    assert common_boundaries("Multi-tasking is", [llama.encoder]) == [5, 13]
+    assert common_boundaries("Multi-tasking is", [phi.encoder]) == [13]
+    assert common_boundaries("Multi-tasking is", both) == [13]
+    for encoders, expected in ((both, " Multi-tasking"), ([llama.encoder], " Multi")):
+        writer = writer_of(llama, "LLMs are")
+        before = llama.forwards
+        segment = writer.propose(says(llama, " Multi-tasking is"), encoders, 99)
+        assert segment == Segment(expected)
+        assert llama.forwards - before == expected.count("Multi") + 2 * expected.count("-tasking")
+
+
+def test_the_last_word_is_unfinished(tokenizers):
+    llama, phi = (follows(t, {}, "x") for t in tokenizers)
+    writer = writer_of(llama, "LLMs are")
+    assert writer.propose(says(llama, " not the"), [llama.encoder, phi.encoder], 99) == Segment(" not")
+    assert common_boundaries("Multi", [llama.encoder, phi.encoder]) == []
+
+
+def figure_1(tokenizers):
+    """Figure 1 of the paper: its perplexities as probabilities (29.5 is 295 there: the average is 152.2)."""
+    llama = follows(tokenizers[0], {" are": {" not": 1 / 16.6, " trained": 1 / 295}, " not": {" the": 0.9}}, "llama")
+    phi = follows(tokenizers[1], {" are": {" trained": 1 / 9.3, " not": 1 / 15.3}, " trained": {" the": 0.9}}, "phi")
+    return llama, phi
+
+
+def test_the_lowest_average_perplexity_wins(tokenizers):
+    members = figure_1(tokenizers)
+    fused = team(members, "LLMs are", scoring="perplexity")
+    proposals = fused._propose(99)
+    assert proposals == {Segment(" not"): (" not",), Segment(" trained"): (" trained",)}
+    assert fused.rate(list(proposals)) == pytest.approx([-(16.6 + 15.3) / 2, -(295 + 9.3) / 2], rel=1e-4)
+    assert written(team(members, "LLMs are", scoring="perplexity"), 1) == [" not"]
+
+
+def test_weights_and_pools_rate_by_the_equations(tokenizers):
+    members = figure_1(tokenizers)
+    for pool, values in itertools.product(("linear", "log"), ((0.5, 0.5), (0.1, 0.9))):
+        fused = team(members, "LLMs are", values)
+        fused._row.weights = weights_of(*values, pool=pool)
+        likelihoods = {" not": (1 / 16.6, 1 / 15.3), " trained": (1 / 295, 1 / 9.3)}
+        expected = []
+        for text, (p, q) in likelihoods.items():
+            mixed = math.log(values[0] * p + values[1] * q)
+            product = values[0] * math.log(p) + values[1] * math.log(q)
+            expected.append((mixed if pool == "linear" else product) / len(text))
+        fused._propose(99)
+        assert fused.rate([Segment(text) for text in likelihoods]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_written_past_a_segment_is_kept_when_it_wins_and_dropped_when_it_loses(tokenizers):
+    chain = {" are": {" not": 0.9}, " not": {" the": 0.9}, " the": {" is": 0.9}, " trained": {" is": 0.9}}
+    other = {" are": {" trained": 0.2}, " trained": {" the": 0.9}, " not": {" the": 0.9}, " the": {" is": 0.9}}
+    llama, phi = follows(tokenizers[0], chain, "llama"), follows(tokenizers[1], other, "phi")
+    fused = team([llama, phi], "LLMs are", (0.5, 0.5))
+    rounds = fused.write(99)
+    before = (llama.forwards, phi.forwards)
+    assert "".join(next(rounds).pieces) == " not"
+    # Each has put its own word through, to see the next one begin, and read the other's.
+    assert (llama.forwards - before[0], phi.forwards - before[1]) == (2, 2)
+    before = (llama.forwards, phi.forwards)
+    assert "".join(next(rounds).pieces) == " the"
+    # Both say " the": nothing to judge. Llama knew it; it was past its own segment.
+    assert (llama.forwards - before[0], phi.forwards - before[1]) == (1, 1)
+    rounds.close()
+
+
+def test_an_answer_ends_when_the_winner_ends_it(tokenizers):
+    ends = {" are": {" not": 0.9}, " not": {"END": 0.9}}
+    goes_on = {" are": {" not": 0.9}, " not": {" the": 0.5, "END": 0.3}}
+    llama, phi = follows(tokenizers[0], ends, "llama"), follows(tokenizers[1], goes_on, "phi")
+    # The end competes with the word that would come instead: .5 · .9 + .5 · .3 against .5 · .5.
+    assert [(w.pieces, w.ends) for w in team([llama, phi], "LLMs are").write(9)] == [((" not",), False), ((), True)]
+    # With most of the weight on who goes on it is .02 · .9 + .98 · .3 against .98 · .5.
+    assert written(team([llama, phi], "LLMs are", (0.02, 0.98)), 3)[:2] == [" not", " the"]
+
+
+def test_an_end_at_once_and_none_ever(tokenizers):
+    at_once = follows(tokenizers[0], {" are": {"END": 0.9}}, "llama")
+    never = follows(tokenizers[1], {" are": {" is": 0.9}, " is": {" is": 0.9}}, "never")
+    never.end_ids = frozenset()
+    pack = Pack([at_once, never], max_tokens=5)
+    first = pack.generate("LLMs are", weighting={"llama": 0.9, "never": 0.1})
+    assert (first.text, first.finish_reason, first.usage.completion_tokens) == ("", "stop", 0)
+    on = pack.generate("LLMs are", weighting={"llama": 0.1, "never": 0.9})
+    assert (on.text, on.finish_reason, on.usage.completion_tokens) == (" is" * 5, "length", 5)
+
+
+# Rating by hand
+
+
+def test_rate_by_hand():
+    judged = {0: Judgement(-2.0, 2), 1: Judgement(-6.0, 3)}
+    segment = Segment(" abcde")
+    perplexity = -(math.exp(1) + math.exp(2)) / 2
+    assert rate(segment, judged, weights_of(0.3, 0.7), "perplexity") == pytest.approx(perplexity)
+    mixed = math.log(0.3 * math.exp(-2) + 0.7 * math.exp(-6)) / 6
+    assert rate(segment, judged, weights_of(0.3, 0.7), "pool") == pytest.approx(mixed)
+    product = (0.3 * -2 + 0.7 * -6) / 6
+    assert rate(segment, judged, weights_of(0.3, 0.7, pool="log"), "pool") == pytest.approx(product)
+    ended = rate(Segment(" abcde", True), judged, weights_of(0.3, 0.7, pool="log"), "pool")
+    assert ended == pytest.approx(product * 6 / (6 + END_BYTES))
+    alone = {0: None, 1: judged[1]}  # one who cannot judge is left out
+    assert rate(segment, alone, weights_of(0.3, 0.7), "pool") == pytest.approx(-1.0)
+    assert rate(segment, {0: None, 1: None}, weights_of(0.3, 0.7), "pool") == -math.inf
+    impossible = {0: Judgement(-math.inf, 2), 1: judged[1]}
+    assert rate(segment, impossible, weights_of(0.3, 0.7), "pool") == pytest.approx((math.log(0.7) - 6) / 6)
+    assert rate(segment, impossible, weights_of(0.3, 0.7), "perplexity") < -1e100
+    assert math.isfinite(rate(segment, impossible, weights_of(0.3, 0.7, pool="log"), "pool"))
+
+
+# One member, identical members
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen", "gemma", "gemma2"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"stop": ["e", "in "]}], ids=str)
+def test_one_member_writes_what_it_writes_alone(make_member, architecture, tokenizer, options):
+    pack = Pack([make_member(architecture, 5, tokenizer)], max_tokens=40)
+    for prompt in PROMPTS:
+        tokens, cool = (pack.generate(prompt, decoding=decoding, **options) for decoding in ("tokens", "cool"))
+        assert (cool.text, cool.finish_reason, cool.usage) == (tokens.text, tokens.finish_reason, tokens.usage)
+
+
+@pytest.mark.parametrize("scoring", ["pool", "perplexity"])
+def test_identical_members_write_what_one_does_at_no_cost_of_judging(make_member, scoring):
+    one = make_member("llama", 5, name="a")
+    twins = [one, Member(one.model, one.tokenizer, "b"), Member(one.model, one.tokenizer, "c")]
+    for prompt in PROMPTS:
+        alone = Pack([one], max_tokens=40).generate(prompt)
+        before = [m.forwards for m in twins]
+        pack = Pack(twins, weighting="uniform", scoring=scoring, max_tokens=40)
+        together = pack.generate(prompt, decoding="cool")
+        assert (together.text, together.finish_reason, together.usage) == (alone.text, "length", alone.usage)
+        assert [m.forwards - b for m, b in zip(twins, before, strict=True)] == [40, 40, 40]  # a prefill and 39 steps
+
+
+# Caches
+
+
+def recurrent(tokenizer, name: str) -> Member:
+    """A real model whose cache cannot be rolled back: linear attention keeps a running state."""
+    torch.manual_seed(4)
+    config = Qwen3NextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=0,
+        layer_types=["linear_attention", "full_attention"],
+        max_position_embeddings=512,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Member(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), tokenizer, name)
+
+
+def checked(writer: Writer, prompt: str) -> list[int]:
+    """The ids of the common text, growing; each time, the writer's cache is held against a fresh pass over them."""
+    before = writer.member.encoder.encode(prompt).ids
+    ids: list[int] = []
+    accept = writer.accept
+
+    def check(segment):
+        own = writer._own(segment.text)
+        ids.extend(writer._ids_of(segment.text) if own is None else writer._tokens[:own])
+        accept(segment)
+        for count, ours in enumerate(writer._after):
+            fresh = naive.next_logprobs(writer.member, [*before, *ids, *writer._tokens[:count]])
+            assert torch.allclose(ours, fresh[: len(ours)], atol=1e-4), (writer.member, len(ids), count)
+
+    writer.accept = check
+    return ids
+
+
+def two_of_three() -> Row:
+    """A row whose sampler takes the likeliest token twice, then the second one: caches see text of both members."""
+    turn = itertools.count()
+    return Row(weights_of(0.5, 0.5), lambda logprobs: int(logprobs.topk(2).indices[next(turn) % 3 // 2]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "align"),
+    [
+        ("llama", "gemma", True),
+        ("gpt2", "llama", True),
+        ("qwen", "gemma", False),
+        ("gemma2", "llama", True),
+        ("recurrent", "llama", True),
+        ("llama", "recurrent", False),
+    ],
+)
+def test_caches_equal_a_fresh_prefill(make_member, byte_tokenizer, word_tokenizer, first, second, align):
+    members = [
+        recurrent(byte_tokenizer, "a") if first == "recurrent" else make_member(first, 1, "bytes", "a"),
+        recurrent(word_tokenizer, "b") if second == "recurrent" else make_member(second, 2, "words", "b"),
+    ]
+    writers = {k: writer_of(member, PROMPTS[0]) for k, member in enumerate(members)}
+    ids = [checked(writer, PROMPTS[0]) for writer in writers.values()]
+    texts = written(Writers(writers, two_of_three(), align=align), 60)
+    text = b"".join(members[0].vocabulary.text_bytes(i) for i in ids[0]).decode(errors="replace")
+    assert "".join(texts).startswith(text)
+    assert len(texts) > 2
+    assert all(len(held) > 10 for held in ids)
+
+
+@pytest.mark.parametrize(
+    "text", [" is Paris. What is the capital?\n", " 日本 naïve 🤖!", "x" * 100], ids=["words", "unicode", "run"]
+)
+def test_segments_of_a_text_are_tokenised_as_the_whole(make_member, text):
+    members = [make_member("llama", 0), make_member("llama", 1, "words")]
+    encoders = [member.encoder for member in members]
+    cuts = [0, *common_boundaries(text, encoders), len(text)]
+    for member in members:
+        writer = writer_of(member, PROMPTS[0])
+        ids = checked(writer, PROMPTS[0])
+        for start, end in pairwise(cuts):
+            writer.accept(Segment(text[start:end]))
+        assert member.encoder.encode(PROMPTS[0]).ids + ids == member.encoder.encode(PROMPTS[0] + text).ids
+
+
+def test_a_cache_that_cannot_be_rolled_back_says_so_once(byte_tokenizer, make_member, caplog):
+    pack = Pack([recurrent(byte_tokenizer, "state"), make_member("llama", 1, "words")], max_tokens=20)
+    with caplog.at_level(logging.WARNING, "packllm"):
+        pack.generate(PROMPTS[0], weighting="uniform")
+    assert [r.getMessage() for r in caplog.records] == [
+        "member 'state': its cache cannot be rolled back; what others write is computed again"
+    ]
+
+
+# Cost
+
+
+def test_work_a_round_does_not_grow_with_the_text(make_member):
+    members = [make_member("llama", 1), make_member("gpt2", 2, "words"), make_member("gemma", 3, "words", "gemma-3")]
+    fused = team(members, PROMPTS[0])
+    before = [(m.forwards, m.tokens) for m in members]
+    emitted = rounds = 0
+    for segment in fused.write(150):
+        rounds += 1
+        emitted += len(segment.pieces)
+        spent = [(m.forwards - f, m.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
+        before = [(m.forwards, m.tokens) for m in members]
+        for forwards, tokens in spent:
+            # A proposal, then the others' two in one forward; each at most twice the cut and a token.
+            assert forwards <= 2 * SEGMENT_BYTES + 3
+            assert tokens <= 3 * (2 * SEGMENT_BYTES + 8)
+    assert emitted >= 150
+    assert rounds > 5
+
+
+def test_judging_is_one_forward_a_round(tokenizers):
+    """Single-token words: a round is one step to see the next word begin, and one forward for the others' word."""
+    a = {" are": {" not": 0.6}, " not": {" the": 0.6}, " the": {" not": 0.6}}
+    b = {" are": {" is": 0.3}, " not": {" is": 0.3}, " the": {" is": 0.3}, " is": {" the": 0.3}}
+    members = [follows(tokenizers[0], a, "a"), follows(tokenizers[1], b, "b")]
+    pack = Pack(members, max_tokens=40, weighting={"a": 0.7, "b": 0.3})
+    before = [(m.forwards, m.tokens) for m in members]
+    generation = pack.generate("LLMs are")
+    assert generation.text == " not the" * 20
+    prompts = [len(m.encoder.encode("LLMs are").ids) for m in members]
+    for m, (forwards, tokens), prompt in zip(members, before, prompts, strict=True):
+        assert m.forwards - forwards <= 1 + 2 * 40
+        assert m.tokens - tokens <= prompt + 2 * 40
+
+
+# Characters, and runs without a boundary
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "北京是中华人民共和国的首都" * 12,
+        "https://example.org/" + "a1b2c3d4e5" * 28,
+        "ก" * 150,
+        "e\u0301" * 120,
+        "-" * 300,
+    ],
+    ids=["chinese", "address", "thai", "accents", "dashes"],
+)
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_a_run_without_a_boundary_ends_in_bounded_work(make_member, text, tokenizer):
+    members = [make_member("llama", 0), make_member("llama", 1, "words")]
+    member = members[tokenizer == "words"]
+    ids = member.encoder.continuation(text)
+    row = Row(weights_of(1.0), says(member, text))
+    writer = writer_of(member, "The")
+    fused = Writers({0: writer}, row)
+    fused._encoders = [m.encoder for m in members]
+    before = member.forwards, member.tokens
+    segments = written(fused, len(ids))
+    assert "".join(segments) == text
+    longest = max(len(member.vocabulary.text_bytes(i)) for i in ids)
+    assert all(len(segment.encode()) <= SEGMENT_BYTES + longest for segment in segments)
+    assert len(segments) <= 4 * len(text.encode()) / SEGMENT_BYTES + 2
+    assert (member.forwards - before[0], member.tokens - before[1]) <= (len(ids), len(ids))
+    assert not any(inside_character(text, len("".join(segments[:n]))) for n in range(1, len(segments)))
+
+
+FACES = st.sampled_from(
+    [
+        "👨\u200d👩\u200d👧",
+        "🇫🇷",
+        "👍🏽",
+        "é",
+        "e\u0301",
+        "日",
+        "本",
+        " ",
+        "\n",
+        "ab",
+        ".",
+        "❤\ufe0f",
+        "한",
+        "ไ",
+        "'s",
+        "1",
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(FACES, min_size=1, max_size=25).map("".join), st.booleans())
+def test_characters_are_never_split(make_member, text, byte_level):
+    members = [make_member("llama", 0), make_member("llama", 1, "words")]
+    member = members[not byte_level]
+    ids = member.encoder.continuation(text)
+    fused = team([member], "The")
+    fused._row.sample = says(member, text)
+    fused._encoders = [m.encoder for m in members]
+    segments = written(fused, len(ids) + 1)
+    spelled = b"".join(map(member.vocabulary.text_bytes, ids)).decode()
+    assert "".join(segments) == spelled
+    assert not any(inside_character(spelled, len("".join(segments[:n]))) for n in range(1, len(segments)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(FACES, min_size=1, max_size=15).map("".join))
+def test_boundaries_are_those_of_every_tokenizer(make_member, text):
+    encoders = [make_member("llama", 0).encoder, make_member("llama", 1, "words").encoder]
+    common = common_boundaries(text, encoders)
+    assert common == sorted(set(common))
+    assert all(0 < at < len(text) for at in common)
+    assert set(common) == set.intersection(*(set(common_boundaries(text, [e])) for e in encoders))
