@@ -45,7 +45,7 @@ Once an observation is there:
 Thought: I can answer without using any more tools.
 Answer: the answer in one or two sentences
 """  # shorter than LlamaIndex's own, which is too much for a small model
-STEPS = 4  # most steps of an agent; then it answers with what it has
+STEPS = 3  # most steps of an agent; then it answers with what it has
 
 
 class Steps(BaseEventHandler):
@@ -80,7 +80,7 @@ class Steps(BaseEventHandler):
 def make_agents(pack: Pack) -> list[BaseWorkflowAgent]:
     tools = [FunctionTool.from_defaults(tool) for tool in (search_passages, look_up_table)]
     llm = PackLLM(pack=pack, max_tokens=80)
-    react = PackLLM(pack=pack, max_tokens=80, stop=["Observation:"])
+    react = PackLLM(pack=pack, max_tokens=60, stop=["Observation:"])
     bounded = {"early_stopping_method": "generate", "tools": tools}
     return [
         FunctionAgent(llm=llm, system_prompt=SYSTEM, initial_tool_choice="search_passages", **bounded),

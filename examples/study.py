@@ -1,12 +1,14 @@
-"""The measurements behind `docs/results.md`. Each part writes records, which a second run goes on from.
+"""The measurements behind `docs/results.md`. Each part files records in study/records, which
+a second run goes on from; `report` makes tables and plots of them.
 
     python examples/held_out.py --shared ../shared --out study
-    python examples/train_expert.py study/gsm8k.jsonl --out study/maths --group-by question --hold-out 2 \\
+    python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
         --chat 0.15 --lr 8e-4 --steps 160 --licence MIT
-    python examples/study.py lm --data study --out docs/results
-    python examples/study.py length --data study --out docs/results
-    python examples/study.py choice --data study --shared ../shared --out docs/results
-    python examples/study.py generate --data study --out docs/results
+    python examples/study.py lm --data study
+    python examples/study.py length --data study
+    python examples/study.py mined --data study
+    python examples/study.py choice --data study --shared ../shared
+    python examples/study.py generate --data study
     python examples/study.py report --data study --out docs/results
 
 Members: the starter pack's four, the maths expert, the average of the five, and Gemma 3 270M (from the
@@ -31,6 +33,7 @@ from packllm.load import converted
 from packllm.merge import average
 from packllm.weights import cbtm, router
 
+MATHS = Path(__file__).parent / "experts" / "maths"
 DOMAINS = ("medicine", "law", "databases", "maths")
 CORPORA = (*DOMAINS, "code", "mixed")
 FIVE = ("general", *DOMAINS)
@@ -41,7 +44,7 @@ LENGTHS = ("8", "16", "32", "64", "128", "256", "512")
 
 def pack_of(data: Path, dtype: str, others: bool) -> Pack:
     """The five; with `others` also their average and Gemma."""
-    members: list[str | Member] = [*starter.specs(), f"maths={starter.base_model()}+{data / 'maths'}"]
+    members: list[str | Member] = [*starter.specs(), f"maths={starter.base_model()}+{MATHS}"]
     if not others:
         return Pack.load(members, dtype=dtype)
     five = Pack.load(members, dtype=dtype).members
@@ -128,12 +131,15 @@ def documents(data: Path, count: int) -> list[rows.Document]:
     return rows.sample(found, count, 0, count)
 
 
+def in_turn(found: list[rows.Document]) -> list[rows.Document]:
+    """One document of each corpus after the other, so that a run that is stopped has seen all corpora."""
+    return sorted(found, key=lambda d: [other.id for other in found if other.corpus == d.corpus].index(d.id))
+
+
 def study_lm(args: argparse.Namespace) -> None:
     pack = pack_of(args.data, args.dtype, others=True)
     chosen = documents(args.data, args.count or 30)
-    # Document by document over the corpora, so that a run that is stopped has seen all of them.
-    order = sorted(chosen, key=lambda d: [o for o in chosen if o.corpus == d.corpus].index(d))
-    lm.evaluate(pack, order, args.out / "lm.jsonl", methods=lm_methods(args.data), length=256)
+    lm.evaluate(pack, in_turn(chosen), args.data / "records" / "lm.jsonl", methods=lm_methods(args.data), length=256)
 
 
 def study_length(args: argparse.Namespace) -> None:
@@ -149,8 +155,21 @@ def study_length(args: argparse.Namespace) -> None:
     # opt and map take minutes a document at 512 tokens on two cores.
     methods = [Method.parse(spec) for spec in ("em", "em:alpha=0", "uniform", "top1", "sim", "sim:tau=1")]
     methods.append(method("cbtm, experts", "cbtm", DOMAINS, fitted=fitted["cbtm"]))
-    order = sorted(long, key=lambda d: [o for o in long if o.corpus == d.corpus].index(d))[: 5 * (args.count or 10)]
-    lm.evaluate(pack, order, args.out / "length.jsonl", methods=methods, prompts=LENGTHS, length=640)
+    order = in_turn(long)[: 5 * (args.count or 8)]
+    lm.evaluate(pack, order, args.data / "records" / "length.jsonl", methods=methods, prompts=LENGTHS, length=640)
+
+
+def study_mined(args: argparse.Namespace) -> None:
+    """Two vocabularies: what the paper does (MinED), and words."""
+    pack = Pack.load([f"general={starter.base_model()}", *gemma(args.dtype)], dtype=args.dtype)
+    methods = ["em", "sim", "uniform", "top1", "opt:decoding=mined", "sim:decoding=mined"]
+    lm.evaluate(
+        pack,
+        in_turn(documents(args.data, args.count or 30)),
+        args.data / "records" / "mined.jsonl",
+        methods=methods,
+        length=256,
+    )
 
 
 def study_choice(args: argparse.Namespace) -> None:
@@ -171,7 +190,7 @@ def study_choice(args: argparse.Namespace) -> None:
         found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
         drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)
         told = choice.examples(found, drawn, shots, 0) if shots else None
-        path = args.out / "choice" / f"{task}-{shots}.jsonl"
+        path = args.data / "records" / "choice" / f"{task}-{shots}.jsonl"
         choice.evaluate(pack, drawn, path, methods=methods, template=TEMPLATE.get(task, "choices"), shots=told)
 
 
@@ -184,18 +203,31 @@ def study_generate(args: argparse.Namespace) -> None:
     shots = choice.examples(found, drawn, 3, 0)[""]
     methods = [method(weighting, weighting, FIVE) for weighting in ("em", "top1", "uniform", "opt")]
     methods += [method(f"member {name}", "uniform", (name,)) for name in ("general", "maths", "average")]
-    generate.evaluate(pack, drawn, args.out / "generate.jsonl", methods=methods, shots=shots, max_tokens=160)
+    generate.evaluate(
+        pack, drawn, args.data / "records" / "generate.jsonl", methods=methods, shots=shots, max_tokens=160
+    )
 
 
 def study_report(args: argparse.Namespace) -> None:
     """Tables and plots of the records there are, as Markdown and pictures in --out."""
-    if (path := args.out / "lm.jsonl").exists():
+    if (path := args.data / "records" / "lm.jsonl").exists():
         found = records.read(path)
-        entries = tables.lm_table(found)
+        entries = tables.lm_table(found, best_of=FIVE)
+        write(args.out, "lm_by_corpus", report.grid(entries), [])
         write(args.out, "lm", report.markdown(entries, report.LM, True), entries)
+        defaults = [
+            entry for entry in tables.lm_table(found, base="em", best_of=FIVE) if entry.corpus == tables.AVERAGE
+        ]
+        write(args.out, "defaults", report.markdown(defaults, report.LM, True, "em"), defaults)
+        rows_ = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
+        text = "| method | passes of one member |\n|---|---|\n" + "\n".join(rows_)
+        write(args.out, "cost", text + "\n", [])
         report.plot_scores(args.out / "lm.png", entries, "bits/byte", tables.AVERAGE)
         report.plot_weights(args.out / "weights.png", entries, "em")
-    if (path := args.out / "length.jsonl").exists():
+    if (path := args.data / "records" / "mined.jsonl").exists():
+        entries = tables.lm_table(records.read(path))
+        write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
+    if (path := args.data / "records" / "length.jsonl").exists():
         found = records.read(path)
         parts, entries = [], []
         for length in LENGTHS:
@@ -206,22 +238,24 @@ def study_report(args: argparse.Namespace) -> None:
         report.plot_lengths(args.out / "length.png", found)
     found = [
         {**record, "corpus": path.stem}
-        for path in sorted((args.out / "choice").glob("*.jsonl"))
+        for path in sorted((args.data / "records" / "choice").glob("*.jsonl"))
         for record in records.read(path)
     ]
     if found:
-        entries = tables.choice_table(found)
+        entries = tables.choice_table(found, best_of=FIVE)
+        write(args.out, "choice_by_task", report.grid(entries), [])
         write(args.out, "choice", report.markdown(entries, report.CHOICE, False), entries)
         report.plot_scores(args.out / "choice.png", entries, "accuracy", tables.AVERAGE)
-    if (path := args.out / "generate.jsonl").exists():
+    if (path := args.data / "records" / "generate.jsonl").exists():
         entries = tables.generate_table(records.read(path))
         write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
 
 
 def write(out: Path, name: str, text: str, entries: list[tables.Entry]) -> None:
     (out / f"{name}.md").write_text(f"# {name}\n\n{text}", encoding="utf-8")
-    kept = [{**entry.as_dict(), "weights": None} for entry in entries]
-    (out / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
+    if entries:
+        kept = [{**entry.as_dict(), "weights": None} for entry in entries]
+        (out / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -229,14 +263,15 @@ def main() -> None:
     studies = {
         "lm": study_lm,
         "length": study_length,
+        "mined": study_mined,
         "choice": study_choice,
         "generate": study_generate,
         "report": study_report,
     }
     parser.add_argument("study", choices=studies)
-    parser.add_argument("--data", type=Path, required=True, help="what held_out.py wrote, and the maths expert")
+    parser.add_argument("--data", type=Path, required=True, help="what held_out.py wrote")
     parser.add_argument("--shared", type=Path, help="folder with eval/ (choice)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--out", type=Path, help="folder of the tables and plots (report)")
     parser.add_argument("--count", type=int, help="documents a corpus, or questions a task")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)

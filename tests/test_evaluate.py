@@ -243,6 +243,20 @@ def test_lm_by_hand(make_member, tmp_path):
     assert entry.more == pytest.approx(math.exp(expected / len(rest)))
 
 
+def test_mined_fuses_in_the_best_member_s_tokens(mixed_pack, tmp_path, monkeypatch):
+    """Optimised weights and NLL across vocabularies equal those of the translated pack itself."""
+    monkeypatch.setenv("PACKLLM_CACHE", str(tmp_path))
+    (record,) = lm.evaluate(
+        mixed_pack, documents(1), tmp_path / "r.jsonl", methods=["opt:decoding=mined", "em"], prompts=("10",)
+    )
+    cut = cut_after(mixed_pack.members[0].encoder, TEXT, 10)
+    fresh = -mixed_pack.score(TEXT[:cut], [TEXT[cut:]], weighting="opt", decoding="mined")[0]
+    found = record["prompts"]["10"]["methods"]["opt:decoding=mined"]
+    assert found["nats"] == pytest.approx(fresh, rel=1e-4)
+    expected = mixed_pack.weigh(TEXT[:cut], weighting="opt", decoding="mined").values
+    assert list(found["weights"].values()) == pytest.approx(expected, abs=1e-4)
+
+
 def test_several_prompt_lengths_score_the_same_text(pack, tmp_path):
     (record,) = lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=["uniform", "em"], prompts=("4", "20"))
     uniform = [record["prompts"][p]["methods"]["uniform"]["nats"] for p in ("4", "20")]
@@ -271,7 +285,7 @@ def test_methods_are_checked_before_anything_runs(pack, mixed_pack, tmp_path):
             lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=[spec])
     with pytest.raises(OptionError, match="two methods are called 'em'"):
         ready(pack, ["em", "em"])
-    with pytest.raises(OptionError, match="'opt' needs members of one vocabulary"):
+    with pytest.raises(OptionError, match="'opt' needs members of one vocabulary, or decoding=mined"):
         ready(mixed_pack, ["opt"])
     assert not list(tmp_path.iterdir())
     assert [m.label for m in ready(mixed_pack, None)] == ["em", "uniform", "top1", "sim", "sim:tau=1"]

@@ -297,9 +297,10 @@ def test_a_gguf_file(make_member, tmp_path, cache):
     assert converted(path) == folder
 
 
-def test_not_a_gguf_file(tmp_path, cache):
+@pytest.mark.parametrize("content", [b"no model at all", b"GGUF", b"GGUF\x03\x00\x00\x00", b""])
+def test_not_a_gguf_file(tmp_path, cache, content):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"no model at all")
+    path.write_bytes(content)
     assert refused(path).startswith(f"cannot read {str(path)!r}: ")
     assert list((cache / "gguf").iterdir()) == []
 

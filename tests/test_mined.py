@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import logging
+import math
 import random
 import sys
 
@@ -15,7 +16,7 @@ import torch
 from conftest import SHARED, byte_level_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import packllm.align
@@ -535,6 +536,74 @@ def test_a_member_that_cannot_spell_the_text_and_has_no_end(make_member, bare, w
         reference = reference_of(pack, prompt)
         expected = naive_greedy(pack.members, reference, generation.weights.values, generation.weights.pool, prompt, 6)
         assert generation.text == b"".join(map(reference.vocabulary.text_bytes, expected)).decode(errors="replace")
+
+
+def rare_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters and spaces; all else is unknown, a run of it one token."""
+    letters = {letter: i for i, letter in enumerate(["<unk>", "▁", *"abcdefghijklmnopqrstuvwxyzTF"])}
+    tokenizer = Tokenizer(models.BPE(letters, [], unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(("text", "hidden"), [("The cat 日本語 sat", 9), ("The 日本 cat 語", 9), ("The cat sat", 0)])
+def test_an_unknown_token_is_charged_for_the_bytes_it_hides(make_member, text, hidden):
+    model = make_member("llama", 3).model
+    rare = Member(model, rare_tokenizer(), "rare")
+    weights = Pack([rare, make_member("gpt2", 1)], unit="byte", weighting="sim").weigh(text)
+    encoded = rare.encoder.encode(text)
+    assert (rare.vocabulary.special["unk"] in encoded.ids) == bool(hidden)
+    given = float(naive.token_logprobs(rare, encoded.ids)[2:].sum()) - 8 * math.log(2) * hidden
+    assert weights.scored == len(text.encode()) - 3  # all but the first word: nothing predicts its first token
+    assert weights.nll[0] == pytest.approx(-given / weights.scored, rel=1e-5)
+
+
+def test_one_unknown_in_all_members_is_nobodys_fault(make_member):
+    tokenizer = rare_tokenizer()
+    members = [Member(make_member("llama", seed).model, tokenizer, f"rare{seed}") for seed in (3, 4)]
+    weights = Pack(members, unit="token").weigh("The cat 日本語 sat")
+    ids = members[0].encoder.encode("The cat 日本語 sat").ids
+    assert weights.nll == pytest.approx([-float(naive.token_logprobs(m, ids).mean()) for m in members], rel=1e-5)
+
+
+def test_members_of_one_engine_stay_on_one(make_member, word_tokenizer):
+    reference, base = make_member("llama", 0), make_member("gpt2", 1, "words")
+    twins = [Member(base.model, word_tokenizer, name, base.encoder, engine=base.engine) for name in ("a", "b")]
+    other = make_member("qwen", 4, "words")
+    one, two, three = translated([*twins, other], reference)
+    assert one.engine is two.engine is not three.engine
+    pack = Pack([reference, *twins], decoding="mined", weighting="uniform", max_tokens=5)
+    prompt = next(p for p in PROMPTS if reference_of(pack, p) is reference)
+    before, counted = base.engine.forwards, [twin.forwards for twin in twins]
+    found = pack.generate(prompt)
+    steps = found.usage.completion_tokens - (found.finish_reason == "length")
+    assert base.engine.forwards - before == 1 + 1 + steps  # their own ids, the reference's, the answer
+    assert [twin.forwards - n for twin, n in zip(twins, counted, strict=True)] == [2 + steps] * 2
+
+
+def test_it_is_never_the_default(mixed, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("mapped unasked")
+
+    monkeypatch.setattr("packllm.request.translated", refuse)
+    pack = Pack(mixed, max_tokens=3)
+    pack.weigh(PROMPTS[0])
+    pack.generate(PROMPTS[0])
+    pack.score(PROMPTS[0], [" Paris"])
+
+
+@pytest.mark.real
+def test_real_members(shared, starter_pack):
+    stories = Pack.load([shared / "models" / "stories260K"]).members[0]
+    pack = Pack([starter_pack.members[0], stories], decoding="mined", max_tokens=12)
+    prompt = "The statute of limitations bars the claim because the plaintiff filed it"
+    weights = pack.weigh(prompt, weighting="opt")
+    assert weights.values[0] > 0.7  # of law the small one knows nothing
+    generation = pack.generate(prompt, weighting="uniform")
+    expected = naive_greedy(pack.members, pack.members[0], (0.5, 0.5), "log", prompt, 12)
+    text = b"".join(map(pack.members[0].vocabulary.text_bytes, expected)).decode(errors="replace")
+    assert generation.text == text
 
 
 def test_a_reference_text_longer_than_a_window_is_refused(make_member):

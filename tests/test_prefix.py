@@ -74,14 +74,16 @@ def test_greedy_answers_are_the_same_with_reuse_and_without(ensemble, weighting,
     for at, question in enumerate([*QUESTIONS, QUESTIONS[0]]):
         prompt = CONTEXT + question
         without = pack.generate(prompt, prefix_cache_mb=0)
-        before = [member.tokens for member in ensemble]
         again = pack.generate(prompt)
         assert_alike(again, without)
         assert without.usage.cached_tokens == 0
         assert (again.usage.cached_tokens >= shared) == (at > 0)
-        for member, tokens, value in zip(ensemble, before, again.weights.values, strict=True):
-            answered = again.usage.completion_tokens if value else 0
-            assert member.tokens - tokens <= len(encoded(member, prompt)) - again.usage.cached_tokens + answered
+    before = [member.tokens for member in ensemble]
+    pack.weigh(CONTEXT + "Where?")
+    for member, tokens in zip(ensemble, before, strict=True):
+        if weighting == "exact" and member.engine.body is None:
+            continue  # no hidden states: the optimiser's logits take passes of their own
+        assert 0 < member.tokens - tokens <= len(encoded(member, CONTEXT + "Where?")) - shared
 
 
 def test_a_conversation_reads_only_what_is_new(ensemble):
@@ -152,8 +154,10 @@ def test_tokens_decide_not_text(make_member):
     """The same text in other tokens, and the same tokens in another order, share nothing beyond their ids."""
     member = make_member("llama")
     ids = encoded(member, CONTEXT)
-    spelled = [member.tokenizer.convert_tokens_to_ids(c) for c in member.tokenizer.backend_tokenizer.pre_tokenizer
-               .pre_tokenize_str(CONTEXT)[0][0]] + ids[1:]
+    spelled = [
+        member.tokenizer.convert_tokens_to_ids(c)
+        for c in member.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(CONTEXT)[0][0]
+    ] + ids[1:]
     text = b"".join(member.vocabulary.text_bytes(i) for i in spelled)
     assert text == b"".join(member.vocabulary.text_bytes(i) for i in ids)
     assert spelled != ids
@@ -216,7 +220,7 @@ def test_a_running_state_serves_only_what_goes_on_from_its_end(byte_tokenizer):
     member, cache = recurrent(byte_tokenizer), PrefixCache()
     ids = encoded(member, CONTEXT)
     read(cache, member, ids)
-    for other, expected in ((ids[:-1] + [9, 8], 0), (ids, 0), ([*ids, 9, 8], len(ids)), ([*ids, 7], len(ids))):
+    for other, expected in (([*ids[:-1], 9, 8], 0), (ids, 0), ([*ids, 9, 8], len(ids)), ([*ids, 7], len(ids))):
         session, observed, count = read(cache, member, other)
         assert count == expected
         assert_as_fresh(member, session, observed, other)

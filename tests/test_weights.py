@@ -15,9 +15,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packllm.errors import OptionError, WeightsError
+from packllm.errors import MemberError, OptionError, WeightsError
 from packllm.options import make_options
-from packllm.weights import WEIGHTINGS, Problem, Weights, blocks, em, exact, fixed, solve, weigh
+from packllm.weights import WEIGHTINGS, Problem, Weights, blocks, em, exact, fixed, minorant, solve, weigh
 from packllm.weights.exhaustive import simplex_grid
 
 INF = math.inf
@@ -404,9 +404,8 @@ def test_rounding_does_not_stop_slow_progress() -> None:
     assert found[0] < start[0]
 
 
-def test_exact_certifies_on_all_positions_not_on_the_sample() -> None:
-    # The sample of 384 positions is every third one. There a is right, and on the others b is: the optimum
-    # of the sample is all a, that of the text is nearer to b.
+def test_exact_certifies_on_all_positions_not_on_the_first_read() -> None:
+    # a is right at every third position, and on the others b is: the optimum of the text is nearer to b.
     targets = torch.zeros(384, dtype=torch.int64)
     logits = torch.zeros(2, 384, 5)
     sampled = torch.arange(384) % 3 == 0
@@ -578,7 +577,7 @@ def test_logits_are_never_held_all_at_once(name: str, monkeypatch: pytest.Monkey
     logits, targets = make_problem(8, members, positions, vocabulary)
     expected = solve(name, logits, targets)
     monkeypatch.setattr(blocks, "WORKSPACE", members * vocabulary * 4)
-    monkeypatch.setattr(exact, "SAMPLE_BYTES", 4 * members * vocabulary * 25)
+    monkeypatch.setattr(minorant, "LIKELY", 16)
     source = Blocks(logits, size)
     with Largest() as largest:
         found = solve(name, source, targets)
@@ -586,15 +585,15 @@ def test_logits_are_never_held_all_at_once(name: str, monkeypatch: pytest.Monkey
     assert found.fused_nll == pytest.approx(expected.fused_nll, abs=2e-4)
     # The buffer is the largest thing: neither all positions, nor all grid points of a block, at once.
     assert largest.numel <= members * size * vocabulary
-    scoring, *asked = source.asked
-    assert scoring == positions
     if name in ("exact", "map"):
-        # The kept sample fits SAMPLE_BYTES and is spread over the text.
-        assert source.requests[1].tolist() == list(range(0, positions, positions // 25))
-        assert 1 <= len(asked) - 1 <= 5  # full passes; a few are enough to finish and certify
-        assert set(asked[1:]) == {positions - asked[0]}  # the sample's own are kept
-    else:
-        assert asked == [positions] * (1 if name == "exhaustive" else members - 1)
+        # One pass that scores the members too, in parts spread over the text, and a few that certify.
+        assert torch.cat(source.requests[:3]).sort().values.tolist() == list(range(positions))
+        assert source.asked[:3] == [50, 50, 100]
+        assert source.requests[0].tolist() == list(range(0, positions, 4))
+        assert 1 <= len(source.asked[3:]) <= 5
+        assert set(source.asked[3:]) == {positions}
+    else:  # one pass that scores
+        assert source.asked == [positions] * (1 + (1 if name == "exhaustive" else members - 1))
 
 
 def test_margins_are_small_pieces_that_cover_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -607,12 +606,57 @@ def test_margins_are_small_pieces_that_cover_the_positions(monkeypatch: pytest.M
     assert torch.cat(pieces, dim=1).equal((logits - observed[..., None])[[2, 0]][:, chosen])
 
 
-def test_exact_reads_a_short_prompt_once() -> None:
-    logits, targets = make_problem(9, positions=100)
+def test_exact_scores_and_certifies_in_two_passes() -> None:
+    logits, targets = make_problem(9, positions=60)
     source = Blocks(logits, 16)
     found = solve("exact", source, targets)
-    assert found.values == pytest.approx(solve("exact", logits, targets).values)
-    assert source.asked == [100, 100]  # once to score the members, once to keep
+    assert found.values == pytest.approx(solve("exact", logits, targets).values, abs=1e-4)
+    assert source.asked == [60, 60]
+    assert found.nll == pytest.approx(solve("em", logits, targets).nll, abs=1e-6)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 12), st.sampled_from([1, 3, 6]))
+@few
+def test_the_bound_lies_below_the_loss_and_touches_it(seed: int, members: int, likely: int, positions: int) -> None:
+    logits, targets = make_problem(seed, members, positions, vocabulary=12)
+    random = np.random.default_rng(seed)
+    places = torch.arange(positions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minorant, "LIKELY", likely)
+        bound = minorant.Minorant((members, positions, 12), logits.device)
+        at = random.dirichlet(np.ones(members))
+        observed = logits.gather(-1, targets.expand(members, -1)[..., None])[..., 0]
+        bound.add(places, logits.clone(), observed, at)
+    gradient = torch.stack([_slow_gradient(logits, targets, i, at) for i in range(positions)], dim=1)
+    touched = bound.expand(at)
+    assert touched.value == pytest.approx(slow_loss(logits, targets, tuple(at)), abs=1e-5)
+    assert touched.gradient == pytest.approx(gradient.mean(1).numpy(), abs=1e-4)
+    for _ in range(5):
+        other = random.dirichlet(np.ones(members))
+        assert bound.expand(other).value <= slow_loss(logits, targets, tuple(other)) + 1e-5
+    moved = random.dirichlet(np.ones(members))
+    gradient = torch.stack([_slow_gradient(logits, targets, i, moved) for i in range(positions)], dim=1)
+    losses = torch.tensor([slow_loss(logits[:, [i]], targets[[i]], tuple(moved)) for i in range(positions)])
+    bound.touch(losses.float(), gradient.float(), moved)
+    touched = bound.expand(moved)
+    assert touched.value == pytest.approx(slow_loss(logits, targets, tuple(moved)), abs=2e-5)
+    assert touched.gradient == pytest.approx(gradient.mean(1).numpy(), abs=1e-3)
+    assert bound.expand(at).value <= slow_loss(logits, targets, tuple(at)) + 2e-5
+
+
+def _slow_gradient(logits: Tensor, targets: Tensor, position: int, weights: np.ndarray) -> Tensor:
+    """float64 (K,): E_p s_k − s_k(x) at one position."""
+    said = logits[:, position].double()
+    chances = (torch.from_numpy(weights) @ said).softmax(-1)
+    return said @ chances - said[:, targets[position]]
+
+
+def test_a_member_whose_logits_are_no_numbers_is_named() -> None:
+    logits, targets = make_problem(9, positions=80)
+    logits[1, 70, 3] = math.nan
+    for name in ("exact", "opt", "em"):
+        with pytest.raises(MemberError, match=r"'1'.*not finite"):
+            solve(name, logits, targets)
 
 
 # weigh and solve: fixed weights, pools, errors.

@@ -50,6 +50,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
     streaming: bool = False
     """Whether `invoke` streams too, so that its callbacks see the tokens."""
 
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        if self.profile is None:  # LangChain asked before the pack was there
+            self.profile = self._resolve_model_profile()
+
     @property
     def _llm_type(self) -> str:
         return "packllm-chat"
@@ -65,7 +70,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        if self.pack is None:  # LangChain asks once before the pack is there
+        if self.pack is None:
             return None
         profile = ModelProfile(
             name=self.model_name,

@@ -61,8 +61,8 @@ WeightingName = Annotated[
     typer.Option(
         "--weighting",
         "-w",
-        help="How members are weighed: em (default), uniform, top1, sim, opt, exhaustive, exact, map, dexperts, or "
-        "fixed weights as name=0.7,name=0.3.",
+        help="How members are weighed: em (default), uniform, top1, sim, opt, exhaustive, exact, map, dexperts, "
+        "dexperts-opt, cbtm, router, or fixed weights as name=0.7,name=0.3.",
     ),
 ]
 Others = Annotated[

@@ -34,7 +34,7 @@ def take(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
     twin = copy.copy(cache)
     if not is_plain(cache):
         twin.layers = copy.deepcopy(cache.layers)
-        twin.batch_select_indices(torch.tensor(rows))
+        twin.reorder_cache(torch.LongTensor(rows))  # also where layers keep a running state
         return twin
     chosen = index(rows)
     twin.layers = [copy.copy(layer) for layer in cache.layers]

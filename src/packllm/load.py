@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -209,7 +210,7 @@ def _convert(path: Path, folder: Path) -> None:
             bar.update()
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
             bar.update()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # cut files end anywhere
             raise LoadError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
         # The quantisation config that stays on the model blocks saving: build a clean one.
         settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}

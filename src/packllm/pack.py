@@ -165,13 +165,14 @@ class Pack:
         decoded together, each with its own weights. Arguments, errors and closing as stream()."""
         checked = self.check(**options)
         size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
+        groups = _grouped(prompts, size)
         requests = []
-        for at in range(0, len(prompts), size):
-            request = self._request(prompts[at : at + size], checked)
+        for group in groups:
+            request = self._request([prompts[at] for at in group], checked)
             request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
-        return _chunks(requests)
+        return _chunks(requests, groups)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
@@ -243,13 +244,20 @@ class Pack:
         return Request(self.members, options, checked, self.prefixes)
 
 
-def _chunks(requests: Sequence[Request]) -> Generator[tuple[int, Chunk], None, None]:
-    first = 0
-    for request in requests:
+def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Indices of the prompts that are decoded together: of more than fit, those of about one length, so that little
+    is padded."""
+    order = list(range(len(prompts)))
+    if len(order) > size:
+        order.sort(key=lambda at: len(str(prompts[at])))
+    return [order[at : at + size] for at in range(0, len(order), size)]
+
+
+def _chunks(requests: Sequence[Request], groups: Sequence[list[int]]) -> Generator[tuple[int, Chunk], None, None]:
+    for request, group in zip(requests, groups, strict=True):
         with closing(request.chunks()) as chunks:
             for row, chunk in chunks:
-                yield first + row, chunk
-        first += len(request.encoded)
+                yield group[row], chunk
 
 
 def _only(chunks: Generator[tuple[int, Chunk], None, None]) -> Generator[Chunk, None, None]:

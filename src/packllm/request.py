@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from packllm.decode.devices import across_devices
+from packllm.decode.lazy import check_lazy, lazy_ids
 from packllm.decode.mined import MinedMember, translated
 from packllm.decode.rerank import best_answer
 from packllm.decode.segments import Writers
-from packllm.decode.tokens import Ensemble, Row, drop_small, generate_ids
+from packllm.decode.speculate import speculative_ids
+from packllm.decode.tokens import Ensemble, Row, drop_small
 from packllm.decode.writer import Writer
 from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError
 from packllm.member import Member
@@ -89,7 +93,9 @@ class Request:
                 f"decoding={self.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
                 f"demands; use decoding='tokens' or 'mined'"
             )
-        if self.options.decoding != "tokens" or self.options.weighting == "top1":
+        if self.options.decoding == "lazy":
+            check_lazy(self.options)
+        if self.options.decoding not in ("tokens", "lazy") or self.options.weighting == "top1":
             return
         first = self.members[self._candidates[0]]
         for k in self._candidates[1:]:
@@ -97,7 +103,7 @@ class Request:
             if not member.vocabulary.same_as(first.vocabulary):
                 raise VocabularyError(
                     f"members {first.name!r} and {member.name!r} have different vocabularies, which "
-                    f"decoding='tokens' cannot fuse; use decoding='cool', 'mined' or 'auto'"
+                    f"decoding={self.options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
                 )
 
     def check_room(self, lengths: dict[int, int]) -> None:
@@ -178,8 +184,11 @@ class Request:
         for k in which:
             engines.setdefault(id(self.members[k].engine), []).append(k)
         logprobs: dict[int, list[Tensor | None]] = {}
-        for sharing in engines.values():
-            self._score_together(sharing, keep, logprobs)
+        groups = list(engines.values())
+        runs = [partial(self._score_together, sharing, keep, logprobs) for sharing in groups]
+        for failure in across_devices([self.members[sharing[0]].device for sharing in groups], runs, go_on=False):
+            if failure is not None:
+                raise failure
         self.sessions = dict(sorted(self.sessions.items()))
         return logprobs
 
@@ -268,8 +277,8 @@ class Request:
             self.prefill()
             limits = self.limits(options.max_tokens)
             rows = [
-                Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed))
-                for weights in self.weights
+                Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
+                for weights, limit in zip(self.weights, limits, strict=True)
             ]
             for r, row in enumerate(rows):
                 if self._by_segments(r):
@@ -285,18 +294,24 @@ class Request:
             answers = {
                 r: self._answer(r, row, ensemble.running(r), limits[r]) for r, row in enumerate(rows) if not row.done
             }
-            for r, token in generate_ids(ensemble, rows):
+            for r, token in self._tokens(ensemble, rows):
                 self.timings.setdefault("first_token", time.perf_counter() - started)
                 text, reason = answers[r].push(token)
                 rows[r].done = reason is not None
                 if reason is not None:
                     timings = {**self.timings, "total": time.perf_counter() - started}
-                    usage = answers[r].usage
+                    usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
                     yield r, Chunk(text, rows[r].weights, reason, usage, timings)
                 elif text:
                     yield r, Chunk(text, rows[r].weights)
         finally:
             self.close()
+
+    def _tokens(self, ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+        """(row, token id), token by token, in the way asked for."""
+        if self.options.decoding == "lazy":
+            return lazy_ids(ensemble, rows)
+        return speculative_ids(ensemble, rows, self.options.draft_tokens)
 
     def running(self, index: int) -> list[int]:
         """Members that run for a prompt, once it is weighed."""

@@ -17,11 +17,15 @@ class Usage:
     Attributes:
         cached_tokens: of the prompt, those that an earlier request had read. Two usages that differ here only are
             equal: it says what was saved, not what was asked.
+        drafted_tokens: those that the top member drafted and the pack judged; not compared either.
+        accepted_tokens: of these, those that it took over.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = field(default=0, compare=False)
+    drafted_tokens: int = field(default=0, compare=False)
+    accepted_tokens: int = field(default=0, compare=False)
 
     @property
     def total_tokens(self) -> int:
@@ -32,6 +36,8 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "total_tokens": self.total_tokens,
         }
 

@@ -24,8 +24,8 @@ BLOCK_BYTES = 48 * 2**20
 def prefill(
     session: Session, positions: Sequence[Sequence[int]], keep: bool, late: bool
 ) -> Sequence[Tensor] | Sequence[None]:
-    """Session.prefill; with `late`, which takes `keep`, a session that keeps hidden states leaves the scores, None then, to the
-    weighting, which reads all logits anyway: one pass over the LM head instead of two."""
+    """Session.prefill; with `late`, which takes `keep`, a session that keeps hidden states leaves the scores, None
+    then, to the weighting, which reads all logits anyway: one pass over the LM head instead of two."""
     if not late or session.engine.body is None:
         return session.prefill(positions, keep)
     session.prefill([[]] * session.rows, keep)

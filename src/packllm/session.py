@@ -203,7 +203,9 @@ class Session:
         kv.crop(cache, prefix.ids.shape[1] - count)
         self._cache, self._seen = cache, count
         self._hidden = None if prefix.hidden is None else prefix.hidden[:, :count]
-        self._known = prefix.logprobs[:, :count]
+        # The token after them may be the same one too: what predicts it is not read again, so its score counts.
+        known, width = prefix.logprobs[:, : count + 1], min(count + 1, len(prefix))
+        self._known = known.where(prefix.ids[:, :width] == self._ids[:, :width].cpu(), torch.nan)
 
     def snapshot(self) -> Prefix | None:
         """What was read, after prefill(keep=True) and before anything follows; None if rows are padded.

@@ -14,6 +14,7 @@ it parses all the same; it then ends by "length". Only a max_tokens too small fo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -60,6 +61,9 @@ def make_grammar(options: Options) -> str | None:
         what = "json_schema" if options.json_schema is not None else f"tool_choice={options.tool_choice!r}"
         raise ExtraError(what, "llguidance", "structured")
     schemas = [(f"parameters of the tool {_name(tool)!r}", tool["function"].get("parameters")) for tool in tools]
+    for what, schema in schemas:
+        if re.search(r'"\$ref": "#(?!/(\$defs|definitions)/)', json.dumps(schema)):
+            raise OptionError(f"{what} refer to a part of themselves by its place; put that part into $defs")
     for what, schema in [*schemas, ("json_schema", options.json_schema)]:
         _check_schema(what, json.dumps(schema or {}))
     return _lark(tools, options.json_schema)
@@ -86,15 +90,19 @@ def _lark(tools: Collection[Mapping[str, Any]], schema: Mapping[str, Any] | None
     if tools:
         starts = ["call", '"<tool_call>\\n" call "\\n</tool_call>"']
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    for i, tool in enumerate(tools):
-        before = json.dumps(f'{{"name": {json.dumps(_name(tool), ensure_ascii=False)}, "')
-        parameters = tool["function"].get("parameters") or {"type": "object", "properties": {}}
-        rules.append(f'call_{i}: {before} ("arguments" | "parameters") "\\": " arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: {_json_rule(parameters)}")
+        rules += [f"call_{i}: {_json_rule(_call_schema(tool))}" for i, tool in enumerate(tools)]
     if schema is not None:
         starts.append("json")
         rules.append(f"json: {_json_rule(schema)}")
     return "\n".join(["start: " + " | ".join(starts), *rules])
+
+
+def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call. Definitions stay where references to them look for them: at the top."""
+    parameters = {"type": "object", "properties": {}, **(tool["function"].get("parameters") or {})}
+    definitions = {key: parameters.pop(key) for key in ("$defs", "definitions") if key in parameters}
+    properties = {"name": {"const": _name(tool)}, "arguments": parameters}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"], **definitions}
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 Joined, the bytes of encode(text) are the text as the tokenizer itself normalises it, and nothing else: Unicode's NFC
 (GPT-NeoX, Qwen), a space put before the text (SentencePiece), "▁" read as the space it stands for, words that each
-end in one space (</w>). Byte-level tokenizers without a normaliser (GPT-2, Llama-3) give the text back as it is. A byte or word for which a
-tokenizer has no token is its unknown token, or is dropped (SmolLM2: six control characters).
+end in one space (</w>). Byte-level tokenizers without a normaliser (GPT-2, Llama-3) give the text back as it is. A byte
+or word for which a tokenizer has no token is its unknown token, or is dropped (SmolLM2: six control characters).
 """
 
 from __future__ import annotations

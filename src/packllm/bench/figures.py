@@ -20,34 +20,49 @@ from packllm.member import Member, Session
 from packllm.options import make_options
 from packllm.pack import Pack
 from packllm.request import Request
-from packllm.scoring import weights_of
+from packllm.scoring import prefill, weights_of
+from packllm.weights import find
 
 WEIGHTINGS = ("em", "exact", "opt", "sim", "top1", "map")
 
 
 def weighting(report: Report, members: Sequence[Member], text: str, repeat: int) -> None:
-    """Seconds of each weighting over seconds of the prefill that any of them needs."""
+    """Seconds that each weighting adds to a prefill that scores, over seconds of a bare prefill.
+
+    The log-pool optimisers read the scores out together with what else they need, so each is timed with a
+    prefill of its own; the others take the scores as they are.
+    """
     options = {name: make_options({"weighting": name}) for name in WEIGHTINGS}
     encoded = [member.encoder.encode(text) for member in members]
     spent: dict[str, list[float]] = {}
 
-    def bare() -> list[Session]:
-        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
-        for session in sessions:
-            session.prefill([[]])
-        return sessions
+    def opened() -> list[Session]:
+        return [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
 
-    def scored() -> tuple[list[Session], list[torch.Tensor]]:
-        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
-        return sessions, [s.prefill([e.positions], keep=True)[0] for s, e in zip(sessions, encoded, strict=True)]
+    def bare() -> None:
+        for session in opened():
+            session.prefill([[]])
+
+    def scored(late: bool) -> tuple[list[Session], list[torch.Tensor | None]]:
+        sessions = opened()
+        pairs = zip(sessions, encoded, strict=True)
+        return sessions, [prefill(session, [e.positions], late, late)[0] for session, e in pairs]
+
+    def weighed(name: str) -> None:
+        sessions, logprobs = scored(late=True)
+        weights_of(sessions, 0, encoded, logprobs, options[name])
 
     bare()  # the first pass over a new length is slower
     for _ in bar(range(repeat), "Weighting"):
         timed(spent, "prefill", bare)
-        sessions, logprobs = timed(spent, "prefill_scored", scored)
+        sessions, logprobs = timed(spent, "prefill_scored", scored, False)
         for name in WEIGHTINGS:
             with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
-                timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
+                if find(name).needs_logits:
+                    timed(spent, f"prefill_{name}", weighed, name)
+                    spent.setdefault(name, []).append(spent[f"prefill_{name}"][-1] - spent["prefill_scored"][-1])
+                else:
+                    timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
     for name in WEIGHTINGS:
         report.figures[f"weighting.{name}"] = ratio(spent.get(name), spent["prefill"])
     report.figures["weighting.exact_over_opt"] = ratio(spent.get("exact"), spent.get("opt"))

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from packllm.decode.tokens import Ensemble, Row
+from packllm.decode.tokens import Ensemble, Row, Slot
 from packllm.errors import OptionError
 from packllm.options import Options
+from packllm.weights import find
 
 
 def check_lazy(options: Options) -> None:
@@ -26,21 +27,19 @@ def check_lazy(options: Options) -> None:
         raise OptionError(
             f"decoding='lazy' cannot guarantee the form that tool_choice={options.tool_choice!r} demands; use 'auto'"
         )
-    if options.pool == "log":
-        raise OptionError("decoding='lazy' draws from a mixture, which pool='log' is not; use pool='linear'")
+    weighting = options.weighting
+    if (options.pool or ("linear" if isinstance(weighting, dict) else find(weighting).pool)) == "log":
+        raise OptionError(
+            f"decoding='lazy' draws from a mixture, which the logarithmic pool of weighting={weighting!r} is not; "
+            f"use pool='linear' or decoding='auto'"
+        )
 
 
 def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
-    """Yield (row, token id) as generate_ids does. Rows run by themselves: each draws members of its own.
-
-    Raises:
-        OptionError: weights of the logarithmic pool.
-    """
-    if any(row.weights.pool != "linear" for row in rows if not row.done):
-        raise OptionError("decoding='lazy' draws from a mixture: set pool='linear', or use decoding='auto'")
-    ensemble.arrange(lambda slot: slot)
-    missed: dict[tuple[int, int], list[int]] = {slot: [] for lane in ensemble.lanes for slot in lane.slots}
+    """Yield (row, token id) as generate_ids does. Rows run by themselves: each draws members of its own."""
+    missed: dict[Slot, list[int]] = {slot: [] for lane in ensemble.lanes for slot in lane.slots}
     while not all(row.done for row in rows):
+        ensemble.arrange(lambda slot: slot)
         for r, row in enumerate(rows):
             if row.done:
                 continue
@@ -53,7 +52,7 @@ def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int
             yield r, token
 
 
-def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[tuple[int, int], list[int]]) -> int | None:
+def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]]) -> int | None:
     """A token of a member drawn from the weights; None where that member is lost, or the token is not one that
     all members have: both are drawn anew."""
     k = row.sample(torch.tensor(row.weights.values).log())

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 import torch
-from torch import Tensor
 
 from packllm.align.words import Scored, common_words, offsets
-from packllm.decode.score import read
+from packllm.decode.score import Reading
 from packllm.decode.segments import Writers
 from packllm.decode.writer import Segment
 from packllm.errors import MemberError
@@ -59,19 +58,20 @@ def _read(session: Session, texts: Sequence[str]) -> dict[int, Scored]:
     known = {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
     if not known:
         return {}
-    fork = session.fork(len(known))
-    logprobs, _ = read(fork, session.logprobs[0], list(known.values()))
-    fork.close()
-    return {row: spelled(member, texts[row], known[row], given) for row, given in zip(known, logprobs, strict=True)}
+    reading = Reading(session, session.logprobs[0], list(known.values()))
+    reading.close()
+    return {
+        row: spelled(member, texts[row], known[row], given) for row, given in zip(known, reading.logprobs, strict=True)
+    }
 
 
-def spelled(member: Member, text: str, ids: list[int], logprobs: Tensor) -> Scored:
+def spelled(member: Member, text: str, ids: list[int], logprobs: Sequence[float]) -> Scored:
     """Tokens of a text with their places in it; one token that is all of it, where the tokenizer writes it in
     another form (lower case, say)."""
     places = offsets(text, [member.vocabulary.text_bytes(i) for i in ids])
     if places is None:
-        return Scored([0], [0], [len(text)], [0], logprobs.sum()[None])
-    return Scored(ids, *places, list(range(len(ids))), logprobs)
+        return Scored([0], [0], [len(text)], [0], torch.tensor([math.fsum(logprobs)], dtype=torch.float64))
+    return Scored(ids, *places, list(range(len(ids))), torch.tensor(logprobs, dtype=torch.float64))
 
 
 def _fused(text: str, by: dict[int, Scored], weights: Weights) -> float:

@@ -46,26 +46,62 @@ def continuation_logprobs(
         yield from totals
 
 
-def read(session: Session, here: Tensor, rows: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Put one continuation a row through a session of that many rows, all in one batched forward (in blocks of
-    columns, where their logits take more than BLOCK_BYTES).
+class Reading:
+    """What a member gives several continuations of one text, in one batched forward on a copy of its cache (in
+    blocks of columns, where their logits take more than BLOCK_BYTES).
 
-    Shorter rows are padded on the right; what comes before does not look at it. The padding stays in the cache.
+    Shorter rows are padded on the right; what comes before does not look at it. A cache that cannot be rolled
+    back cannot be rid of padding: it is copied for each row, and each read by itself, token by token.
 
     Args:
-        session: one row per continuation, all at the same point of the same text.
-        here: float32 (V,), distribution of the next token at that point.
-        rows: token ids, each at least one.
+        session: one row; it stays as it is.
+        here: float32 (V,), distribution of the next token where the continuations begin.
+        rows: token ids of each continuation, at least one.
+        back: tokens that the session holds after that point.
 
-    Returns:
-        Per row, float64 (n,) log-probabilities of its tokens, on the CPU, and float32 (V,), the distribution
-        of the token after them.
+    Attributes:
+        logprobs: per row, log-probabilities of its tokens.
+        after: per row, float32 (V,), distribution of the token after them.
     """
+
+    def __init__(self, session: Session, here: Tensor, rows: Sequence[Sequence[int]], back: int = 0) -> None:
+        self._rows = rows
+        self._width = max(map(len, rows))
+        self._batched = session.rewindable()
+        if self._batched:
+            self._forks = [session.fork(len(rows))]
+            self._forks[0].rewind(back)
+            step = max(1, BLOCK_BYTES // (4 * here.shape[0] * len(rows)))
+            self.logprobs, self.after = _read(self._forks[0], here, rows, step)
+        else:
+            self._forks = [session.fork() for _ in rows]
+            # Token by token: recurrent layers may begin a block of several from an empty state.
+            parts = [_read(fork, here, [ids], 1) for fork, ids in zip(self._forks, rows, strict=True)]
+            self.logprobs, self.after = [p[0][0] for p in parts], [p[1][0] for p in parts]
+
+    def take(self, row: int) -> Session:
+        """The session that has read this row and no more; the reading is used up."""
+        if not self._batched:
+            return self._forks.pop(row)
+        session = self._forks.pop()
+        session.select([row])
+        session.rewind(self._width - len(self._rows[row]))
+        return session
+
+    def close(self) -> None:
+        """Free the copies that were not taken."""
+        for fork in self._forks:
+            fork.close()
+
+
+def _read(
+    session: Session, here: Tensor, rows: Sequence[Sequence[int]], step: int
+) -> tuple[list[list[float]], list[Tensor]]:
+    """Feed padded rows in blocks of `step` columns; see Reading."""
     width = max(map(len, rows))
     padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows])
     logprobs = [[float(here[ids[0]])] for ids in rows]
-    after: list[Tensor] = [here] * len(rows)
-    step = max(1, BLOCK_BYTES // (4 * here.shape[0] * len(rows)))
+    after = [here] * len(rows)
     for at in range(0, width, step):
         block = session.extend(padded[:, at : at + step])
         for row, ids in enumerate(rows):
@@ -73,4 +109,4 @@ def read(session: Session, here: Tensor, rows: Sequence[Sequence[int]]) -> tuple
             logprobs[row] += block[row, : len(targets)].gather(-1, targets[:, None])[:, 0].tolist()
             if at < len(ids) <= at + step:
                 after[row] = block[row, len(ids) - 1 - at].clone()  # the rest of the block may go
-    return [torch.tensor(row, dtype=torch.float64) for row in logprobs], after
+    return logprobs, after

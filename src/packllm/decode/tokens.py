@@ -139,7 +139,7 @@ class Ensemble:
         self.extend({r: [token] for r, token in tokens.items()})
 
     def extend(
-        self, blocks: Mapping[int, Sequence[int]], among: Callable[[Lane], bool] = lambda lane: True
+        self, blocks: Mapping[int, Sequence[int]], among: Callable[[Lane], object] = lambda lane: True
     ) -> dict[Slot, Tensor]:
         """Append a block of tokens to each slot of some lanes, in one pass a lane.
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from packllm.decode.boundaries import common_boundaries, inside_character
-from packllm.decode.score import read
+from packllm.decode.score import Reading
 from packllm.member import Session
 from packllm.prompt import Encoder
 from packllm.sampling import Sampler
@@ -86,15 +85,14 @@ class Writer:
     def _start_round(self) -> None:
         self._proposed: tuple[str, int] | None = None
         self._ids: dict[str, list[int]] = {}
-        self._rows: dict[str, int] = {}  # what the fork has read: text -> its row
-        self._reading: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._fork: Session | None = None
+        self._rows: dict[str, int] = {}  # texts that the reading is of
+        self._reading: Reading | None = None
 
     def close(self) -> None:
         """Free the caches."""
-        for session in (self._base, self._session, self._fork):
-            if session is not None:
-                session.close()
+        for held in (self._base, self._session, self._reading):
+            if held is not None:
+                held.close()
 
     # Writing
 
@@ -170,13 +168,14 @@ class Writer:
         What it wrote itself is judged already; all else goes through one batched forward.
         """
         foreign = dict.fromkeys(s.text for s in segments if self._own(s.text) is None and self._ids_of(s.text))
-        self._rows = {text: row for row, text in enumerate(foreign)}
         if foreign:
-            self._fork = self._base.fork(len(foreign))
-            if self._rolls_back:
-                self._fork.rewind(len(self._after) - 1)
-            self._reading = read(self._fork, self._after[0], [self._ids_of(text) for text in foreign])
+            self._read(list(foreign))
         return [self._judgement(segment) for segment in segments]
+
+    def _read(self, texts: Sequence[str]) -> None:
+        back = len(self._after) - 1 if self._rolls_back else 0
+        self._reading = Reading(self._base, self._after[0], [self._ids_of(text) for text in texts], back)
+        self._rows = {text: row for row, text in enumerate(texts)}
 
     def _judgement(self, segment: Segment) -> Judgement | None:
         own = self._own(segment.text)
@@ -184,9 +183,9 @@ class Writer:
             if segment.ends:
                 self._feed(own)
             values, after = self._logprobs[:own], self._after[min(own, len(self._after) - 1)]
-        elif segment.text in self._rows and not self._is_unknown(segment.text):
+        elif self._reading and segment.text in self._rows and not self._is_unknown(segment.text):
             row = self._rows[segment.text]
-            values, after = self._reading[0][row].tolist(), self._reading[1][row]
+            values, after = self._reading.logprobs[row], self._reading.after[row]
         else:
             return None
         if segment.ends:
@@ -224,9 +223,9 @@ class Writer:
             self._keep(own)
         elif ids := self._ids_of(segment.text):
             self.room -= len(ids)
-            self._replace(segment.text, ids)
-        if self._fork not in (None, self._session):
-            self._fork.close()
+            self._replace(segment.text)
+        if self._reading:
+            self._reading.close()
         self._start_round()
 
     def _keep(self, count: int) -> None:
@@ -243,30 +242,21 @@ class Writer:
             self._base.close()
             self._base, self._session = self._session, self._session.fork()
         else:
-            self._base.extend(torch.tensor([ids]))
-            self._copy_base()
+            for token in ids:
+                self._base.step([token])
+            self._session.close()
+            self._session = self._base.fork()
             self._after = self._after[:1]
 
-    def _replace(self, text: str, ids: list[int]) -> None:
+    def _replace(self, text: str) -> None:
         """The text goes on in another's words: what the member wrote is dropped."""
         if text not in self._rows:
-            if self._rolls_back:
-                self._session.rewind(len(self._after) - 1)
-            here = read(self._base, self._after[0], [ids])[1][0]
-        elif self._rolls_back:  # the row that read it is the new cache
-            row, here = self._rows[text], self._reading[1][self._rows[text]]
-            assert self._fork is not None
-            self._fork.select([row])
-            self._fork.rewind(max(len(self._ids_of(other)) for other in self._rows) - len(ids))
-            self._session.close()
-            self._base = self._session = self._fork
-        else:
-            here = self._reading[1][self._rows[text]]
-            self._base.extend(torch.tensor([ids]))
-        if not self._rolls_back:
-            self._copy_base()
-        self._start_at(here)
-
-    def _copy_base(self) -> None:
+            self._read([text])
+        assert self._reading is not None
+        row = self._rows[text]
+        here, taken = self._reading.after[row], self._reading.take(row)
+        self._base.close()
         self._session.close()
-        self._session = self._base.fork()
+        self._base = taken
+        self._session = taken if self._rolls_back else taken.fork()
+        self._start_at(here)

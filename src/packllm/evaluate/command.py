@@ -25,7 +25,13 @@ class AuditFirst(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=AuditFirst, no_args_is_help=True, help="Compare the pack with its members and with rivals.")
+app = typer.Typer(
+    cls=AuditFirst,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Compare the pack with its members and with rivals. FILE alone is audit FILE.\n\n"
+    "[dim]Example:[/]\n\npackllm eval mycorpus.jsonl --models ./base --models ./base+./law",
+)
 
 Files = Annotated[list[Path], typer.Argument(help=".jsonl or .txt files, gzipped or not.", show_default=False)]
 Models = Annotated[
@@ -70,6 +76,12 @@ def audit(
     """Which members help on my corpus, which never get weight, what each costs.
 
     Compares the pack with each member alone and with the pack without it.
+
+    [dim]Examples:[/]
+
+    packllm eval mycorpus.jsonl
+
+    packllm eval notes.txt -m ./base -m ./base+./law --documents 30 --report out
     """
     from packllm.evaluate import lm
     from packllm.evaluate import report as reports
@@ -115,7 +127,12 @@ def lm_command(
     dtype: Dtype = "auto",
     plots: Plots = True,
 ) -> None:
-    """Language modelling: weights from the start of each document, bits per byte of the rest."""
+    """Language modelling: weights from the start of each document, bits per byte of the rest.
+
+    [dim]Example:[/]
+
+    packllm eval lm a.jsonl b.txt --method em --method sim:tau=1 --prompt 32 --prompt 128
+    """
     from packllm.evaluate import lm
     from packllm.evaluate import report as reports
     from packllm.evaluate.tables import AVERAGE, lm_table
@@ -165,7 +182,12 @@ def choice_command(
     dtype: Dtype = "auto",
     plots: Plots = True,
 ) -> None:
-    """Multiple choice: weights from the question alone, accuracy of the fused likelihoods."""
+    """Multiple choice: weights from the question alone, accuracy of the fused likelihoods.
+
+    [dim]Example:[/]
+
+    packllm eval choice arc_easy.jsonl --shots 5 --questions 64
+    """
     from packllm.evaluate import choice
     from packllm.evaluate import report as reports
     from packllm.evaluate.rows import read_questions, sample
@@ -211,7 +233,12 @@ def generate_command(
     skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
 ) -> None:
-    """Generation: the last number (or the text) of each answer must be the right one, as in GSM8K."""
+    """Generation: the last number (or the text) of each answer must be the right one, as in GSM8K.
+
+    [dim]Example:[/]
+
+    packllm eval generate gsm8k.jsonl --method em --method top1 --shots 3
+    """
     from packllm.evaluate import choice, generate
     from packllm.evaluate import report as reports
     from packllm.evaluate.rows import read_questions, sample

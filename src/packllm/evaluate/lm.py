@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packllm.decode.mined import translated
 from packllm.errors import DataError, OptionError, PackError
 from packllm.evaluate.methods import Method, Ready, one_vocabulary, ready
 from packllm.evaluate.reading import Reading, cut_after
@@ -138,14 +139,21 @@ def _score(
         last = len(pieces)
         singles = [((k,), alone(pack, k)) for k in everyone]
         chosen: list[tuple[Sequence[int], Weights]] = [*singles]
-        found = []
+        found: list[tuple[str, Ready, Weights, float]] = []
+        mined: dict[int, float] = {}
         for prompt, end in cuts.items():
             for method in methods:
-                started = time.perf_counter()
-                weights = reading.weights(method.options, method.members, ends.index(end) + 1)
+                started, seen = time.perf_counter(), ends.index(end) + 1
+                if method.options.decoding == "mined" and not one_vocabulary(pack, method.members):
+                    weights, mined[len(found)] = _mined(pack, reading, method, pieces, seen)
+                    chosen.append(singles[0])  # holds the place
+                else:
+                    weights = reading.weights(method.options, method.members, seen)
+                    chosen.append((method.members, weights))
                 found.append((prompt, method, weights, time.perf_counter() - started))
-                chosen.append((method.members, weights))
         nats = reading.nll(chosen, last - 1, last)
+        for at, value in mined.items():
+            nats[len(singles) + at] = value
         by_prompt: dict[str, Any] = {
             prompt: {"tokens": reading.counts(0, 0, ends.index(end) + 1), "methods": {}} for prompt, end in cuts.items()
         }
@@ -163,6 +171,22 @@ def _score(
             "seconds": dict(zip((m.name for m in pack.members), reading.seconds, strict=True)),
             "prompts": by_prompt,
         }
+
+
+def _mined(pack: Pack, reading: Reading, method: Ready, pieces: Sequence[str], seen: int) -> tuple[Weights, float]:
+    """Weights and NLL of the last piece through MinED (PackLLM §3.4): in the tokens of the member that predicts the
+    first `seen` pieces best per byte, which the others read and predict by their nearest ones."""
+    lowest = reading.weights(pack.options.override({"weighting": "top1", "unit": "byte"}), method.members, seen)
+    reference = pack.members[method.members[lowest.values.index(1.0)]]
+    others = [pack.members[k] for k in method.members]
+    members = [
+        member if member.vocabulary.same_as(reference.vocabulary) else translated([member], reference)[0]
+        for member in others
+    ]
+    everyone = range(len(members))
+    with Reading(members, pieces, reads_logits(method)) as again:
+        weights = again.weights(method.options, everyone, seen)
+        return weights, again.nll([(everyone, weights)], len(pieces) - 1, len(pieces))[0]
 
 
 def alone(pack: Pack, k: int) -> Weights:

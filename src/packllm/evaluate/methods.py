@@ -73,11 +73,11 @@ def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
             raise OptionError(f"method {method.label!r} names member {unknown[0]!r}; members: {', '.join(names)}")
         members = tuple(names.index(name) for name in method.members or names)
         options = pack.options.override(method.options)
-        if not one_vocabulary(pack, members):
+        if not one_vocabulary(pack, members) and options.decoding != "mined":
             if isinstance(options.weighting, str) and find(options.weighting).needs_logits:
                 if methods is None:
                     continue
-                raise OptionError(f"method {method.label!r} needs members of one vocabulary")
+                raise OptionError(f"method {method.label!r} needs members of one vocabulary, or decoding=mined")
             if options.pool is None:
                 options = options.override({"pool": "linear"})  # words have no normalised product
         elif isinstance(options.weighting, str):

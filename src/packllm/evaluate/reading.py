@@ -14,11 +14,12 @@ from torch import Tensor
 from packllm.align.words import Scored, common_tokens, common_words, is_word_boundary
 from packllm.decode.tokens import drop_small
 from packllm.errors import ContextOverflowError
-from packllm.member import Member, Session
+from packllm.member import Member
 from packllm.options import Options
 from packllm.pool import fuse
 from packllm.prompt import Encoded, Encoder, check
 from packllm.scoring import SessionSource, scored, weights_of
+from packllm.session import Session
 from packllm.weights import Weights
 from packllm.weights.blocks import grid_losses, margins
 

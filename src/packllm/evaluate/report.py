@@ -19,8 +19,8 @@ CHOICE: Headings = ("accuracy", "accuracy, per byte")
 GENERATE: Headings = ("exact match", "seconds")
 
 
-def markdown(entries: Sequence[Entry], headings: Headings, lower_is_better: bool) -> str:
-    """A Markdown table a corpus: best first, with 95 % intervals and the difference to the best member."""
+def markdown(entries: Sequence[Entry], headings: Headings, lower_is_better: bool, base: str = "the best member") -> str:
+    """A Markdown table a corpus: best first, with 95 % intervals and the difference to `base`."""
     parts = []
     for corpus in dict.fromkeys(entry.corpus for entry in entries):
         rows = [entry for entry in entries if entry.corpus == corpus]
@@ -29,7 +29,7 @@ def markdown(entries: Sequence[Entry], headings: Headings, lower_is_better: bool
         parts += [
             f"### {title} ({rows[0].rows} rows)",
             "",
-            f"| method | {headings[0]} | 95 % interval | {headings[1]} | against the best member | p |",
+            f"| method | {headings[0]} | 95 % interval | {headings[1]} | against {base} | p |",
             "|---|---|---|---|---|---|",
         ]
         parts += [_row(entry) for entry in rows]
@@ -37,12 +37,22 @@ def markdown(entries: Sequence[Entry], headings: Headings, lower_is_better: bool
     return "\n".join(parts)
 
 
+def grid(entries: Sequence[Entry]) -> str:
+    """One Markdown table: a row a method, a column a corpus."""
+    corpora = list(dict.fromkeys(entry.corpus for entry in entries))
+    found = {(entry.corpus, entry.method): f"{entry.score.value:.4f}" for entry in entries}
+    lines = [f"| method | {' | '.join(corpora)} |", "|---" * (len(corpora) + 1) + "|"]
+    for method in dict.fromkeys(entry.method for entry in entries):
+        lines.append(f"| {method} | {' | '.join(found.get((corpus, method), '') for corpus in corpora)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _row(entry: Entry) -> str:
     against, p = "", ""
     if entry.against is not None:
         difference = entry.against.difference
         against = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-        p = f"{entry.against.p:.3f}"
+        p = f"{entry.against.p:.3f}" if entry.against.p >= 0.001 else "<0.001"
     more = "" if entry.more is None else f"{entry.more:.3f}"
     score = entry.score
     return f"| {entry.method} | {score.value:.4f} | {score.low:.4f} to {score.high:.4f} | {more} | {against} | {p} |"

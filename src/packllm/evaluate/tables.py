@@ -28,7 +28,8 @@ class Entry:
         rows: documents or questions.
         score: bits per byte (lower is better), or accuracy.
         more: what else is reported: perplexity per token, or byte-normalised accuracy.
-        against: the difference to the best single member on the same rows; None for that member.
+        against: the difference to the best single member, or to the base asked for, on the same rows; None for
+            that one itself.
         weights: mean weight of each member.
     """
 
@@ -48,7 +49,7 @@ class Entry:
             "rows": self.rows,
             **self.score.as_dict(),
             "more": self.more,
-            "against_best_member": self.against.as_dict() if self.against else None,
+            "against": self.against.as_dict() if self.against else None,
             "weights": self.weights,
         }
 
@@ -66,18 +67,26 @@ def corpora(records: Records) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def lm_table(records: Records, prompt: str | None = None) -> list[Entry]:
-    """Bits per byte after one of the prompt lengths (None: the first), by corpus and on average over corpora."""
+def lm_table(
+    records: Records, prompt: str | None = None, base: str | None = None, best_of: Sequence[str] | None = None
+) -> list[Entry]:
+    """Bits per byte after one of the prompt lengths (None: the first), by corpus and on average over corpora.
+
+    Args:
+        base: label of the method that all are compared with; None: the best single member in hindsight.
+        best_of: names of the members that "best member" is chosen from; None: all.
+    """
     entries = []
     groups = corpora(records)
     for corpus, rows in groups.items():
         length = prompt or next(iter(rows[0]["prompts"]))
         columns = _lm_columns(rows, length)
         sizes = [row["bytes"] for row in rows]
-        best = min((label for label in columns if label.startswith("member ")), key=lambda m: sum(columns[m]))
+        candidates = [f"member {name}" for name in best_of or rows[0]["members"]]
+        best = min(candidates, key=lambda m: sum(columns[m]))
         for label, nats in columns.items():
             bits = [n / math.log(2) for n in nats]
-            base = [n / math.log(2) for n in columns[best]]
+            other = [n / math.log(2) for n in columns[base or best]]
             tokens = sum(row["tokens"] or 0 for row in rows)
             entries.append(
                 Entry(
@@ -86,7 +95,7 @@ def lm_table(records: Records, prompt: str | None = None) -> list[Entry]:
                     len(rows),
                     interval(bits, sizes),
                     math.exp(sum(nats) / tokens) if tokens else None,
-                    None if label == best else paired(bits, base, sizes),
+                    None if label == (base or best) else paired(bits, other, sizes),
                     _mean_weights([row["prompts"][length]["methods"][label]["weights"] for row in rows])
                     if label in rows[0]["prompts"][length]["methods"]
                     else {},
@@ -103,15 +112,15 @@ def _lm_columns(rows: Records, length: str) -> dict[str, list[float]]:
     return columns
 
 
-def choice_table(records: Records) -> list[Entry]:
-    """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy."""
+def choice_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
+    """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy; the rest as in lm_table."""
     entries = []
     groups = corpora(records)
     for corpus, rows in groups.items():
         columns = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
         columns |= {m: [row["methods"][m]["nats"] for row in rows] for m in rows[0]["methods"]}
         hits = {m: [float(right(r, n)) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
-        best = max((label for label in hits if label.startswith("member ")), key=lambda m: sum(hits[m]))
+        best = max((f"member {name}" for name in best_of or rows[0]["members"]), key=lambda m: sum(hits[m]))
         for label, nats in columns.items():
             per_byte = [right(r, n, per_byte=True) for r, n in zip(rows, nats, strict=True)]
             entries.append(
@@ -121,7 +130,7 @@ def choice_table(records: Records) -> list[Entry]:
                     len(rows),
                     interval(hits[label]),
                     sum(per_byte) / len(per_byte),
-                    None if label == best else paired(hits[label], hits[best]),
+                    None if label == (base or best) else paired(hits[label], hits[base or best]),
                     _mean_weights([row["methods"][label]["weights"] for row in rows])
                     if label in rows[0]["methods"]
                     else {},
@@ -147,7 +156,7 @@ def generate_table(records: Records) -> list[Entry]:
 
 def _renamed(entries: Sequence[Entry], corpus: str, best: str) -> Entry:
     found = next(entry for entry in entries if entry.corpus == corpus and entry.method == best)
-    return Entry(corpus, "best member", found.rows, found.score, found.more, None, {})
+    return Entry(corpus, "best member", found.rows, found.score, found.more, found.against, {})
 
 
 def _averages(entries: Sequence[Entry]) -> list[Entry]:
@@ -157,7 +166,7 @@ def _averages(entries: Sequence[Entry]) -> list[Entry]:
         parts = [entry for entry in entries if entry.method == label]
         more = [entry.more for entry in parts if entry.more is not None]
         deltas = [entry.against.difference for entry in parts if entry.against is not None]
-        # Where a method is the best member itself, the difference is 0 and certain.
+        # Where a method is what it would be compared with, the difference is 0 and certain.
         deltas += [Interval(0.0, 0.0, 0.0)] * (len(parts) - len(deltas))
         difference = _mean(deltas)
         spread = (difference.high - difference.low) / (2 * 1.96)
@@ -169,7 +178,7 @@ def _averages(entries: Sequence[Entry]) -> list[Entry]:
                 sum(entry.rows for entry in parts),
                 _mean([entry.score for entry in parts]),
                 math.exp(sum(map(math.log, more)) / len(more)) if len(more) == len(parts) and min(more) > 0 else None,
-                None if label == "best member" else Paired(difference, p),
+                Paired(difference, p) if any(entry.against for entry in parts) else None,
                 _mean_weights([entry.weights for entry in parts]),
             )
         )
@@ -188,6 +197,17 @@ def _mean(intervals: Sequence[Interval]) -> Interval:
 def _mean_weights(weights: Sequence[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for each in weights for name in each)
     return {name: sum(each.get(name, 0.0) for each in weights) / len(weights) for name in names}
+
+
+def costs(records: Records) -> dict[str, float]:
+    """What each method's weighting takes, in passes of one member over a document: mean over rows and prompts."""
+    found: dict[str, list[float]] = {}
+    for record in scored(records):
+        one = sum(record["seconds"].values()) / len(record["seconds"])
+        for prompt in record["prompts"].values():
+            for label, method in prompt["methods"].items():
+                found.setdefault(label, []).append(method["seconds"] / one)
+    return {label: sum(values) / len(values) for label, values in found.items()}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ class _Valid(PydanticOutputParser):
 
 
 def _under(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {"json_schema": output_cls.model_json_schema(), **(llm_kwargs or {})}
+    """Options of the pack under which the answer is of the class, and no call of a tool that the model is given."""
+    return {"json_schema": output_cls.model_json_schema(), "tools": (), "tool_choice": None, **(llm_kwargs or {})}
 
 
 def _announce(output_cls: type[BaseModel], prompt: Any, prompt_args: dict[str, Any]) -> None:

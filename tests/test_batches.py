@@ -1,0 +1,123 @@
+"""Prompts decoded together against the same prompts one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import naive
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from packllm import Pack
+from packllm.load import Loader
+from packllm.pack import _grouped
+from packllm.session import Session
+
+LONG = "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. " * 3
+PROMPTS = [
+    "A",
+    "Once upon a time",
+    LONG,
+    "What is the capital of France?",
+    "Insulin helps glucose, and so",
+    LONG[:90],
+    "def add(a, b):",
+    "The quick brown fox jumps",
+    LONG[:200],
+]
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen"])
+def experts(request, make_member, tmp_path) -> list[str]:
+    """A base and two adapters of it."""
+    member = make_member(request.param, 5)
+    member.model.save_pretrained(tmp_path / "base")
+    member.tokenizer.save_pretrained(tmp_path / "base")
+    specs = [str(tmp_path / "base")]
+    for at in range(2):
+        torch.manual_seed(at)
+        plain = request.param != "gpt2"
+        target = ["q_proj", "down_proj"] if plain else ["c_attn", "c_fc"]
+        config = peft.LoraConfig(
+            init_lora_weights=False, r=3 + at, lora_alpha=6, target_modules=target, fan_in_fan_out=not plain
+        )
+        peft.get_peft_model(copy.deepcopy(member.model), config).save_pretrained(tmp_path / f"expert{at}")
+        specs.append(f"{tmp_path / 'base'}+{tmp_path / f'expert{at}'}")
+    return specs
+
+
+@pytest.mark.parametrize("batch_size", [4, 9])
+@pytest.mark.parametrize("pool", ["linear", "log"])
+def test_any_batch_size_gives_the_same_answers(make_pack, batch_size, pool):
+    pack = make_pack(max_tokens=8, pool=pool)
+    alone = [pack.generate(prompt) for prompt in PROMPTS]
+    for one, other in zip(alone, pack.generate_batch(PROMPTS, batch_size=batch_size), strict=True):
+        assert (one.text, one.finish_reason, one.usage) == (other.text, other.finish_reason, other.usage)
+        assert one.weights.values == pytest.approx(other.weights.values, abs=1e-5)
+
+
+def test_adapters_of_one_base_in_batches(experts):
+    pack = Pack.load(experts, max_tokens=8)
+    alone = [pack.generate(prompt) for prompt in PROMPTS]
+    for one, other in zip(alone, pack.generate_batch(PROMPTS), strict=True):
+        assert one.text == other.text
+        assert one.weights.values == pytest.approx(other.weights.values, abs=1e-5)
+    assert len({one.weights.top for one in alone}) > 1  # weights are each prompt's own
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=5), steps=st.lists(st.integers(0, 300), max_size=3))
+def test_padding_never_changes_logits_of_any_adapter(experts, lengths, steps):
+    members = Loader().members(experts)
+    ids = members[0].encoder.encode(LONG).ids
+    rows = [ids[at : at + length] for at, length in enumerate(lengths)]
+    owners = [member for member in members for _ in rows]
+    session = Session(owners, rows * len(members))
+    session.prefill([[]] * len(owners))
+    for token in steps:
+        session.step([token] * len(owners))
+    alone = [member.merged() for member in members]
+    for at, owner in enumerate(owners):
+        read = [*rows[at % len(rows)], *steps]
+        expected = naive.next_logprobs(_As(owner, alone[members.index(owner)]), read)
+        assert torch.allclose(session.logprobs[at].exp(), expected.exp(), atol=1e-5)
+
+
+class _As:
+    """A member's vocabulary on another model."""
+
+    def __init__(self, member, model) -> None:
+        self.model, self.vocabulary = model, member.vocabulary
+
+
+def test_rows_that_finish_leave_the_batch(make_member):
+    member = make_member("llama", 0)
+    pack = Pack([member])
+    limits = [len(answer.text) for answer in pack.generate_batch(PROMPTS[:4], max_tokens=3)]
+    assert min(limits) > 0
+    first = pack.generate(PROMPTS[0], max_tokens=20)
+    stop = first.text[:2]  # ends the first row early, the others when they happen to say it
+    before = member.tokens
+    answers = pack.generate_batch(PROMPTS[:4], max_tokens=20, stop=stop)
+    read = sum(len(member.encoder.encode(prompt).ids) for prompt in PROMPTS[:4])
+    width = max(len(member.encoder.encode(prompt).ids) for prompt in PROMPTS[:4])
+    longest = max(answer.usage.completion_tokens for answer in answers)
+    assert answers[0].usage.completion_tokens < longest
+    written = sum(answer.usage.completion_tokens for answer in answers)
+    assert read + written - 4 <= member.tokens - before <= 4 * width + written
+
+
+def test_prompts_of_one_length_are_padded_little(make_pack):
+    prompts = [LONG[: 10 + 30 * (at % 5)] for at in range(20)]
+    groups = _grouped(prompts, 4)
+    assert sorted(at for group in groups for at in group) == list(range(20))
+    assert all(len({len(prompts[at]) for at in group}) == 1 for group in groups)
+    assert _grouped(prompts[:4], 4) == [[0, 1, 2, 3]]
+    pack = make_pack(max_tokens=3)
+    texts = [""] * 20
+    for index, chunk in pack.stream_batch(prompts, batch_size=4):
+        texts[index] += chunk.text
+    assert texts == [pack.generate(prompt).text for prompt in prompts]
