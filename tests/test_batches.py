@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from packllm import Pack
+from packllm import Generation, Pack
 from packllm.load import Loader
 from packllm.pack import _grouped
 from packllm.session import Session
@@ -49,13 +49,24 @@ def experts(request, make_member, tmp_path) -> list[str]:
     return specs
 
 
+def counts(generation: Generation) -> tuple[int, int]:
+    return generation.usage.prompt_tokens, generation.usage.completion_tokens
+
+
+def test_a_seed_gives_the_same_text_in_any_batch(make_pack):
+    pack = make_pack(max_tokens=8, temperature=0.8, seed=3, weighting="uniform")
+    alone = [pack.generate(prompt).text for prompt in PROMPTS]
+    assert [g.text for g in pack.generate_batch(PROMPTS)] == alone
+    assert len(set(alone)) > 1
+
+
 @pytest.mark.parametrize("batch_size", [4, 9])
 @pytest.mark.parametrize("pool", ["linear", "log"])
 def test_any_batch_size_gives_the_same_answers(make_pack, batch_size, pool):
     pack = make_pack(max_tokens=8, pool=pool)
     alone = [pack.generate(prompt) for prompt in PROMPTS]
     for one, other in zip(alone, pack.generate_batch(PROMPTS, batch_size=batch_size), strict=True):
-        assert (one.text, one.finish_reason, one.usage) == (other.text, other.finish_reason, other.usage)
+        assert (one.text, one.finish_reason, counts(one)) == (other.text, other.finish_reason, counts(other))
         assert one.weights.values == pytest.approx(other.weights.values, abs=1e-5)
 
 

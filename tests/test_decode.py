@@ -24,7 +24,9 @@ def pack_of(make_member, count: int, **options) -> Pack:
 
 
 @pytest.mark.parametrize("pool", ["linear", "log"])
-@pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w not in ("dexperts", "dexperts-opt", "cbtm", "router")])
+@pytest.mark.parametrize(
+    "weighting", [w for w in WEIGHTINGS if w not in ("dexperts", "dexperts-opt", "cbtm", "router")]
+)
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_greedy_equals_the_naive_loop(make_member, count, weighting, pool):
     pack = pack_of(make_member, count, weighting=weighting, pool=pool, max_tokens=10)

@@ -238,7 +238,9 @@ def test_lm_by_hand(make_member, tmp_path):
     assert record["prompts"]["10"]["methods"]["half"]["nats"] == pytest.approx(expected, rel=1e-5)
     assert record["members"]["llama-0"] == pytest.approx(-float(given[0].sum()), rel=1e-5)
     assert (record["bytes"], record["tokens"]) == (len(TEXT[cut:].encode()), len(rest))
-    entry = next(e for e in tables.lm_table([record]) if e.method == "half")
+    found = {e.method: e for e in tables.lm_table([record])}
+    assert found["largest member"].score == found["member llama-0"].score  # both are as large: the first
+    entry = found["half"]
     assert entry.score.value == pytest.approx(expected / math.log(2) / record["bytes"])
     assert entry.more == pytest.approx(math.exp(expected / len(rest)))
 

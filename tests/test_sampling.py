@@ -98,6 +98,29 @@ def test_frequencies_follow_the_filtered_distribution(filters):
         assert count == 0 or token in expected
 
 
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.65}])
+def test_the_distribution_is_that_of_the_draws(filters):
+    sample = make_sampler(**({"temperature": 1.0, "top_p": 1.0, "top_k": None} | filters), seed=7)
+    expected = remaining(FOUR, **filters)
+    assert sample.distribution(logs(FOUR)).tolist() == pytest.approx([expected.get(token, 0.0) for token in range(4)])
+    greedy = make_sampler(0.0, 1.0, None, None)
+    assert greedy.draw(greedy.distribution(logs(FOUR))) == greedy(logs(FOUR)) == 1
+
+
+def test_a_draft_is_judged_by_both_distributions():
+    # draft .1 .4 .2 .3, target .4 .1 .2 .3: tokens 0, 2, 3 are always taken over, 1 with .1/.4, else 0 is drawn.
+    draft, target = torch.tensor(FOUR), torch.tensor([0.4, 0.1, 0.2, 0.3])
+    sample = make_sampler(1.0, 1.0, None, 3)
+    assert sample.overlap(draft, target) == pytest.approx(0.7)
+    for token in (0, 2, 3):
+        assert {sample.judge(token, draft, target) for _ in range(200)} == {token}
+    judged = [sample.judge(1, draft, target) for _ in range(DRAWS)]
+    assert set(judged) == {0, 1}
+    assert abs(judged.count(1) / DRAWS - 0.25) < MARGIN
+    greedy = make_sampler(0.0, 1.0, None, None)
+    assert (greedy.judge(1, draft, target), greedy.overlap(draft, target)) == (0, 0.0)
+
+
 def test_same_seed_same_draws():
     def draws(seed):
         sample = make_sampler(1.0, 0.99, 60, seed)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_adapters import SETTINGS, specs  # noqa: F401  (a fixture)
+from test_adapters import specs  # noqa: F401  (a fixture)
+from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3NextConfig
 
 from packllm import Member, MemberError, Pack
 from packllm.decode.speculate import MOST_PLACES, Pace, speculative_ids
 from packllm.decode.tokens import Ensemble, Row
 from packllm.sampling import Greedy, Random, make_sampler
-from packllm.session import Session
 from packllm.weights.result import Weights
 
 PROMPTS = ["The capital of France is", "Diabetes is a disease in which the court shall order relief", "def add(a, b):"]
@@ -73,7 +73,7 @@ def test_greedy_answers_are_those_of_plain_fusion(kinds, pool, places):
     alone = pack.generate(PROMPTS[1], draft_tokens=places)
     assert alone.text == plain[1].text
     accepted, drafted = (sum(getattr(g.usage, n) for g in together) for n in ("accepted_tokens", "drafted_tokens"))
-    assert 0 < accepted < drafted
+    assert places is None or 0 < accepted < drafted
     assert plain[0].usage.drafted_tokens == 0
 
 
@@ -177,6 +177,11 @@ def test_drafting_ends_where_it_does_not_pay(make_member):
     assert sum(steps) < 1.15 * 2 * usage.completion_tokens
 
 
+def test_segments_need_no_drafts(make_member):
+    pack = Pack([make_member("llama", 0), make_member("gpt2", 1, "words")], max_tokens=6)
+    assert pack.generate(PROMPTS[0], draft_tokens=4).text == pack.generate(PROMPTS[0]).text
+
+
 def test_the_first_token_waits_for_no_draft(make_member):
     members = [make_member("llama", 0), make_member("gpt2", 1)]
     ensemble, rows = ensemble_of(members, PROMPTS[:2], (0.6, 0.4))
@@ -200,18 +205,52 @@ def test_the_context_window_holds_every_draft(make_member):
     assert pack.generate(text, draft_tokens=8).text == plain.text
 
 
-def test_caches_that_cannot_go_back_decode_plainly(make_pack, monkeypatch, caplog):
-    pack = make_pack(max_tokens=8, weighting="uniform")
+def hybrid(kind: str, tokenizer) -> Member:
+    """A tiny model whose first layer keeps a state instead of keys and values."""
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if kind == "convolution":
+        config = Lfm2Config(**shape, layer_types=["conv", "full_attention"])
+    else:
+        sizes = {
+            f"linear_{what}": n for what, n in (("key_head_dim", 8), ("value_head_dim", 8), ("conv_kernel_dim", 4))
+        }
+        heads = {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+        layers = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0, "mlp_only_layers": [0, 1]}
+        config = Qwen3NextConfig(**shape, **sizes, **heads, **layers)
+    torch.manual_seed(0)
+    return Member(AutoModelForCausalLM.from_config(config), tokenizer, kind)
+
+
+def test_recurrent_layers_decode_plainly(make_member, byte_tokenizer, caplog):
+    members = [make_member("gpt2", 1), hybrid("recurrent", byte_tokenizer)]
+    pack = Pack(members, max_tokens=8, weighting=fixed(members, 0.6, 0.4))
     plain = pack.generate_batch(PROMPTS, draft_tokens=1)
-    monkeypatch.setattr(Session, "rewindable", lambda self: self.owners[0].name != "gpt2-1")
-    before = [member.forwards for member in pack.members]
+    before = [member.forwards for member in members]
     with caplog.at_level(logging.INFO, "packllm"):
-        batch = pack.generate_batch(PROMPTS)
-    assert [g.text for g in batch] == [g.text for g in plain]
-    assert [member.forwards - b for member, b in zip(pack.members, before, strict=True)] == [8, 8, 8]
-    assert [record.message for record in caplog.records] == [
-        "decoding without drafts: the cache of member 'gpt2-1' cannot be rolled back"
-    ]
+        assert [g.text for g in pack.generate_batch(PROMPTS)] == [g.text for g in plain]
+    assert [member.forwards - b for member, b in zip(members, before, strict=True)] == [8, 8]
+    said = [record.message for record in caplog.records if record.name == "packllm"]
+    assert said == ["decoding without drafts: the cache of member 'recurrent' cannot be rolled back"]
+
+
+def test_convolutions_roll_back(make_member, byte_tokenizer):
+    members = [hybrid("convolution", byte_tokenizer), make_member("gpt2", 1)]
+    pack = Pack(members, max_tokens=16, weighting=fixed(members, 0.6, 0.4))
+    for prompts in (PROMPTS[:1], PROMPTS[::2]):
+        plain, ours = (pack.generate_batch(prompts, draft_tokens=places) for places in (1, 4))
+        assert [g.text for g in ours] == [g.text for g in plain]
+        assert 0 < ours[0].usage.accepted_tokens < ours[0].usage.drafted_tokens
 
 
 class Failing(Member):
@@ -258,7 +297,7 @@ def test_a_lost_member(byte_tokenizer, make_member, failing, passes):
 # Sampling
 
 
-TARGETS = {"linear": (0.6, 0.25, 0.15), "log": (0.5, 0.3, 0.2)}
+VALUES = (0.5, 0.3, 0.2)
 
 
 def kept(row: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
@@ -277,7 +316,7 @@ def kept(row: list[float], temperature: float, top_k: int, top_p: float) -> list
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.8, "top_k": 4, "top_p": 0.93}], ids=["all", "filtered"])
 @pytest.mark.parametrize("pool", ["linear", "log"])
 def test_draws_have_the_fused_distribution(pool, filters):
-    expected = chains.fused_table(TARGETS[pool], pool)
+    expected = chains.fused_table(VALUES, pool)
     own = chains.TABLES[0]
     if filters:
         expected = {a: kept(row, **filters) for a, row in expected.items()}
@@ -286,7 +325,7 @@ def test_draws_have_the_fused_distribution(pool, filters):
     assert max(chains.distance(own[a], expected[a]) for a in chains.LETTERS) > 1.5 * chains.MARGIN
     drawn, rows = chains.run(
         chains.chain_members(),
-        TARGETS[pool],
+        VALUES,
         pool,
         lambda ensemble, rows: speculative_ids(ensemble, rows, 4),
         **filters,
@@ -295,8 +334,8 @@ def test_draws_have_the_fused_distribution(pool, filters):
     assert max(found.values()) < chains.MARGIN, found
     accepted = sum(row.accepted for row in rows) / sum(row.drafted for row in rows)
     assert accepted < 0.95
-    if not filters and pool == "linear":  # at least the drafter's weight; 0.05 is over 7 standard deviations
-        assert accepted > TARGETS[pool][0] - 0.05
+    if not filters and pool == "linear":  # at least the drafter's weight; 0.05 is over 6 standard deviations
+        assert accepted > VALUES[0] - 0.05
 
 
 logits = st.lists(st.floats(-6, 0, width=32), min_size=5, max_size=5)
@@ -336,7 +375,7 @@ def test_a_seed_fixes_the_answer(make_pack):
 # The choice of γ
 
 
-def pace_of(make_member, count: int, monkeypatch=None, **options) -> Pace:
+def pace_of(make_member, count: int) -> Pace:
     members = [make_member("llama", k) for k in range(count)]
     ensemble, _ = ensemble_of(members, PROMPTS[:1], [1 / count] * count)
     return Pace(ensemble, None)
@@ -348,7 +387,7 @@ def test_more_is_drafted_where_more_is_taken_over(make_member):
         for _ in range(400):
             pace.note(rate)
         chosen.append(pace.places([0]))
-    # (γ + 2(1 + .12(γ-1))) / (1 + p + ... + p^(γ-1)), by hand: p = .5 gives 3, 2.83, 3.13 for γ = 1, 2, 3.
+    # (γ + 2(1 + .1(γ-1))) / (1 + p + ... + p^(γ-1)), by hand: p = .5 gives 3, 2.8, 3.09 for γ = 1, 2, 3.
     assert chosen[:2] == [1, 2]
     assert chosen == sorted(chosen)
     assert chosen[-1] == MOST_PLACES
@@ -364,11 +403,12 @@ def test_two_members_pay_later_than_four(make_member):
 
 def test_one_member_drafts_for_nobody(make_member):
     assert not pace_of(make_member, 1).can_pay([0])
-    assert pace_of(make_member, 2).can_pay([0])
 
 
 def test_members_on_devices_of_their_own_save_nothing(make_member, monkeypatch):
     pace = pace_of(make_member, 2)
-    sizes = iter(range(10))
-    monkeypatch.setattr("packllm.engine.Engine.device", property(lambda self: torch.device("cpu", next(sizes) % 2)))
+    assert pace.can_pay([0])
+    first = make_member("llama", 0).model
+    place = property(lambda engine: torch.device("cpu", int(engine.model is first)))
+    monkeypatch.setattr("packllm.engine.Engine.device", place)
     assert not pace.can_pay([0])

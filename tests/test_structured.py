@@ -209,7 +209,7 @@ def test_definitions_of_a_tool_are_found_and_places_are_refused(vocabulary):
     text, _ = write(vocabulary, 0, 120, tools=[tool("f", parameters)], tool_choice="any")
     jsonschema.validate(parse_tool_calls(text, [tool("f")]).calls[0].arguments, parameters)
     itself = {"type": "object", "properties": {"next": {"$ref": "#"}}}
-    with pytest.raises(OptionError, match=r"put that part into \$defs"):
+    with pytest.raises(OptionError, match=r"put it into \$defs"):
         make_grammar(make_options({"tools": [tool("f", itself)], "tool_choice": "f"}))
 
 

@@ -212,3 +212,10 @@ def test_openais_word_and_what_is_offered():
     assert make_options({"tools": TOOLS, "tool_choice": "none"}).offered_tools == ()
     assert make_options({"tools": TOOLS}).offered_tools == tuple(TOOLS)
     assert make_options({"tools": None}).tools == ()
+
+
+@pytest.mark.parametrize("written", ['"\\u000F"', '"\\u000f"', '"\\u000F\\u00E9\\uD83D\\ude00/"', '"\\u000fé😀\\/"'])
+def test_a_name_is_known_however_it_is_written(written):
+    name = json.loads(written)
+    (call,) = parse_tool_calls(f'{{"name": {written}, "arguments": {{}}}}', [tool(name)]).calls
+    assert call.name == name

@@ -25,6 +25,7 @@ from packllm.engine import Engine
 from packllm.errors import LoadError, OptionError
 from packllm.lora import merge, read
 from packllm.member import Member
+from packllm.precision import fastest
 from packllm.prompt import Encoder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -35,7 +36,8 @@ class Loader:
     """Loads members; a base that several adapters share is read from disk once.
 
     Args:
-        dtype: "auto" (as stored), "float32", "float16", "bfloat16" or a torch dtype.
+        dtype: "auto" (as stored), "fastest" (float32 or bfloat16, as measured once on this CPU; as stored where
+            there is an accelerator), "float32", "float16", "bfloat16" or a torch dtype.
         device_map: as in accelerate; "auto" spreads over the accelerators, or stays on the CPU.
         trust_remote_code: run code that comes with a hub model.
     """
@@ -43,8 +45,10 @@ class Loader:
     def __init__(
         self, dtype: str | torch.dtype = "auto", device_map: Any = "auto", trust_remote_code: bool = False
     ) -> None:
-        if isinstance(dtype, str) and dtype != "auto" and dtype not in _DTYPES:
-            raise OptionError(f"dtype={dtype!r} is unknown; valid: auto, {', '.join(_DTYPES)}")
+        if isinstance(dtype, str) and dtype not in ("auto", "fastest", *_DTYPES):
+            raise OptionError(f"dtype={dtype!r} is unknown; valid: auto, fastest, {', '.join(_DTYPES)}")
+        if dtype == "fastest":
+            dtype = "auto" if torch.accelerator.is_available() else fastest()
         self._dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
         self._device_map = "cpu" if device_map == "auto" and not torch.accelerator.is_available() else device_map
         self._trust = trust_remote_code

@@ -34,7 +34,8 @@ class OptionFields(BaseModel):
     top_k: Count | None = Field(None, ge=1)
     """Sample from the k most likely tokens only."""
     seed: Count | None = Field(None, ge=0, lt=2**64)
-    """Seed of the sampler; the same seed and prompt give the same text."""
+    """Seed of the sampler; the same seed and prompt give the same text, alone or in a batch. (So nothing is drafted,
+    unless draft_tokens asks for it.)"""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end the text; never part of it."""
     weighting: str | dict[str, Number] = "em"

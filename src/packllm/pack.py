@@ -65,7 +65,8 @@ class Pack:
 
         Args:
             models: what to load, in order.
-            dtype: "auto" (as stored), "float32", "float16" or "bfloat16".
+            dtype: "auto" (as stored), "fastest" (float32 or bfloat16, as measured once on this CPU), "float32",
+                "float16" or "bfloat16".
             device_map: as in accelerate.
             trust_remote_code: run code that comes with a hub model.
             options: defaults of every request (see Options).

@@ -311,7 +311,10 @@ class Request:
         """(row, token id), token by token, in the way asked for."""
         if self.options.decoding == "lazy":
             return lazy_ids(ensemble, rows)
-        return speculative_ids(ensemble, rows, self.options.draft_tokens)
+        places = self.options.draft_tokens
+        if places is None and self.options.seed is not None and self.options.temperature > 0:
+            places = 1  # what is drafted uses up random numbers: a seeded text would depend on its batch
+        return speculative_ids(ensemble, rows, places)
 
     def running(self, index: int) -> list[int]:
         """Members that run for a prompt, once it is weighed."""

@@ -63,7 +63,9 @@ def make_grammar(options: Options) -> str | None:
     schemas = [(f"parameters of the tool {_name(tool)!r}", tool["function"].get("parameters")) for tool in tools]
     for what, schema in schemas:
         if re.search(r'"\$ref": "#(?!/(\$defs|definitions)/)', json.dumps(schema)):
-            raise OptionError(f"{what} refer to a part of themselves by its place; put that part into $defs")
+            raise OptionError(
+                f"{what} cannot be guaranteed: they refer to a part of themselves by its place; put it into $defs"
+            )
     for what, schema in [*schemas, ("json_schema", options.json_schema)]:
         _check_schema(what, json.dumps(schema or {}))
     return _lark(tools, options.json_schema)

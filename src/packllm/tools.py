@@ -158,8 +158,7 @@ class ToolStream:
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self._names = tool_names(tools)
-        spellings = {json.dumps(name, ensure_ascii=ascii_only) for name in self._names for ascii_only in (True, False)}
-        names = "|".join(map(regex.escape, sorted(spellings)))
+        names = "|".join(map(_spelled, sorted(self._names)))
         # An object that names no tool in its first key may still be a call: that is seen at its end.
         key = rf'(?=\{{\s*"(?:name"\s*:\s*(?:{names})|(?:id|type|function|arguments|parameters)"\s*:))'
         self._begins = regex.compile(rf"{_MARK}|^[ \t]*{_FENCE}{key}", regex.MULTILINE)
@@ -342,6 +341,17 @@ def _read(written: str) -> tuple[str, dict[str, Any] | None, str]:
     if not isinstance(arguments, dict):
         return name, None, f"the arguments of {name!r} are not a JSON object"
     return name, arguments, ""
+
+
+def _spelled(name: str) -> str:
+    """Pattern of all ways to write a name as a JSON string."""
+    pattern = ""
+    for letter in name:
+        units = letter.encode("utf-16-be").hex()
+        escaped = "".join(rf"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+        short = r"\\?/" if letter == "/" else regex.escape(json.dumps(letter, ensure_ascii=False)[1:-1])
+        pattern += f"(?:{short}|(?i:{escaped}))"
+    return f'"{pattern}"'
 
 
 def _loads(text: str) -> Any:

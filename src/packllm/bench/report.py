@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+
 @dataclass(frozen=True)
 class Target:
     """What a figure says, its unit, and the target: at most, or at least, so much; None where there is none."""

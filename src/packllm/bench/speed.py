@@ -69,7 +69,9 @@ def batches(report: Report, members: Sequence[Member], text: str, tokens: int, r
     for _ in bar(range(repeat), "Batches"):
         for name, group in (("one", prompts[:1]), ("eight", prompts)):
             timings = pack.generate_batch(group, weighting=even)[-1].timings
-            spent.setdefault(f"token_batch_of_{name}", []).append((timings["total"] - timings["first_token"]) / len(group))
+            spent.setdefault(f"token_batch_of_{name}", []).append(
+                (timings["total"] - timings["first_token"]) / len(group)
+            )
     report.figures["speed.batch"] = ratio(spent["token_batch_of_one"], spent["token_batch_of_eight"])
     report.seconds |= {name: median(values) for name, values in spent.items()}
 

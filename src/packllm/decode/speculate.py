@@ -27,9 +27,9 @@ log = logging.getLogger("packllm")
 MOST_PLACES = 8
 """Largest γ that is chosen by itself."""
 
-POSITION_COST, POSITION_COST_CPU = 0.01, 0.12
-"""What each further token adds to a pass, as a share of a pass over one. Decoding reads all weights to compute
-little, so that a block of tokens costs hardly more than one; on a CPU (135M parameters, float32) it was measured."""
+TOKEN_COST, TOKEN_COST_CPU, PACKING_COST_CPU = 0.01, 0.1, 0.3
+"""What each further token adds to a pass, as a share of a pass over one: decoding reads all weights to compute little.
+Measured on a CPU (135M parameters, float32), where a pass over four tokens costs clearly more than one over three."""
 
 FIRST_RATE, FIRST_COUNT, MEMORY = 0.8, 8.0, 0.97
 """Share of drafted tokens taken over that is assumed at first, how many tokens that counts like, and what each
@@ -189,7 +189,7 @@ class Pace:
 
     def can_pay(self, rows: Collection[int]) -> bool:
         """Whether drafting would pay if all that is drafted were taken over."""
-        return self._best(rows, 1.0) > 1
+        return bool(rows) and self._best(rows, 1.0) > 1
 
     def places(self, rows: Collection[int]) -> int:
         """γ of the next round of these rows."""
@@ -221,6 +221,12 @@ class Pace:
         for engine, count in tokens.items():
             if engine not in self._sizes:
                 self._sizes[engine] = sum(weight.numel() for weight in engine.model.parameters())
-            more = POSITION_COST_CPU if engine.device.type == "cpu" else POSITION_COST
-            busy[engine.device] += self._sizes[engine] * (1 + more * (count - 1))
+            busy[engine.device] += self._sizes[engine] * _pass_cost(engine.device, count)
         return max(busy.values(), default=0.0)
+
+
+def _pass_cost(device: torch.device, tokens: int) -> float:
+    """Of one pass over so many tokens, in passes over one."""
+    if device.type != "cpu":
+        return 1 + TOKEN_COST * (tokens - 1)
+    return 1 + TOKEN_COST_CPU * (tokens - 1) + PACKING_COST_CPU * (tokens > 3)

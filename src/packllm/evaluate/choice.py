@@ -11,7 +11,7 @@ from typing import Any
 
 from packllm.errors import DataError, OptionError, PackError
 from packllm.evaluate.lm import alone, reads_logits
-from packllm.evaluate.methods import Method, ready
+from packllm.evaluate.methods import Method, largest, ready
 from packllm.evaluate.reading import Reading
 from packllm.evaluate.records import run
 from packllm.evaluate.rows import Question
@@ -94,7 +94,7 @@ def evaluate(
         notes: what else the records depend on (the seed of the sample), for the header.
 
     Returns:
-        Records: id, corpus, subject, `answer`, `bytes` of each choice, `members` {name: [nats]}, `methods`
+        Records: id, corpus, subject, `answer`, `bytes` of each choice, `members` {name: [nats]}, `largest`, `methods`
         {label: {"nats": [of each choice], "weights"}}; or `left_out`, the reason.
 
     Raises:
@@ -131,6 +131,7 @@ def evaluate(
             "answer": question.answer,
             "bytes": [len(choice.encode()) for choice in question.choices],
             "members": dict(zip((m.name for m in pack.members), nats, strict=False)),
+            "largest": largest(pack),
             "methods": {
                 m.label: {"nats": scores, "weights": dict(zip(w.names, w.values, strict=True))}
                 for m, scores, (_, w) in zip(checked, nats[len(singles) :], weighed, strict=True)

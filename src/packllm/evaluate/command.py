@@ -56,7 +56,7 @@ Report = Annotated[Path, typer.Option("--report", help="Folder of the report; a 
 Seed = Annotated[int, typer.Option(min=0, help="Draws the rows.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out instead of refusing the file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs packllm[eval]).")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs the extra `eval`.")]
 
 
 @app.command()

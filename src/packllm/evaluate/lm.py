@@ -12,7 +12,7 @@ from typing import Any
 
 from packllm.decode.mined import translated
 from packllm.errors import DataError, OptionError, PackError
-from packllm.evaluate.methods import Method, Ready, one_vocabulary, ready
+from packllm.evaluate.methods import Method, Ready, largest, one_vocabulary, ready
 from packllm.evaluate.reading import Reading, cut_after
 from packllm.evaluate.records import run
 from packllm.evaluate.rows import Document
@@ -74,7 +74,7 @@ def evaluate(
         notes: what else the records depend on (the seed of the sample), for the header.
 
     Returns:
-        Records: id, corpus, `bytes` and `tokens` scored, `members` {name: nats}, `seconds` {name: of its pass},
+        Records: id, corpus, `bytes` and `tokens` scored, `members` {name: nats}, `largest`, `seconds` {name: of pass},
         `prompts` {length: {"tokens": of the prompt, "methods": {label: {"nats", "weights", "pool", "seconds"}}}};
         or `left_out`, the reason, for a document that is too short or does not fit a member.
 
@@ -168,6 +168,7 @@ def _score(
             "bytes": len(reading.spans(last - 1, last).encode()),
             "tokens": reading.counts(0, last - 1, last) if one_vocabulary(pack, everyone) else None,
             "members": dict(zip((m.name for m in pack.members), nats[: len(singles)], strict=True)),
+            "largest": largest(pack),
             "seconds": dict(zip((m.name for m in pack.members), reading.seconds, strict=True)),
             "prompts": by_prompt,
         }

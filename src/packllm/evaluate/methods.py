@@ -92,3 +92,9 @@ def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
     """Whether these members can be fused token by token."""
     first = pack.members[members[0]].vocabulary
     return all(pack.members[k].vocabulary.same_as(first) for k in members[1:])
+
+
+def largest(pack: Pack) -> str:
+    """Name of the member with the most parameters (the first of equals): a reference row of the paper."""
+    sizes = [sum(parameter.numel() for parameter in member.model.parameters()) for member in pack.members]
+    return pack.members[sizes.index(max(sizes))].name

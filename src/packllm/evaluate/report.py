@@ -145,7 +145,7 @@ def plot_scores(path: Path, entries: Sequence[Entry], heading: str, corpus: str)
     rows = sorted((entry for entry in entries if entry.corpus == corpus), key=lambda entry: entry.score.value)
     figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.28 * len(rows)), layout="constrained")
     for at, entry in enumerate(rows):
-        score, own = entry.score, not entry.method.startswith(("member ", "best member"))
+        score, own = entry.score, not entry.method.startswith(("member ", "best member", "largest member"))
         error = [[score.value - score.low], [score.high - score.value]]
         axes.errorbar(score.value, at, xerr=error, fmt="o", color="C0" if own else "C7", capsize=2, markersize=4)
     axes.set_yticks(range(len(rows)), [entry.method for entry in rows])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from packllm.evaluate.choice import right
@@ -24,7 +24,7 @@ class Entry:
     Attributes:
         corpus: its name, or AVERAGE.
         method: its label; "member NAME" for a member alone; "best member" for the one that is best on the corpus
-            in hindsight.
+            in hindsight, "largest member" for the one with the most parameters.
         rows: documents or questions.
         score: bits per byte (lower is better), or accuracy.
         more: what else is reported: perplexity per token, or byte-normalised accuracy.
@@ -101,7 +101,7 @@ def lm_table(
                     else {},
                 )
             )
-        entries.append(_renamed(entries, corpus, best))
+        entries += _references(entries, rows, best)
     return [*entries, *(_averages(entries) if len(groups) > 1 else [])]
 
 
@@ -136,7 +136,7 @@ def choice_table(records: Records, base: str | None = None, best_of: Sequence[st
                     else {},
                 )
             )
-        entries.append(_renamed(entries, corpus, best))
+        entries += _references(entries, rows, best)
     return [*entries, *(_averages(entries) if len(groups) > 1 else [])]
 
 
@@ -154,9 +154,14 @@ def generate_table(records: Records) -> list[Entry]:
     return entries
 
 
-def _renamed(entries: Sequence[Entry], corpus: str, best: str) -> Entry:
-    found = next(entry for entry in entries if entry.corpus == corpus and entry.method == best)
-    return Entry(corpus, "best member", found.rows, found.score, found.more, found.against, {})
+def _references(entries: Sequence[Entry], rows: Records, best: str) -> list[Entry]:
+    """The rows of the best and of the largest member once more, under those names."""
+    corpus = rows[0]["corpus"]
+    found = {entry.method: entry for entry in entries if entry.corpus == corpus}
+    renamed = {"best member": best}
+    if "largest" in rows[0]:
+        renamed["largest member"] = f"member {rows[0]['largest']}"
+    return [replace(found[label], method=name, weights={}) for name, label in renamed.items()]
 
 
 def _averages(entries: Sequence[Entry]) -> list[Entry]:
