@@ -136,6 +136,14 @@ def _config(architecture: str, vocab_size: int):
     raise ValueError(architecture)
 
 
+@pytest.fixture(autouse=True)
+def _gradients_stay_on():
+    """What runs without gradients must not leave its caller without them."""
+    yield
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     return byte_level_tokenizer()

@@ -133,7 +133,7 @@ def run(example: str) -> str:
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "COLUMNS": "90", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "90", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

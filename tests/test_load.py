@@ -129,7 +129,9 @@ def test_dtype(base):
     assert Loader(dtype="auto").members([base])[0].model.dtype == torch.float32
     assert Loader(dtype="bfloat16").members([base])[0].model.dtype == torch.bfloat16
     assert Loader(dtype=torch.float16).members([base])[0].model.dtype == torch.float16
-    with pytest.raises(OptionError, match="dtype='float8' is unknown; valid: auto, float32, float16, bfloat16"):
+    with pytest.raises(
+        OptionError, match="dtype='float8' is unknown; valid: auto, fastest, float32, float16, bfloat16"
+    ):
         Loader(dtype="float8")
 
 

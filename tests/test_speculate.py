@@ -366,10 +366,12 @@ def test_equal_distributions_take_over_everything():
 
 def test_a_seed_fixes_the_answer(make_pack):
     pack = make_pack(max_tokens=24, temperature=1.0, weighting={"llama-0": 0.6, "gpt2-1": 0.3, "qwen-2": 0.1})
-    for places in (None, 4):
+    for places in (None, 4):  # nothing is drafted under a seed, unless that is asked for
         first, again = (pack.generate(PROMPTS[0], seed=5, draft_tokens=places) for _ in range(2))
         assert first.text == again.text
-        assert first.usage.drafted_tokens == again.usage.drafted_tokens > 0
+        assert first.usage.drafted_tokens == again.usage.drafted_tokens
+        assert (first.usage.drafted_tokens > 0) is (places is not None)
+    assert pack.generate(PROMPTS[0]).usage.drafted_tokens > 0
 
 
 # The choice of γ

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from train_expert import RAG_PROMPT, read_documents
 
 from packllm import Pack
@@ -38,7 +37,6 @@ def held_out(shared, starter_pack) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def weighed(held_out, starter_pack):
-    torch.set_num_threads(2)
     return {domain: [starter_pack.weigh(prompt) for prompt in prompts] for domain, prompts in held_out.items()}
 
 
@@ -74,7 +72,7 @@ def test_experts_answer_in_chat_format_and_stop(starter_pack, domain):
 
 
 def test_the_base_is_left_as_it_is(starter_pack):
-    """The experts are merged into copies: the general member is still the base."""
+    """The experts are attached to the base: the general member is still what it was."""
     from packllm import starter
 
     alone = Pack.load([f"general={starter.base_model()}"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from packllm import starter
+from packllm import answer, starter
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
 from packllm.errors import LoadError, PromptError
@@ -256,7 +256,7 @@ def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
 
 def _chunks(requests: Sequence[Request], groups: Sequence[list[int]]) -> Generator[tuple[int, Chunk], None, None]:
     for request, group in zip(requests, groups, strict=True):
-        with closing(request.chunks()) as chunks:
+        with closing(answer.chunks(request)) as chunks:
             for row, chunk in chunks:
                 yield group[row], chunk
 

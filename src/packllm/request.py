@@ -1,12 +1,11 @@
-"""One request: prompts on their way through the members."""
+"""One request: prompts on their way through the members, read and weighed."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,24 +13,18 @@ import torch
 from torch import Tensor
 
 from packllm.decode.devices import across_devices
-from packllm.decode.lazy import check_lazy, lazy_ids
+from packllm.decode.lazy import check_lazy
 from packllm.decode.mined import MinedMember, translated
-from packllm.decode.rerank import best_answer
-from packllm.decode.segments import Writers
-from packllm.decode.speculate import speculative_ids
-from packllm.decode.tokens import Ensemble, Row, drop_small
-from packllm.decode.writer import Writer
+from packllm.decode.tokens import drop_small
 from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError
 from packllm.member import Member
 from packllm.options import Options
 from packllm.prefix import PrefixCache
 from packllm.prompt import Encoded, Prompt
-from packllm.results import Chunk, FinishReason, Usage
-from packllm.sampling import make_sampler
+from packllm.results import Usage
 from packllm.scoring import prefill, weights_of
 from packllm.session import Session
-from packllm.structured import Constraint, make_grammar
-from packllm.text import TextStream
+from packllm.structured import make_grammar
 from packllm.weights import Weights, find
 
 log = logging.getLogger("packllm")
@@ -40,7 +33,7 @@ DEFAULT_MAX_TOKENS = 256
 
 
 class Request:
-    """Prompts, encoded for the members that may run, then prefilled, weighed and decoded together.
+    """Prompts, encoded for the members that may run, then prefilled and weighed together (answer.py decodes them).
 
     Args:
         members: the pack's members.
@@ -266,56 +259,6 @@ class Request:
         names = tuple(member.name for member in self.members)
         return replace(weights, names=names, values=tuple(values), nll=tuple(nll))
 
-    def chunks(self) -> Generator[tuple[int, Chunk], None, None]:
-        """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished.
-
-        Closing the iterator frees the caches; at most the step under way is finished.
-        """
-        started = time.perf_counter()
-        options = self.options
-        try:
-            self.prefill()
-            limits = self.limits(options.max_tokens)
-            rows = [
-                Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
-                for weights, limit in zip(self.weights, limits, strict=True)
-            ]
-            for r, row in enumerate(rows):
-                if self._by_segments(r):
-                    if self.grammar is not None:
-                        raise VocabularyError(
-                            "the members that run have different vocabularies, and the form that json_schema or "
-                            "tool_choice demands is guaranteed in one only; use decoding='mined' or weighting='top1'"
-                        )
-                    for chunk in self._segments(r, row, limits[r], started):
-                        yield r, chunk
-                    row.done = True
-            ensemble = Ensemble(self.sessions, rows, drop=options.on_member_error == "drop")
-            answers = {
-                r: self._answer(r, row, ensemble.running(r), limits[r]) for r, row in enumerate(rows) if not row.done
-            }
-            for r, token in self._tokens(ensemble, rows):
-                self.timings.setdefault("first_token", time.perf_counter() - started)
-                text, reason = answers[r].push(token)
-                rows[r].done = reason is not None
-                if reason is not None:
-                    timings = {**self.timings, "total": time.perf_counter() - started}
-                    usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-                    yield r, Chunk(text, rows[r].weights, reason, usage, timings)
-                elif text:
-                    yield r, Chunk(text, rows[r].weights)
-        finally:
-            self.close()
-
-    def _tokens(self, ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
-        """(row, token id), token by token, in the way asked for."""
-        if self.options.decoding == "lazy":
-            return lazy_ids(ensemble, rows)
-        places = self.options.draft_tokens
-        if places is None and self.options.seed is not None and self.options.temperature > 0:
-            places = 1  # what is drafted uses up random numbers: a seeded text would depend on its batch
-        return speculative_ids(ensemble, rows, places)
-
     def running(self, index: int) -> list[int]:
         """Members that run for a prompt, once it is weighed."""
         return [k for k in self.sessions if self.weights[index].values[k] != 0]
@@ -325,62 +268,9 @@ class Request:
         first = self.members[which[0]].vocabulary
         return all(self.members[k].vocabulary.same_as(first) for k in which[1:])
 
-    def _by_segments(self, index: int) -> bool:
-        decoding = self.options.decoding
-        return decoding in ("cool", "cool+rerank") or (
-            decoding == "auto" and not self.one_vocabulary(self.running(index))
-        )
-
-    def _segments(self, index: int, row: Row, limit: int, started: float) -> Generator[Chunk, None, None]:
-        """One prompt's answer by Cool-Fusion; `row` as in Ensemble."""
-        running = self.running(index)
-        top = max(running, key=lambda k: row.weights.values[k])
-        drop = self.options.on_member_error == "drop"
-
-        def writers(which: Sequence[int], row: Row) -> Writers:
-            made = {k: Writer(self._alone(k, index), len(self.encoded[index][k].ids)) for k in which}
-            return Writers(made, row, self.options.scoring, self.options.align, drop)
-
-        def stream() -> TextStream:
-            return TextStream(self.members[top].vocabulary, self.options.stop)
-
-        def last(text: str, reason: FinishReason, count: int) -> Chunk:
-            timings = {**self.timings, "total": time.perf_counter() - started}
-            usage = Usage(len(self.encoded[index][top].ids), count, self._cached.get(top, 0))
-            return Chunk(text, row.weights, reason, usage, timings)
-
-        if self.options.decoding == "cool+rerank" and len(running) > 1:
-            alone = [k for k in running if row.weights.values[k] > 0]
-            teams = (writers(which, replace(row)) for which in [running, *([k] for k in alone)])
-            best = best_answer(teams, lambda: writers(running, replace(row)), limit, stream, drop)
-            self.timings.setdefault("first_token", time.perf_counter() - started)
-            yield last(*best)
-            return
-        with closing(writers(running, row)) as together:
-            for text, reason, count in together.answer(limit, stream()):
-                self.timings.setdefault("first_token", time.perf_counter() - started)
-                if reason is not None:
-                    yield last(text, reason, count)
-                elif text:
-                    yield Chunk(text, row.weights)
-
-    def _alone(self, member: int, index: int) -> Session:
-        """A session of one row of the batch, to be changed freely."""
-        session = self.sessions[member].fork()
-        if session.rows > 1:
-            session.select([index])
-        return session
-
-    def _answer(self, index: int, row: Row, running: Sequence[int], limit: int) -> Answer:
-        top = max(running, key=lambda k: row.weights.values[k])
-        ends = frozenset().union(*(self.members[k].end_ids for k in running))
-        vocabulary = self.members[top].vocabulary
-        prompt = Usage(len(self.encoded[index][top].ids), 0, self._cached.get(top, 0))
-        if self.grammar is None:
-            return Answer(TextStream(vocabulary, self.options.stop), ends, limit, prompt)
-        constraint = Constraint(self.grammar, vocabulary, ends, limit)
-        row.sample = constraint.wrap(row.sample)
-        return Answer(TextStream(vocabulary), ends, limit, prompt, constraint)
+    def usage(self, index: int, member: int) -> Usage:
+        """Tokens of a prompt as a member reads it; none of an answer yet."""
+        return Usage(len(self.encoded[index][member].ids), 0, self._cached.get(member, 0))
 
     def close(self) -> None:
         """Free the caches."""
@@ -400,48 +290,3 @@ def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> T
         for at, start, end in zip(encoded.positions, encoded.starts, encoded.ends, strict=True)
     ]
     return logprobs - math.log(256) * torch.tensor(hidden, dtype=torch.float64)
-
-
-class Answer:
-    """A row's tokens becoming text, until an end token, a stop string or the limit.
-
-    Args:
-        text: turns tokens into text.
-        ends: ids that end an answer.
-        limit: most tokens.
-        prompt: the usage before the first token.
-        constraint: the form that the answer has, if one is guaranteed.
-
-    Attributes:
-        count: tokens so far, without the one that ended the answer.
-    """
-
-    def __init__(
-        self,
-        text: TextStream,
-        ends: frozenset[int],
-        limit: int,
-        prompt: Usage,
-        constraint: Constraint | None = None,
-    ) -> None:
-        self._text, self._ends, self._limit, self._constraint = text, ends, limit, constraint
-        self._prompt, self.count = prompt, 0
-
-    @property
-    def usage(self) -> Usage:
-        return replace(self._prompt, completion_tokens=self.count)
-
-    def push(self, token: int) -> tuple[str, FinishReason | None]:
-        """The text that one more token makes sure, and why the answer ends with it, if it does."""
-        if token in self._ends:
-            return self._text.finish(), "stop"
-        self.count += 1
-        text = self._text.push(token)
-        if self._text.stopped:
-            return text, "stop"
-        if self._constraint is not None and self._constraint.complete:
-            return text + self._text.finish(), "length" if self._constraint.cut else "stop"
-        if self.count < self._limit:
-            return text, None
-        text += self._text.finish()
-        return text, "stop" if self._text.stopped else "length"

@@ -152,8 +152,9 @@ class Session:
         if self._hidden is not None:
             hidden = self._hidden[row, -self._prompt_lengths[row] :]
             for part in columns.split(step):
-                with torch.inference_mode():
-                    yield self.engine.real(self.engine.head(hidden[part.to(hidden.device)]))
+                with torch.inference_mode():  # never around a yield: the reader would go on in it
+                    logits = self.engine.real(self.engine.head(hidden[part.to(hidden.device)]))
+                yield logits
             return
         # The model's own path once more, on a cache of its own, up to the last column asked for.
         again = Session([self.owners[row]], [self._ids[row, -self._prompt_lengths[row] :].tolist()])
