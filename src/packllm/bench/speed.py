@@ -17,7 +17,10 @@ from packllm.bench.subjects import noisy_copy
 from packllm.member import Member
 from packllm.pack import Pack
 from packllm.pool import fuse
+from packllm.results import Generation
 from packllm.weights import solve
+
+MODES = ("cool", "cool+rerank", "mined")
 
 AGREE = 0.02
 """Noise in the copies that speculation is measured on, of a matrix's standard deviation."""
@@ -97,6 +100,30 @@ def naive(report: Report, members: Sequence[Member], text: str, tokens: int, sam
         spent.append(time.perf_counter() - started)
     report.figures["speed.naive"] = sum(spent) / len(spent) / ours
     report.seconds |= {"token_naive": sum(spent) / len(spent), "token_ours": ours}
+
+
+def modes(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
+    """Seconds a token of each way to decode members of several vocabularies, over those of the members alone."""
+    if _one_vocabulary(members):
+        return
+    packs = {"alone": [Pack([member], max_tokens=tokens) for member in members]}
+    pack, even = Pack(members, max_tokens=tokens), {member.name: 1 / len(members) for member in members}
+    for mode in MODES:
+        packs[mode] = [pack]
+    spent: dict[str, list[float]] = {}
+    for _ in bar(range(repeat), "Modes"):
+        for mode, those in packs.items():
+            options = {} if mode == "alone" else {"decoding": mode, "weighting": even}
+            spent.setdefault(mode, []).append(sum(_written(each.generate(text, **options)) for each in those))
+    for mode in MODES:
+        report.figures[f"modes.{mode}"] = ratio(spent[mode], spent["alone"])
+    report.seconds |= {f"token_{mode}": median(values) for mode, values in spent.items()}
+
+
+def _written(generation: Generation) -> float:
+    """Seconds a token, once the prompt is read and weighed."""
+    timings = generation.timings
+    return (timings["total"] - timings["prefill"] - timings["weighting"]) / generation.usage.completion_tokens
 
 
 def _one_vocabulary(members: Sequence[Member]) -> bool:
