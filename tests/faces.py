@@ -8,7 +8,7 @@ from contextlib import aclosing, closing
 from typing import Any
 
 import langchain_core.messages as lc
-from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
+from llama_index.core.base.llms.types import ChatMessage, TextBlock, ToolCallBlock
 
 import langchain_packllm
 import llama_index.llms.packllm as llama_index_packllm
@@ -140,10 +140,12 @@ class LlamaIndexChat(Face):
 
     @staticmethod
     def _message(message: Message) -> ChatMessage:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [TextBlock(text=part["text"]) for part in content]
         if message["role"] == "tool":
-            known = {"tool_call_id": message["tool_call_id"]}
-            return ChatMessage(message["content"], role="tool", additional_kwargs=known)
-        answer = ChatMessage(message["content"], role=message["role"])
+            return ChatMessage(content, role="tool", additional_kwargs={"tool_call_id": message["tool_call_id"]})
+        answer = ChatMessage(content, role=message["role"])
         for call in message.get("tool_calls", ()):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             answer.blocks.append(ToolCallBlock(tool_call_id=call["id"], tool_name=name, tool_kwargs=arguments))

@@ -127,9 +127,9 @@ def test_retrieval_finds_the_answering_passage(ranked, question: str) -> None:
     assert {p["domain"] for p in top} == {next(p["domain"] for p in PASSAGES if p["title"] == QUESTIONS[question])}
 
 
-def run(example: str) -> str:
+def run(example: str, *words: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / example)],
+        [sys.executable, str(EXAMPLES / example), *words],
         capture_output=True,
         text=True,
         timeout=900,
@@ -166,3 +166,18 @@ def test_quickstart_weighs_the_right_member_most(starter_pack) -> None:
     output = run("quickstart.py")
     assert top_members(output) == list(DOMAINS)
     assert len(output.rpartition("What are the symptoms of asthma?")[2].strip()) > 20
+
+
+@pytest.mark.real
+def test_the_agent_of_langchain_shows_calls_weights_and_an_answer(starter_pack, embedder) -> None:
+    output = run("agent_langchain.py", "Does the verdict of a jury have to be unanimous?")
+    joined = " ".join(output.split())
+    calls = re.findall(r"call: (\w+)\((.*?)\) result: ", joined)
+    assert calls[0][0] == "search_passages"
+    assert json.loads(calls[0][1])["query"]  # its form was guaranteed
+    assert re.search(r"answer: [^{\s]", joined)  # text, no call
+    rows = re.findall(r"^(search_passages|look_up_table|answer) +((?:\d\.\d\d +){4})", output, re.MULTILINE)
+    assert [step for step, _ in rows] == [*(name for name, _ in calls), "answer"]
+    for _, weights in rows:
+        assert sum(map(float, weights.split())) == pytest.approx(1.0, abs=0.03)
+    assert max(map(len, output.splitlines())) <= 90

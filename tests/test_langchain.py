@@ -19,7 +19,6 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
-from langchain_core.load import dumpd
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField
@@ -39,7 +38,7 @@ PROMPTS = [PROMPT, "once upon a time", "a"]
 class ScriptedPack:
     """Says `pieces`, slowly if told so; counts and records what it is asked. Not a model: see `pack` for those."""
 
-    name, fingerprint, context_window = "packllm:a+b", "f00", 128
+    name, fingerprint, context_window, recipe = "packllm:a+b", "f00", 128, None
 
     def __init__(
         self, pieces: tuple[str, ...] = ("one ", "two ", "three"), *, delay: float = 0.0, fail_at: int | None = None
@@ -447,8 +446,6 @@ def test_identity(scripted: ScriptedPack, tmp_path: Path) -> None:
     assert llm._llm_type == "packllm"
     assert llm._identifying_params.keys() == {*packllm.OptionFields.model_fields, "model_name", "pack_fingerprint"}
     assert llm.asdict()["_type"] == "packllm"
-    assert not llm.is_lc_serializable()
-    assert dumpd(llm)["type"] == "not_implemented"
     assert llm.lc_secrets == {}
     assert "ScriptedPack" not in repr(llm)
     assert str(llm)

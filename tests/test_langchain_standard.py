@@ -2,11 +2,14 @@
 
 Some of these tests ask for sense (magic_function(3) is to be called with 3), so the two models have learnt the
 questions of the tests by heart, in seconds: a dialogue at a time, through the prompts that the pack itself makes.
-What stays skipped is what the members cannot read (images, sound, PDF) and what needs a server or its recordings.
+What stays skipped is what the members cannot read: images, sound, PDF.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import chdir
 from copy import deepcopy
 from typing import Any
 
@@ -22,7 +25,7 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from langchain_packllm import ChatPackLLM
-from packllm import Member, Pack
+from packllm import Pack
 from packllm.prompt import Encoder
 
 
@@ -122,13 +125,17 @@ def _teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: i
 
 
 @pytest.fixture(scope="module")
-def learnt_pack() -> Pack:
+def learnt_pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
     offered = [convert_to_openai_tool(offered) for _, offered, _ in DIALOGUES if offered is not None]
     corpus = [str(offered), *(question + "\n" + answer for question, _, answer in DIALOGUES)]
     tokenizer = byte_level_tokenizer(900, corpus * 4)
     first = _teach(_untaught(tokenizer), tokenizer, steps=80)
     second = _teach(deepcopy(first), tokenizer, steps=8)
-    return Pack([Member(first, tokenizer, "learnt-0"), Member(second, tokenizer, "learnt-1")])
+    with chdir(tmp_path_factory.mktemp("models")):  # names that are the same everywhere, for the snapshot
+        for name, model in (("learnt-0", first), ("learnt-1", second)):
+            model.save_pretrained(name)
+            tokenizer.save_pretrained(name)
+        yield Pack.load(["learnt-0", "learnt-1"])
 
 
 class _OnePack:
@@ -169,6 +176,16 @@ class _OnePack:
 
 
 class TestUnit(_OnePack, ChatModelUnitTests):
+    @pytest.fixture(autouse=True)
+    def _listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """test_serdes loads "all" classes, by which LangChain means those of a list of its own. For the test we are on
+        it; users name the class: `load(dump, allowed_objects=[ChatPackLLM], valid_namespaces=["langchain_packllm"])`.
+        """
+        path = tuple(ChatPackLLM.lc_id())
+        module = importlib.import_module("langchain_core.load.load")
+        monkeypatch.setitem(module.ALL_SERIALIZABLE_MAPPINGS, path, path)
+        monkeypatch.setattr(module, "_default_class_paths_cache", {})
+
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
         return {"LC_OUTPUT_VERSION": "v1"}, self.chat_model_params, {"output_version": "v1"}

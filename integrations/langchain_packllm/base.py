@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 from langchain_core.language_models import BaseLanguageModel
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
 from pydantic import ConfigDict, Field, model_validator
 
 import packllm
@@ -79,6 +80,22 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
         self._add_version("packllm", packllm.__version__)
         return self
 
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Yes: a dump says what the models were loaded from. `load` reads them again, as trustfully as models=[...]."""
+        return True
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """The words about loading, beside the fields."""
+        return {name: _written(value) for name, value in (self.pack.recipe or {}).items()}
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """What LangChain dumps: "not_implemented" if the pack is of Member objects, which no words make again."""
+        if self.pack.recipe is not None:
+            return super().to_json()
+        return SerializedNotImplemented(**{**self.to_json_not_implemented(), "name": self.get_name()})
+
     @property
     def model_name(self) -> str:
         """Name of the pack."""
@@ -100,3 +117,10 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
         own = {name: getattr(self, name) for name in OPTIONS}
         own = {name: value for name, value in own.items() if value != getattr(self.pack.options, name)}
         return {**own, **kwargs} if stop is None else {**own, **kwargs, "stop": stop}
+
+
+def _written(value: Any) -> Any:
+    """A word about loading as JSON has it: torch's dtypes and devices by their names, which mean the same."""
+    if isinstance(value, Mapping):
+        return {key: _written(inner) for key, inner in value.items()}
+    return value if isinstance(value, str | int | list | None) else str(value).removeprefix("torch.")

@@ -64,6 +64,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
         # In the cache key, LangChain puts the stop strings of the call in the place of the model's own.
         return {**super()._identifying_params, "default_stop": list(self.stop)}
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The cache key. LangChain's, for what can be dumped, is the dump: the same for all packs of Member objects,
+        and for a folder whatever lies in it. The parameters name the members' contents."""
+        return str(sorted({**self._get_invocation_params(stop=stop, **kwargs), **kwargs}.items()))
+
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(list(self.stop) if stop is None else stop, **kwargs)
         params["ls_provider"] = "packllm"
