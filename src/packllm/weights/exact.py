@@ -130,10 +130,13 @@ def _touch(
 ) -> tuple[Minorant, float]:
     """A bound that touches the loss at `weights`, and the loss there."""
     if isinstance(source, SharedHeadSource):
-        parts = list(source.gradients(weights, bound.order.cpu(), targets, members))
-        losses = torch.cat([loss for loss, _ in parts])
-        bound.touch(losses, torch.cat([gradient for _, gradient in parts], dim=1), weights)
-        return bound, float(losses.cpu().double().mean())
+        start, total = 0, torch.zeros((), dtype=torch.float64, device=bound.order.device)
+        for loss, gradient in source.gradients(weights, bound.order.cpu(), targets, members):
+            here = slice(start, start + len(loss))
+            bound.touch(here, loss, gradient, weights)
+            total += loss.double().sum()
+            start = here.stop
+        return bound, float(total) / start
     fresh: Minorant | None = None
     for part, block in source.blocks(torch.arange(len(targets)), members):
         if fresh is None:

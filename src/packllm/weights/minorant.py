@@ -22,8 +22,8 @@ from torch import Tensor
 
 from packllm.weights.blocks import NOTHING, Expansion, expand, pool
 
-LIKELY = 256
-"""Tokens kept of each position."""
+LIKELY = 1024
+"""Tokens kept of each position: enough that one evaluation of the loss certifies, on texts of some hundred tokens."""
 
 _LEAST = 1e-5  # mass of the unlikely tokens below which a difference of float32 numbers does not tell their mean
 
@@ -69,15 +69,16 @@ class Minorant:
         mean = torch.bmm(block.transpose(0, 1), chances[..., None])[..., 0].T / rest.clamp_min(1e-30) - observed
         terms[:-1, :, -1], terms[-1, :, -1] = mean, _constant(mean, rest, loss, weights)
 
-    def touch(self, loss: Tensor, gradient: Tensor, weights: np.ndarray) -> None:
-        """Touch the loss at other weights, on all positions, with the same likely tokens.
+    def touch(self, here: slice, loss: Tensor, gradient: Tensor, weights: np.ndarray) -> None:
+        """Touch the loss at other weights, with the same likely tokens.
 
         Args:
-            loss: float32 (n,), f at `weights`, in the order of `order`.
+            here: positions, as indices into `order`.
+            loss: float32 (n,), f at `weights` on them.
             gradient: float32 (K, n), E_p a_k with p the pool there.
             weights: the new λ'.
         """
-        terms = self._terms[:, : self._count]
+        terms = self._terms[:, here]
         kept = terms[:-1, :, :-1]
         chances = (_combine(kept.flatten(1), weights).view(kept.shape[1:]) - loss[:, None]).exp_()
         rest = 1 - chances.sum(-1)
