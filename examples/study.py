@@ -5,8 +5,10 @@ a second run goes on from; `report` makes tables and plots of them.
     python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
         --chat 0.15 --lr 8e-4 --steps 160 --licence MIT
     python examples/study.py lm --data study
+    python examples/study.py corpora --data study
     python examples/study.py length --data study
     python examples/study.py mined --data study
+    python examples/study.py segments --data study
     python examples/study.py choice --data study --shared ../shared
     python examples/study.py generate --data study
     python examples/study.py report --data study --out docs/results
@@ -24,6 +26,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import segments
 import torch
 
 from packllm import Member, Pack, starter
@@ -82,7 +85,8 @@ def method(label: str, weighting: str, members: tuple[str, ...], **options: obje
     return Method(label, {"weighting": weighting, **options}, members)
 
 
-def lm_methods(data: Path) -> list[Method]:
+def rivals(data: Path) -> list[Method]:
+    """Methods over the five or fewer, and over their average."""
     fitted = fit(data)
     return [
         method("em", "em", FIVE),
@@ -108,6 +112,12 @@ def lm_methods(data: Path) -> list[Method]:
         method("router", "router", FIVE, fitted=fitted["router"]),
         method("dexperts law", "dexperts", ("general", "law", "medicine")),
         method("dexperts-opt law", "dexperts-opt", ("general", "law", "medicine")),
+    ]
+
+
+def lm_methods(data: Path) -> list[Method]:
+    return [
+        *rivals(data),
         # Figure 3: the number of members.
         *(
             method(f"{weighting} K={count}", weighting, FIVE[:count])
@@ -142,6 +152,14 @@ def study_lm(args: argparse.Namespace) -> None:
     lm.evaluate(pack, in_turn(chosen), args.data / "records" / "lm.jsonl", methods=lm_methods(args.data), length=256)
 
 
+def study_corpora(args: argparse.Namespace) -> None:
+    """Many documents, the members of one vocabulary: for differences that the other study is too small to tell."""
+    five = pack_of(args.data, args.dtype, others=False)
+    pack = Pack([*five.members, average(five.members)])
+    chosen = in_turn(documents(args.data, args.count or 200))
+    lm.evaluate(pack, chosen, args.data / "records" / "corpora.jsonl", methods=rivals(args.data), length=256)
+
+
 def study_length(args: argparse.Namespace) -> None:
     """Figure 4b: documents put together until they are long enough; the same text is scored for each length."""
     pack = pack_of(args.data, args.dtype, others=False)
@@ -170,6 +188,13 @@ def study_mined(args: argparse.Namespace) -> None:
         methods=methods,
         length=256,
     )
+
+
+def study_segments(args: argparse.Namespace) -> None:
+    """How to rate segments across vocabularies: the rules compared on what documents really go on with."""
+    pack = Pack.load([f"general={starter.base_model()}", *gemma(args.dtype)], dtype=args.dtype)
+    chosen = in_turn(documents(args.data, args.count or 10))
+    segments.evaluate(pack, chosen, args.data / "records" / "segments.jsonl")
 
 
 def study_choice(args: argparse.Namespace) -> None:
@@ -227,6 +252,8 @@ def study_report(args: argparse.Namespace) -> None:
     if (path := args.data / "records" / "mined.jsonl").exists():
         entries = tables.lm_table(records.read(path))
         write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
+    if (path := args.data / "records" / "segments.jsonl").exists():
+        write(args.out, "segments", segments.table(records.read(path)), [])
     if (path := args.data / "records" / "length.jsonl").exists():
         found = records.read(path)
         parts, entries = [], []
@@ -262,8 +289,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies = {
         "lm": study_lm,
+        "corpora": study_corpora,
         "length": study_length,
         "mined": study_mined,
+        "segments": study_segments,
         "choice": study_choice,
         "generate": study_generate,
         "report": study_report,

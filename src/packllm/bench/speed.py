@@ -18,7 +18,7 @@ from packllm.member import Member
 from packllm.pack import Pack
 from packllm.pool import fuse
 from packllm.results import Generation
-from packllm.weights import solve
+from packllm.weights.blocks import STEPS
 
 MODES = ("cool", "cool+rerank", "mined")
 
@@ -135,5 +135,22 @@ def _naive_step(members: Sequence[Member], models: Sequence[Any], ids: Tensor, p
     with torch.inference_mode():
         passes = [model(input_ids=ids.to(model.device), use_cache=False).logits[0] for model in models]
         logits = torch.stack([member.real(each) for member, each in zip(members, passes, strict=True)])
-        weights = solve("opt", logits[:, : prompt - 1], ids[0, 1:prompt])
-        return int(fuse(logits[:, -1].log_softmax(-1), list(weights.values), "log").argmax())
+        weights = _naive_weights(logits[:, : prompt - 1], ids[0, 1:prompt])
+        return int(fuse(logits[:, -1].log_softmax(-1), weights, "log").argmax())
+
+
+def _naive_weights(logits: Tensor, targets: Tensor) -> list[float]:
+    """Algorithm 1 as it is written: for each λ of each fold, all logits fused and normalised."""
+
+    def nll(scores: Tensor) -> float:
+        return -float(scores.log_softmax(-1).gather(-1, targets.to(scores.device)[:, None]).mean())
+
+    first, *others = sorted(range(len(logits)), key=lambda k: nll(logits[k]))
+    fused, weights = logits[first], {first: 1.0}
+    for k in others:
+        kept = min(
+            (1 - step / STEPS for step in range(STEPS + 1)), key=lambda kept: nll(torch.lerp(logits[k], fused, kept))
+        )
+        fused = torch.lerp(logits[k], fused, kept)
+        weights = {**{member: weight * kept for member, weight in weights.items()}, k: 1 - kept}
+    return [weights[k] for k in range(len(logits))]
