@@ -16,7 +16,7 @@ console = Console()
 BAR = 24  # characters of a weight of 1
 
 QUESTIONS = (
-    "How is carotid artery disease treated?",
+    "How does hepatitis B spread?",
     "How much can a copyright owner recover in statutory damages?",
     "When is a hash index faster than a B-tree index?",
 )

@@ -138,7 +138,7 @@ def lm_methods(data: Path) -> list[Method]:
 
 def documents(data: Path, count: int) -> list[rows.Document]:
     found = [d for name in CORPORA for d in rows.read_documents(data / f"{name}.jsonl")]
-    return rows.sample(found, count, 0, count)
+    return rows.sample(found, None, 0, count)  # or all there are
 
 
 def in_turn(found: list[rows.Document]) -> list[rows.Document]:

@@ -18,7 +18,7 @@ PASSAGES = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitl
 DOMAINS = ("medicine", "law", "databases")
 
 QUESTIONS = {  # question -> title of the passage that answers it
-    "How is carotid artery disease treated?": "Carotid artery disease",
+    "How does hepatitis B spread?": "Hepatitis B: how it spreads",
     "What happens if I do not get enough vitamin C?": "Scurvy",
     "How long does croup last in a child?": "Croup",
     "Why can some patients not breathe for hours after a muscle relaxant?": "Pseudocholinesterase deficiency",

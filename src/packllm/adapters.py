@@ -11,6 +11,9 @@ from torch import Tensor
 
 from packllm.lora import Factors, add, module_of
 
+_Part = tuple[slice, int, Tensor, Tensor]
+"""Rows, how many adapters they divide among, and those adapters' factors of one module."""
+
 
 class Adapters:
     """Adapters attached to a base: one pass over the base's weights serves rows of all of them.
@@ -26,6 +29,8 @@ class Adapters:
         self._base, self._count = base, 0
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._plan: list[tuple[slice, slice]] = []
+        self._chosen: tuple[int | None, ...] = ()
+        self._parts: dict[str, list[_Part]] = {}
 
     def attach(self, factors: Factors) -> int:
         """Add an adapter; its index.
@@ -45,6 +50,7 @@ class Adapters:
         for name in {**self._stacks, **factors}:
             self._stacks[name] = self._grown(name, factors.get(name))
         self._count += 1
+        self._parts = {}
         return self._count - 1
 
     def _grown(self, name: str, added: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -71,6 +77,8 @@ class Adapters:
     def use(self, chosen: Sequence[int | None]) -> Iterator[None]:
         """While this is open, row r of a batch runs with adapter chosen[r], or with none."""
         self._plan = _plan(chosen)
+        if self._chosen != tuple(chosen):
+            self._chosen, self._parts = tuple(chosen), {}
         try:
             yield
         finally:
@@ -78,11 +86,11 @@ class Adapters:
 
     def update(self, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         """A module's outputs (B, n, out) for inputs (B, n, in), with each row's own update."""
-        downs, ups = self._stacks[name]
-        for rows, adapters in self._plan:
-            count = adapters.stop - adapters.start
+        if name not in self._parts:  # kept from step to step: at one token a row, slicing costs as much as a product
+            downs, ups = self._stacks[name]
+            self._parts[name] = [(rows, each.stop - each.start, downs[each], ups[each]) for rows, each in self._plan]
+        for rows, count, down, up in self._parts[name]:
             part = inputs[rows].reshape(count, -1, inputs.shape[-1])
-            down, up = downs[adapters], ups[adapters]
             outputs[rows].view(count, -1, outputs.shape[-1]).baddbmm_(torch.bmm(part, down), up)
         return outputs
 
