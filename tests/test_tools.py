@@ -169,6 +169,12 @@ def test_no_text_breaks_the_parser_or_depends_on_how_it_is_cut(data, fragments):
         assert whole.content == text
 
 
+def test_the_label_of_a_fence_may_be_cut():
+    text = "<tool_call>```json\n<tool_call>"
+    whole = plain(parse_tool_calls(text, TOOLS))
+    assert all(plain(streamed(text, [cut])[0].answer) == whole for cut in range(len(text)))
+
+
 def test_deep_nesting_and_long_numbers_are_no_calls_but_no_crash():
     deep = '{"name": "search", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}"
     assert parse_tool_calls(deep, TOOLS).invalid[0].name == "search"

@@ -28,7 +28,8 @@ CHOICES = ("auto", "none", "any")
 RESERVED = (*CHOICES, "required")
 
 _ID_LETTERS = string.ascii_letters + string.digits
-_MARK = r"(?P<mark><tool_call>|<\|python_tag\|>)\s*(?:```(?:json)?\s*)?\[?\s*(?=[^\s\[`])"
+# Possessive: "```j" is the beginning of "```json", and not a call that begins with j.
+_MARK = r"(?P<mark><tool_call>|<\|python_tag\|>)\s*(?:```\w*+\s*)?\[?\s*(?=[^\s\[`])"
 _FENCE = r"(?:```(?:json|tool_call)?[ \t]*\n\s*)?\[?\s*"
 _CLOSING = ("</tool_call>", "<|eom_id|>", "```", ",", ";", "]")
 _BEFORE_ARGUMENTS = regex.compile(
