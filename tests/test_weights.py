@@ -573,11 +573,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", LOG_POOL)
 def test_logits_are_never_held_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    members, positions, vocabulary, size = 3, 200, 512, 10
+    members, positions, vocabulary, size = 3, 200, 512, 20
     logits, targets = make_problem(8, members, positions, vocabulary)
     expected = solve(name, logits, targets)
     monkeypatch.setattr(blocks, "WORKSPACE", members * vocabulary * 4)
-    monkeypatch.setattr(minorant, "LIKELY", 16)
+    monkeypatch.setattr(minorant, "LIKELY", 32)
     source = Blocks(logits, size)
     with Largest() as largest:
         found = solve(name, source, targets)

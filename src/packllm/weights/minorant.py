@@ -19,11 +19,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from packllm.weights.blocks import NOTHING, Expansion, expand, pool
 
-LIKELY = 1024
-"""Tokens kept of each position: enough that one evaluation of the loss certifies, on texts of some hundred tokens."""
+LIKELY = 2048
+"""Most tokens kept of each position: one evaluation of the loss certifies then, on texts of some hundred tokens."""
+
+TERMS_BYTES = 48 * 2**20
+"""Most bytes that the bound of a long text takes; it keeps fewer tokens then, but no fewer than LEAST_LIKELY."""
+
+LEAST_LIKELY = 256
 
 _LEAST = 1e-5  # mass of the unlikely tokens below which a difference of float32 numbers does not tell their mean
 
@@ -38,7 +44,8 @@ class Minorant:
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         members, positions, vocabulary = shape
-        likely = min(vocabulary, LIKELY)
+        room = TERMS_BYTES // (4 * (members + 1) * positions)
+        likely = min(vocabulary, LIKELY, max(LEAST_LIKELY, room))
         # Terms of each position: K margins and a constant, which is 0 for a token and c for the rest, the last.
         self._terms = torch.zeros(members + 1, positions, likely + 1, device=device)
         self._order = torch.empty(positions, dtype=torch.int64, device=device)
@@ -58,9 +65,10 @@ class Minorant:
         self._order[here] = part
         terms = self._terms[:, here]
         fused = pool(block, weights)
-        logits, likely = fused.topk(terms.shape[2] - 1, dim=-1)
+        logits, likely = _likely(fused, terms.shape[2] - 1)
         chances = fused.softmax(-1)
-        loss = logits[:, 0] - chances.gather(-1, likely[:, :1])[:, 0].log() - _combine(observed, weights)
+        top, first = logits.max(-1, keepdim=True)
+        loss = (top - chances.gather(-1, likely.gather(-1, first)).log())[:, 0] - _combine(observed, weights)
         chances.scatter_(-1, likely, 0.0)
         block.clamp_(min=NOTHING)  # for 0 · −inf
         kept = block.gather(-1, likely.expand(len(block), -1, -1)) - observed[..., None]
@@ -98,6 +106,15 @@ class Minorant:
         share = max(1, 2**18 // self._terms[0, 0].numel())
         whole = expand(self._terms[:, : self._count].split(share, dim=1), np.append(weights, 1.0))
         return Expansion(whole.value, whole.gradient[:-1], whole.hessian[:-1, :-1])
+
+
+def _likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Logits (b, count) of likely tokens among (b, V), and their ids: the best of each of `count` groups of ids. Near
+    the best `count` of all, which take six times as long to find; any choice makes a bound."""
+    vocabulary = logits.shape[1]
+    groups = pad(logits, (0, -vocabulary % count), value=-torch.inf).view(len(logits), -1, count)
+    best, row = groups.max(1)
+    return best, (row * count + torch.arange(count, device=row.device)).clamp_max(vocabulary - 1)
 
 
 def _combine(values: Tensor, weights: np.ndarray) -> Tensor:
