@@ -60,7 +60,9 @@ class Alive:
     bytes: int = 0
 
     @classmethod
-    def now(cls) -> Alive:
+    def now(cls, pack: Pack) -> Alive:
+        """Beside what the pack keeps on purpose for the next prompts, which it lets go of."""
+        pack.prefixes.clear()
         gc.collect()
         alive = cls()
         storages = {}
@@ -76,10 +78,10 @@ class Alive:
         return alive
 
 
-def settled(start: Alive) -> Alive:
+def settled(start: Alive, pack: Pack) -> Alive:
     """What is alive once threads that were told to stop have stopped (their last step may still run)."""
     until = time.monotonic() + 10
-    while (now := Alive.now()) != start and time.monotonic() < until:
+    while (now := Alive.now(pack)) != start and time.monotonic() < until:
         time.sleep(0.05)
     return now
 
@@ -102,7 +104,7 @@ class Crowd:
 @pytest.fixture(scope="module")
 def shared_pack(make_member: Callable[..., Member]) -> Pack:
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
-    return Pack(members, max_tokens=TOKENS, prefix_cache_mb=0)  # what a pack keeps on purpose is no leak
+    return Pack(members, max_tokens=TOKENS)
 
 
 def options_of(number: int) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def alone(shared_pack: Pack) -> dict[tuple[bool, str, int], str]:
 
 def test_eight_threads(shared_pack: Pack, alone: dict[tuple[bool, str, int], str]) -> None:
     faces = [kind(shared_pack) for kind in FACES]
-    start, crowd = Alive.now(), Crowd()
+    start, crowd = Alive.now(shared_pack), Crowd()
     ready = threading.Barrier(8)
 
     def caller(thread: int) -> None:
@@ -162,13 +164,13 @@ def test_eight_threads(shared_pack: Pack, alone: dict[tuple[bool, str, int], str
     assert not any(thread.is_alive() for thread in threads), "deadlock: see the stacks above"
     assert crowd.wrong == []
     assert set(crowd.done) == {"ask", "stream", "break", "batch", "weigh"}
-    assert settled(start) == start
+    assert settled(start, shared_pack) == start
 
 
 async def test_thirty_two_tasks(shared_pack: Pack, alone: dict[tuple[bool, str, int], str]) -> None:
     faces = [kind(shared_pack) for kind in FACES]
     await faces[0].aask(PROMPTS[0])  # the loop's own thread pool stays for the next calls
-    start, crowd = Alive.now(), Crowd()
+    start, crowd = Alive.now(shared_pack), Crowd()
 
     async def caller(task: int) -> None:
         dice = random.Random(100 + task)
@@ -196,22 +198,22 @@ async def test_thirty_two_tasks(shared_pack: Pack, alone: dict[tuple[bool, str, 
         await asyncio.gather(*[caller(task) for task in range(32)])
     assert crowd.wrong == []
     assert set(crowd.done) == {"ask", "stream", "break", "cancel"}
-    assert await asyncio.to_thread(settled, start) == start
+    assert await asyncio.to_thread(settled, start, shared_pack) == start
     assert faces[0].ask(PROMPTS[0]) == alone[faces[0].chat, PROMPTS[0], 0]
 
 
 @pytest.mark.parametrize("kind", FACES, ids=lambda kind: kind.name)
 def test_the_count_sees_what_a_request_holds(shared_pack: Pack, kind: type[Face]) -> None:
-    start = Alive.now()
+    start = Alive.now(shared_pack)
     pieces = kind(shared_pack).stream(PROMPTS[0])
     next(pieces)
-    during = Alive.now()
+    during = Alive.now(shared_pack)
     assert during.sessions > start.sessions
     assert during.caches > start.caches
     assert during.bytes > start.bytes
     pieces.close()
     del pieces
-    assert settled(start) == start
+    assert settled(start, shared_pack) == start
 
 
 @pytest.mark.parametrize("kind", FACES, ids=lambda kind: kind.name)
@@ -224,23 +226,23 @@ def test_a_failed_request_leaves_nothing(make_member: Any, kind: type[Face]) -> 
     model = copy.deepcopy(member.model)
     model.get_decoder().register_forward_pre_hook(lambda *_: fail())
     pack = Pack([Member(model, member.tokenizer, "failing")], max_tokens=50, prefix_cache_mb=0)
-    start = Alive.now()
+    start = Alive.now(pack)
 
     def ask() -> None:  # a frame of its own: the error that pytest keeps would hold this one's names
         with pytest.raises(RuntimeError, match="out of memory"):
             kind(pack).ask(PROMPTS[0])
 
     ask()
-    assert settled(start) == start
+    assert settled(start, pack) == start
 
 
 def test_interrupting_a_thread_of_a_batch(shared_pack: Pack) -> None:
     """Streams of several prompts, closed in another order than they were opened."""
-    start = Alive.now()
+    start = Alive.now(shared_pack)
     streams = [shared_pack.stream(text, max_tokens=50) for text in PROMPTS]
     for stream in streams:
         next(stream)
     for stream in reversed(streams):
         stream.close()
     del stream, streams
-    assert settled(start) == start
+    assert settled(start, shared_pack) == start

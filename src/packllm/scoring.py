@@ -113,9 +113,8 @@ class OneHeadSource(SessionSource):
             peak = fused.amax(-1, keepdim=True)
             chances = fused.sub_(peak).exp_()
             total = chances.sum(-1)
-            chances /= total[:, None]
-            chances.scatter_add_(-1, observed, torch.full_like(peak, -1.0))  # p − e_x: gradient h_k · Wᵀ(p − e_x)
-            gradient = (hidden * (chances @ self._matrix)).sum(-1)
+            # Of h_k · Wᵀ(p − e_x)
+            gradient = (hidden * (chances @ self._matrix / total[:, None] - self._matrix[observed[:, 0]])).sum(-1)
             yield total.log() + peak[:, 0] - score, gradient
 
     def _hidden(self, part: Tensor, members: Sequence[int]) -> Tensor:
