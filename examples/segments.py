@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from packllm import Pack
-from packllm.decode.segments import rate
+from packllm.decode.segments import Scoring, rate
 from packllm.decode.writer import Segment, Writer
 from packllm.evaluate import records, rows
 from packllm.sampling import Greedy
@@ -59,22 +58,20 @@ def _read(pack: Pack, text: str) -> dict[str, Any]:
             if len(set(right.values())) > 1:
                 counts["decided"] += 1
                 judged = {k: writer.judge(segments) for k, writer in writers.items()}
-                for rule, pool, scoring in RULES:
+                for rule in RULES:
                     ratings = [
-                        rate(s, {k: judged[k][i] for k in judged}, replace(weights, pool=pool), scoring)
-                        for i, s in enumerate(segments)
+                        rate(s, {k: judged[k][i] for k in judged}, weights, rule) for i, s in enumerate(segments)
                     ]
                     counts[rule] += right[segments[max(range(len(segments)), key=ratings.__getitem__)]]
                 for k, segment in proposals.items():
                     counts[pack.members[k].name] += right[segment]
             for writer in writers.values():
                 writer.accept(Segment(words[at]))
-    chances = {name: counts[name] for name in [*(rule for rule, *_ in RULES), *(m.name for m in pack.members)]}
+    chances = {name: counts[name] for name in [*RULES, *(m.name for m in pack.members)]}
     return {"places": len(places), "differ": counts["differ"], "decided": counts["decided"], "right": chances}
 
 
-RULES = (("mixture", "linear", "pool"), ("log pool", "log", "pool"), ("perplexity", "linear", "perplexity"))
-"""Name, pool and scoring of each rule."""
+RULES = get_args(Scoring)
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -112,15 +112,14 @@ def test_the_lowest_average_perplexity_wins(tokenizers):
 
 def test_weights_and_pools_rate_by_the_equations(tokenizers):
     members = figure_1(tokenizers)
-    for pool, values in itertools.product(("linear", "log"), ((0.5, 0.5), (0.1, 0.9))):
-        fused = team(members, "LLMs are", values)
-        fused._row.weights = weights_of(*values, pool=pool)
+    for scoring, values in itertools.product(("mixture", "log"), ((0.5, 0.5), (0.1, 0.9))):
+        fused = team(members, "LLMs are", values, scoring=scoring)
         likelihoods = {" not": (1 / 16.6, 1 / 15.3), " trained": (1 / 295, 1 / 9.3)}
         expected = []
         for text, (p, q) in likelihoods.items():
             mixed = math.log(values[0] * p + values[1] * q)
             product = values[0] * math.log(p) + values[1] * math.log(q)
-            expected.append((mixed if pool == "linear" else product) / len(text))
+            expected.append((mixed if scoring == "mixture" else product) / len(text))
         fused._propose(99)
         assert fused.rate([Segment(text) for text in likelihoods]) == pytest.approx(expected, rel=1e-4)
 
@@ -129,7 +128,7 @@ def test_what_is_written_past_a_segment_is_kept_when_it_wins_and_dropped_when_it
     chain = {" are": {" not": 0.9}, " not": {" the": 0.9}, " the": {" is": 0.9}, " trained": {" is": 0.9}}
     other = {" are": {" trained": 0.2}, " trained": {" the": 0.9}, " not": {" the": 0.9}, " the": {" is": 0.9}}
     llama, phi = follows(tokenizers[0], chain, "llama"), follows(tokenizers[1], other, "phi")
-    fused = team([llama, phi], "LLMs are", (0.5, 0.5))
+    fused = team([llama, phi], "LLMs are", (0.5, 0.5), scoring="mixture")
     rounds = fused.write(99)
     before = (llama.forwards, phi.forwards)
     assert "".join(next(rounds).pieces) == " not"
@@ -174,18 +173,18 @@ def test_rate_by_hand():
     perplexity = -(math.exp(1) + math.exp(2)) / 2
     assert rate(segment, judged, weights_of(0.3, 0.7), "perplexity") == pytest.approx(perplexity)
     mixed = math.log(0.3 * math.exp(-2) + 0.7 * math.exp(-6)) / 6
-    assert rate(segment, judged, weights_of(0.3, 0.7), "pool") == pytest.approx(mixed)
+    assert rate(segment, judged, weights_of(0.3, 0.7), "mixture") == pytest.approx(mixed)
     product = (0.3 * -2 + 0.7 * -6) / 6
-    assert rate(segment, judged, weights_of(0.3, 0.7, pool="log"), "pool") == pytest.approx(product)
-    ended = rate(Segment(" abcde", True), judged, weights_of(0.3, 0.7, pool="log"), "pool")
+    assert rate(segment, judged, weights_of(0.3, 0.7), "log") == pytest.approx(product)
+    ended = rate(Segment(" abcde", True), judged, weights_of(0.3, 0.7), "log")
     assert ended == pytest.approx(product * 6 / (6 + END_BYTES))
     alone = {0: None, 1: judged[1]}  # one who cannot judge is left out
-    assert rate(segment, alone, weights_of(0.3, 0.7), "pool") == pytest.approx(-1.0)
-    assert rate(segment, {0: None, 1: None}, weights_of(0.3, 0.7), "pool") == -math.inf
+    assert rate(segment, alone, weights_of(0.3, 0.7), "mixture") == pytest.approx(-1.0)
+    assert rate(segment, {0: None, 1: None}, weights_of(0.3, 0.7), "mixture") == -math.inf
     impossible = {0: Judgement(-math.inf, 2), 1: judged[1]}
-    assert rate(segment, impossible, weights_of(0.3, 0.7), "pool") == pytest.approx((math.log(0.7) - 6) / 6)
+    assert rate(segment, impossible, weights_of(0.3, 0.7), "mixture") == pytest.approx((math.log(0.7) - 6) / 6)
     assert rate(segment, impossible, weights_of(0.3, 0.7), "perplexity") < -1e100
-    assert math.isfinite(rate(segment, impossible, weights_of(0.3, 0.7, pool="log"), "pool"))
+    assert math.isfinite(rate(segment, impossible, weights_of(0.3, 0.7), "log"))
 
 
 # One member, identical members
@@ -201,7 +200,7 @@ def test_one_member_writes_what_it_writes_alone(make_member, architecture, token
         assert (cool.text, cool.finish_reason, cool.usage) == (tokens.text, tokens.finish_reason, tokens.usage)
 
 
-@pytest.mark.parametrize("scoring", ["pool", "perplexity"])
+@pytest.mark.parametrize("scoring", ["log", "mixture", "perplexity"])
 def test_identical_members_write_what_one_does_at_no_cost_of_judging(make_member, scoring):
     one = make_member("llama", 5, name="a")
     twins = [one, Member(one.model, one.tokenizer, "b"), Member(one.model, one.tokenizer, "c")]
@@ -325,7 +324,7 @@ def test_a_cache_that_cannot_be_rolled_back_says_so_once(byte_tokenizer, make_me
 
 def test_work_a_round_does_not_grow_with_the_text(make_member):
     members = [make_member("llama", 1), make_member("gpt2", 2, "words"), make_member("gemma", 3, "words", "gemma-3")]
-    fused = team(members, PROMPTS[0])
+    fused = team(members, PROMPTS[0], scoring="mixture")  # under which none of them ends early
     before = [(m.forwards, m.tokens) for m in members]
     emitted = rounds = 0
     for segment in fused.write(150):
@@ -597,17 +596,17 @@ def test_rerank_across_vocabularies_is_score_per_byte(two):
         two.score(PROMPTS[0], [" Paris" * 300])
 
 
-@pytest.mark.parametrize("pool", ["linear", "log"])
-def test_cool_rerank_takes_the_best_answer(two, pool):
-    options = {"pool": pool, "max_tokens": 10}
+@pytest.mark.parametrize("scoring", ["mixture", "log"])
+def test_cool_rerank_takes_the_best_answer(two, scoring):
+    options = {"scoring": scoring, "max_tokens": 10}
     answers = [two.generate(PROMPTS[0], **options)]
     answers += [Pack([m], max_tokens=10).generate(PROMPTS[0]) for m in two.members]
     assert all(answer.finish_reason == "length" for answer in answers)
     judges = {k: writer_of(member, PROMPTS[0]) for k, member in enumerate(two.members)}
     segments = [Segment(answer.text) for answer in answers]
     judged = {k: writer.judge(segments) for k, writer in judges.items()}
-    weights = weights_of(0.5, 0.5, pool=pool)
-    ratings = [rate(s, {k: judged[k][i] for k in judged}, weights, "pool") for i, s in enumerate(segments)]
+    weights = weights_of(0.5, 0.5)
+    ratings = [rate(s, {k: judged[k][i] for k in judged}, weights, scoring) for i, s in enumerate(segments)]
     best = answers[ratings.index(max(ratings))]
     chunks = list(two.stream(PROMPTS[0], decoding="cool+rerank", **options))
     assert [chunk.text for chunk in chunks] == [best.text]

@@ -62,9 +62,9 @@ class OptionFields(BaseModel):
     draft_tokens: Count | None = Field(None, ge=1)
     """Token by token: how many tokens the top member is ahead of the others, which read them in one pass. None: as
     many as pay; 1: all members take every step together. The answers are the same, or distributed the same."""
-    scoring: Literal["pool", "perplexity"] = "pool"
-    """How `cool` rates segments. pool: likelihood per byte under the weights and their pool; perplexity: average
-    perplexity per token, every member counting alike (the paper's)."""
+    scoring: Literal["log", "mixture", "perplexity"] = "log"
+    """How `cool` rates segments. log, mixture: likelihood per byte under the weights, in the log or the linear pool;
+    perplexity: average perplexity per token, every member counting alike (the paper's)."""
     align: bool = True
     """`cool`: segments end at word boundaries of all tokenizers (False: of their author's alone)."""
     chat_template: bool = False

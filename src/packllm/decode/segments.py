@@ -20,7 +20,7 @@ log = logging.getLogger("packllm")
 END_BYTES = 4
 """What the end of an answer counts for in a likelihood per byte: about as much as one token."""
 
-Scoring = Literal["pool", "perplexity"]
+Scoring = Literal["log", "mixture", "perplexity"]
 T = TypeVar("T")
 
 
@@ -44,7 +44,7 @@ class Writers:
     """
 
     def __init__(
-        self, writers: dict[int, Writer], row: Row, scoring: Scoring = "pool", align: bool = True, drop: bool = False
+        self, writers: dict[int, Writer], row: Row, scoring: Scoring = "log", align: bool = True, drop: bool = False
     ) -> None:
         self._writers, self._row = writers, row
         self._scoring: Scoring = scoring
@@ -156,7 +156,7 @@ def rate(segment: Segment, judgements: dict[int, Judgement | None], weights: Wei
 
     perplexity (Cool-Fusion Eq. 2 and 3, with the 1/n that Eq. 2 lacks): −mean over members of exp(−log p_k(s)/n_k),
     n_k the tokens that member k has for it.
-    pool: log Σ λ_k p_k(s) (linear), or Σ λ_k log p_k(s) (log), per byte of s.
+    mixture: log Σ λ_k p_k(s) per byte of s. log: Σ λ_k log p_k(s) per byte of s.
 
     Members that cannot judge it are left out, and the others' weights renormalised.
 
@@ -170,7 +170,7 @@ def rate(segment: Segment, judgements: dict[int, Judgement | None], weights: Wei
         return -math.fsum(math.exp(min(-j.logprob / max(j.tokens, 1), 700.0)) for j in able.values()) / len(able)
     total = math.fsum(weights.values[k] for k in able)
     parts = [(weights.values[k] / total, max(j.logprob, -1e30)) for k, j in able.items()]
-    if weights.pool == "linear":
+    if scoring == "mixture":
         peak = max(logprob for _, logprob in parts)
         fused = peak + math.log(math.fsum(weight * math.exp(logprob - peak) for weight, logprob in parts))
     else:
