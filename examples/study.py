@@ -240,15 +240,16 @@ def study_report(args: argparse.Namespace) -> None:
         entries = tables.lm_table(found, best_of=FIVE)
         write(args.out, "lm_by_corpus", report.grid(entries), [])
         write(args.out, "lm", report.markdown(entries, report.LM, True), entries)
-        defaults = [
-            entry for entry in tables.lm_table(found, base="em", best_of=FIVE) if entry.corpus == tables.AVERAGE
-        ]
-        write(args.out, "defaults", report.markdown(defaults, report.LM, True, "em"), defaults)
         rows_ = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
         text = "| method | passes of one member |\n|---|---|\n" + "\n".join(rows_)
         write(args.out, "cost", text + "\n", [])
         report.plot_scores(args.out / "lm.png", entries, "bits/byte", tables.AVERAGE)
         report.plot_weights(args.out / "weights.png", entries, "em")
+    if (path := args.data / "records" / "corpora.jsonl").exists():
+        found = records.read(path)
+        write(args.out, "corpora_by_corpus", report.grid(tables.lm_table(found, best_of=FIVE)), [])
+        entries = [entry for entry in tables.lm_table(found, base="em", best_of=FIVE) if entry.corpus == tables.AVERAGE]
+        write(args.out, "corpora", report.markdown(entries, report.LM, True, "em"), entries)
     if (path := args.data / "records" / "mined.jsonl").exists():
         entries = tables.lm_table(records.read(path))
         write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
