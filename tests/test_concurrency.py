@@ -102,9 +102,12 @@ class Crowd:
 
 
 @pytest.fixture(scope="module")
-def shared_pack(make_member: Callable[..., Member]) -> Pack:
+def shared_pack(make_member: Callable[..., Member]) -> Iterator[Pack]:
+    """Callers reuse each other's prompts, short as these are."""
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
-    return Pack(members, max_tokens=TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("packllm.prefix.MINIMUM", 4)
+        yield Pack(members, max_tokens=TOKENS)
 
 
 def options_of(number: int) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def alone(shared_pack: Pack) -> dict[tuple[bool, str, int], str]:
 def test_eight_threads(shared_pack: Pack, alone: dict[tuple[bool, str, int], str]) -> None:
     faces = [kind(shared_pack) for kind in FACES]
     start, crowd = Alive.now(shared_pack), Crowd()
+    reused = shared_pack.prefixes.stats.hits
     ready = threading.Barrier(8)
 
     def caller(thread: int) -> None:
@@ -164,6 +168,7 @@ def test_eight_threads(shared_pack: Pack, alone: dict[tuple[bool, str, int], str
     assert not any(thread.is_alive() for thread in threads), "deadlock: see the stacks above"
     assert crowd.wrong == []
     assert set(crowd.done) == {"ask", "stream", "break", "batch", "weigh"}
+    assert shared_pack.prefixes.stats.hits > reused
     assert settled(start, shared_pack) == start
 
 
@@ -171,6 +176,7 @@ async def test_thirty_two_tasks(shared_pack: Pack, alone: dict[tuple[bool, str, 
     faces = [kind(shared_pack) for kind in FACES]
     await faces[0].aask(PROMPTS[0])  # the loop's own thread pool stays for the next calls
     start, crowd = Alive.now(shared_pack), Crowd()
+    reused = shared_pack.prefixes.stats.hits
 
     async def caller(task: int) -> None:
         dice = random.Random(100 + task)
@@ -198,6 +204,7 @@ async def test_thirty_two_tasks(shared_pack: Pack, alone: dict[tuple[bool, str, 
         await asyncio.gather(*[caller(task) for task in range(32)])
     assert crowd.wrong == []
     assert set(crowd.done) == {"ask", "stream", "break", "cancel"}
+    assert shared_pack.prefixes.stats.hits > reused
     assert await asyncio.to_thread(settled, start, shared_pack) == start
     assert faces[0].ask(PROMPTS[0]) == alone[faces[0].chat, PROMPTS[0], 0]
 
