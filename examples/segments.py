@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from packllm import Pack
-from packllm.decode.segments import Scoring, rate
+from packllm.decode.segments import rate
 from packllm.decode.writer import Segment, Writer
 from packllm.evaluate import records, rows
+from packllm.options import Scoring
 from packllm.sampling import Greedy
+
+RULES = get_args(Scoring)
 
 PLACES = 40
 """Most places of a document."""
@@ -69,9 +72,6 @@ def _read(pack: Pack, text: str) -> dict[str, Any]:
                 writer.accept(Segment(words[at]))
     chances = {name: counts[name] for name in [*RULES, *(m.name for m in pack.members)]}
     return {"places": len(places), "differ": counts["differ"], "decided": counts["decided"], "right": chances}
-
-
-RULES = get_args(Scoring)
 
 
 def table(found: list[dict[str, Any]]) -> str:

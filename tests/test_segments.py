@@ -18,7 +18,7 @@ from test_pack import broken, fail, to_nan
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, Qwen3NextConfig
 
-from packllm import ContextOverflowError, Member, MemberError, Pack, VocabularyError
+from packllm import ContextOverflowError, Member, MemberError, OptionError, Pack, VocabularyError
 from packllm.decode.boundaries import common_boundaries, inside_character
 from packllm.decode.segments import END_BYTES, Writers, rate
 from packllm.decode.tokens import Row
@@ -52,9 +52,9 @@ def says(member: Member, text: str):
     return lambda logprobs: next(ids, min(member.end_ids))
 
 
-def weights_of(*values: float, pool: str = "linear") -> Weights:
+def weights_of(*values: float) -> Weights:
     names = tuple(f"m{k}" for k in range(len(values)))
-    return Weights(values, names, pool, (None,) * len(values), "byte", "fixed")
+    return Weights(values, names, "linear", (None,) * len(values), "byte", "fixed")
 
 
 def team(members, prompt, values=None, **options) -> Writers:
@@ -561,6 +561,15 @@ def test_members_below_zero_judge_and_do_not_write(make_member):
     pack = Pack(members, weighting={"base": 1.5, "anti": -0.5}, pool="log", max_tokens=10)
     alone = Pack(members[:1], max_tokens=10).generate(PROMPTS[0])
     assert pack.generate(PROMPTS[0]).text == alone.text  # there is one author
+
+
+def test_a_mixture_of_negative_weights_is_refused(make_member):
+    members = [make_member("llama", 0, name="one"), make_member("gpt2", 1, "words", name="two")]
+    members.append(make_member("llama", 2, name="anti"))
+    pack = Pack(members, weighting={"one": 1.0, "two": 1.0, "anti": -1.0}, pool="log", max_tokens=10)
+    assert pack.generate(PROMPTS[0]).text
+    with pytest.raises(OptionError, match="scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'"):
+        pack.generate(PROMPTS[0], scoring="mixture")
 
 
 # Whole texts

@@ -28,9 +28,8 @@ class Adapters:
     def __init__(self, base: Any) -> None:
         self._base, self._count = base, 0
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
-        self._plan: list[tuple[slice, slice]] = []
-        self._chosen: tuple[int | None, ...] = ()
-        self._parts: dict[str, list[_Part]] = {}
+        self._cut: tuple[tuple[int | None, ...], dict[str, list[_Part]]] = (), {}  # as use() was last asked for
+        self._parts: dict[str, list[_Part]] = {}  # of the use() that is open
 
     def attach(self, factors: Factors) -> int:
         """Add an adapter; its index.
@@ -50,7 +49,7 @@ class Adapters:
         for name in {**self._stacks, **factors}:
             self._stacks[name] = self._grown(name, factors.get(name))
         self._count += 1
-        self._parts = {}
+        self._cut = (), {}
         return self._count - 1
 
     def _grown(self, name: str, added: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -76,20 +75,23 @@ class Adapters:
     @contextmanager
     def use(self, chosen: Sequence[int | None]) -> Iterator[None]:
         """While this is open, row r of a batch runs with adapter chosen[r], or with none."""
-        self._plan = _plan(chosen)
-        if self._chosen != tuple(chosen):
-            self._chosen, self._parts = tuple(chosen), {}
+        if self._cut[0] != tuple(chosen):  # kept from step to step: slicing costs as much as a step's small products
+            self._cut = tuple(chosen), self._cuts(_plan(chosen))
+        self._parts = self._cut[1]
         try:
             yield
         finally:
-            self._plan = []
+            self._parts = {}
+
+    def _cuts(self, plan: list[tuple[slice, slice]]) -> dict[str, list[_Part]]:
+        return {
+            name: [(rows, each.stop - each.start, downs[each], ups[each]) for rows, each in plan]
+            for name, (downs, ups) in self._stacks.items()
+        }
 
     def update(self, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         """A module's outputs (B, n, out) for inputs (B, n, in), with each row's own update."""
-        if name not in self._parts:  # kept from step to step: at one token a row, slicing costs as much as a product
-            downs, ups = self._stacks[name]
-            self._parts[name] = [(rows, each.stop - each.start, downs[each], ups[each]) for rows, each in self._plan]
-        for rows, count, down, up in self._parts[name]:
+        for rows, count, down, up in self._parts.get(name, ()):
             part = inputs[rows].reshape(count, -1, inputs.shape[-1])
             outputs[rows].view(count, -1, outputs.shape[-1]).baddbmm_(torch.bmm(part, down), up)
         return outputs
@@ -110,9 +112,7 @@ class _Hook:
         self._adapters, self._name = adapters, name
 
     def __call__(self, module: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
-        if self._adapters is None or not self._adapters._plan:
-            return outputs
-        return self._adapters.update(self._name, inputs[0], outputs)
+        return outputs if self._adapters is None else self._adapters.update(self._name, inputs[0], outputs)
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return _Hook(None, self._name)

@@ -13,7 +13,7 @@ from packllm.decode.segments import Writers
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.tokens import Ensemble, Row
 from packllm.decode.writer import Writer
-from packllm.errors import VocabularyError
+from packllm.errors import OptionError, VocabularyError
 from packllm.request import Request
 from packllm.results import Chunk, FinishReason, Usage
 from packllm.sampling import make_sampler
@@ -91,6 +91,8 @@ def _by_segments(request: Request, index: int) -> bool:
 def _segments(request: Request, index: int, row: Row, started: float) -> Generator[Chunk, None, None]:
     """One prompt's answer by Cool-Fusion; `row` as in Ensemble."""
     options, running = request.options, request.running(index)
+    if options.scoring == "mixture" and min(row.weights.values) < 0:
+        raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
     top = max(running, key=lambda k: row.weights.values[k])
     drop = options.on_member_error == "drop"
 

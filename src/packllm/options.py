@@ -20,6 +20,7 @@ def _no_bool(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
+Scoring = Literal["log", "mixture", "perplexity"]
 
 
 class OptionFields(BaseModel):
@@ -62,7 +63,7 @@ class OptionFields(BaseModel):
     draft_tokens: Count | None = Field(None, ge=1)
     """Token by token: how many tokens the top member is ahead of the others, which read them in one pass. None: as
     many as pay; 1: all members take every step together. The answers are the same, or distributed the same."""
-    scoring: Literal["log", "mixture", "perplexity"] = "log"
+    scoring: Scoring = "log"
     """How `cool` rates segments. log, mixture: likelihood per byte under the weights, in the log or the linear pool;
     perplexity: average perplexity per token, every member counting alike (the paper's)."""
     align: bool = True

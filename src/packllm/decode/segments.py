@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from packllm.decode.tokens import Row, without
 from packllm.decode.writer import Judgement, Segment, Writer
 from packllm.errors import MemberError
+from packllm.options import Scoring
 from packllm.results import FinishReason
 from packllm.text import TextStream
 from packllm.weights.result import Weights
@@ -20,7 +21,6 @@ log = logging.getLogger("packllm")
 END_BYTES = 4
 """What the end of an answer counts for in a likelihood per byte: about as much as one token."""
 
-Scoring = Literal["log", "mixture", "perplexity"]
 T = TypeVar("T")
 
 

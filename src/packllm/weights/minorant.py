@@ -9,7 +9,7 @@ them, and ā = E_q a, Jensen's inequality gives
 
     T(λ) = T(λ') E_q exp((λ − λ')·a) ≥ T(λ') exp((λ − λ')·ā) = exp(λ·ā + c),    c = log T(λ') − λ'·ā.
 
-So the kept f is a log-sum-exp of a few hundred terms, convex and nowhere above f, and touches it at λ' with value
+So the kept f is a log-sum-exp of some thousand terms, convex and nowhere above f, and touches it at λ' with value
 and gradient. Each position has a λ' of its own. The mean over positions is minimised in milliseconds, and its
 minimum bounds that of the loss from below.
 """
@@ -111,10 +111,10 @@ class Minorant:
 def _likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Logits (b, count) of likely tokens among (b, V), and their ids: the best of each of `count` groups of ids. Near
     the best `count` of all, which take six times as long to find; any choice makes a bound."""
-    vocabulary = logits.shape[1]
-    groups = pad(logits, (0, -vocabulary % count), value=-torch.inf).view(len(logits), -1, count)
+    groups = pad(logits, (0, -logits.shape[1] % count), value=-torch.inf).view(len(logits), -1, count)
     best, row = groups.max(1)
-    return best, (row * count + torch.arange(count, device=row.device)).clamp_max(vocabulary - 1)
+    row.masked_fill_(best.isneginf(), 0)  # where all are impossible, the padding is no better
+    return best, row * count + torch.arange(count, device=row.device)
 
 
 def _combine(values: Tensor, weights: np.ndarray) -> Tensor:
