@@ -60,7 +60,10 @@ def test_one_head_gives_loss_and_gradient_in_two_products(relatives) -> None:
     one, general, targets = sources(relatives)
     positions = torch.arange(len(targets)).flip(0)
     weights = np.array([0.6, 0.4])
-    parts = list(one.gradients(weights, positions, targets, [0, 2]))
+    parts = [
+        (loss, gradient(torch.arange(len(loss)).flip(0)).flip(1))  # any rows, in any order
+        for loss, gradient in one.losses(weights, positions, targets, [0, 2])
+    ]
     losses, gradients = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], dim=1)
     logits = torch.cat([block.clone() for _, block in general.blocks(torch.arange(len(targets)), [0, 2])], dim=1)
     logits = logits.double()[:, positions].clamp_min(-1e4)

@@ -637,7 +637,12 @@ def test_the_bound_lies_below_the_loss_and_touches_it(seed: int, members: int, l
     moved = random.dirichlet(np.ones(members))
     gradient = torch.stack([_slow_gradient(logits, targets, i, moved) for i in range(positions)], dim=1)
     losses = torch.tensor([slow_loss(logits[:, [i]], targets[[i]], tuple(moved)) for i in range(positions)])
-    bound.touch(slice(None), losses.float(), gradient.float(), moved)
+    before = bound.losses(slice(None), moved).double()
+    assert (before <= losses + 2e-5).all()
+    for rows in (places[::2].flip(0), places[1::2]):  # in any order, and no others are changed
+        bound.touch(rows, losses[rows].float(), gradient[:, rows].float(), moved)
+        before[rows] = losses[rows]
+        assert torch.allclose(bound.losses(slice(None), moved).double(), before, atol=2e-5)
     touched = bound.expand(moved)
     assert touched.value == pytest.approx(slow_loss(logits, targets, tuple(moved)), abs=2e-5)
     assert touched.gradient == pytest.approx(gradient.mean(1).numpy(), abs=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -100,21 +100,30 @@ class OneHeadSource(SessionSource):
             hidden = self._hidden(part, chosen)
             yield part, self._logits(hidden.flatten(0, 1), buffer).view(len(chosen), len(part), self._size)
 
-    def gradients(
+    def losses(
         self, weights: np.ndarray, positions: Tensor, targets: Tensor, members: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         step = self._step(1)
         buffer = self._buffer(min(step, len(positions)))
         for part in positions.split(step):
             hidden = self._hidden(part, members)
             fused = self._logits(torch.tensordot(torch.from_numpy(weights).to(hidden), hidden, 1), buffer)
-            observed = targets[part].to(self._device)[:, None]
-            score = fused.gather(-1, observed)[:, 0].clone()
+            observed = targets[part].to(self._device)
+            score = fused.gather(-1, observed[:, None])[:, 0].clone()
             peak = fused.amax(-1, keepdim=True)
             chances = fused.sub_(peak).exp_()
             total = chances.sum(-1)
-            # Of h_k · Wᵀ(p − e_x)
-            gradient = (hidden * (chances @ self._matrix / total[:, None] - self._matrix[observed[:, 0]])).sum(-1)
+
+            def gradient(
+                rows: Tensor,
+                hidden: Tensor = hidden,
+                chances: Tensor = chances,
+                total: Tensor = total,
+                observed: Tensor = observed,
+            ) -> Tensor:  # of h_k · Wᵀ(p − e_x)
+                expected = chances[rows] @ self._matrix / total[rows, None]
+                return (hidden[:, rows] * (expected - self._matrix[observed[rows]])).sum(-1)
+
             yield total.log() + peak[:, 0] - score, gradient
 
     def _hidden(self, part: Tensor, members: Sequence[int]) -> Tensor:

@@ -23,8 +23,8 @@ from torch.nn.functional import pad
 
 from packllm.weights.blocks import NOTHING, Expansion, expand, pool
 
-LIKELY = 2048
-"""Most tokens kept of each position: one evaluation of the loss certifies then, on texts of some hundred tokens."""
+LIKELY = 1536
+"""Most tokens kept of each position: on texts of some hundred tokens one evaluation of the loss certifies then."""
 
 TERMS_BYTES = 48 * 2**20
 """Most bytes that the bound of a long text takes; it keeps fewer tokens then, but no fewer than LEAST_LIKELY."""
@@ -65,36 +65,45 @@ class Minorant:
         self._order[here] = part
         terms = self._terms[:, here]
         fused = pool(block, weights)
+        holes = fused.is_cuda or bool(fused.amin() == -torch.inf)  # to look costs a GPU more than to clamp
         logits, likely = _likely(fused, terms.shape[2] - 1)
-        chances = fused.softmax(-1)
-        top, first = logits.max(-1, keepdim=True)
-        loss = (top - chances.gather(-1, likely.gather(-1, first)).log())[:, 0] - _combine(observed, weights)
+        peak = logits.amax(-1, keepdim=True)
+        chances = fused.sub_(peak).exp_()  # each a share of `total`
+        total = chances.sum(-1)
+        loss = total.log() + peak[:, 0] - _combine(observed, weights)
         chances.scatter_(-1, likely, 0.0)
-        block.clamp_(min=NOTHING)  # for 0 · −inf
+        if holes:
+            block.clamp_(min=NOTHING)  # for 0 · −inf
         kept = block.gather(-1, likely.expand(len(block), -1, -1)) - observed[..., None]
         terms[:-1, :, :-1] = kept.masked_fill_(logits.isneginf(), NOTHING)  # also where a weight is 0
         rest = chances.sum(-1)
         mean = torch.bmm(block.transpose(0, 1), chances[..., None])[..., 0].T / rest.clamp_min(1e-30) - observed
-        terms[:-1, :, -1], terms[-1, :, -1] = mean, _constant(mean, rest, loss, weights)
+        terms[:-1, :, -1], terms[-1, :, -1] = mean, _constant(mean, rest / total, loss, weights)
 
-    def touch(self, here: slice, loss: Tensor, gradient: Tensor, weights: np.ndarray) -> None:
-        """Touch the loss at other weights, with the same likely tokens.
+    def losses(self, here: slice, weights: np.ndarray) -> Tensor:
+        """float32 (n,), the bound at `weights` on these positions.
 
         Args:
             here: positions, as indices into `order`.
+        """
+        terms = self._terms[:, here]
+        return _combine(terms.flatten(1), np.append(weights, 1.0)).view(terms.shape[1:]).logsumexp(-1)
+
+    def touch(self, here: Tensor, loss: Tensor, gradient: Tensor, weights: np.ndarray) -> None:
+        """Touch the loss at other weights, with the same likely tokens.
+
+        Args:
+            here: int64 (n,) positions, as indices into `order`.
             loss: float32 (n,), f at `weights` on them.
             gradient: float32 (K, n), E_p a_k with p the pool there.
             weights: the new λ'.
         """
-        terms = self._terms[:, here]
-        kept = terms[:-1, :, :-1]
+        kept, last = self._terms[:-1, here, :-1], self._terms[:, here, -1]
         chances = (_combine(kept.flatten(1), weights).view(kept.shape[1:]) - loss[:, None]).exp_()
         rest = 1 - chances.sum(-1)
         mean = (gradient - torch.einsum("knm,nm->kn", kept, chances)) / rest
-        told = rest > _LEAST
-        constant = _constant(mean, rest, loss, weights)
-        terms[:-1, :, -1] = torch.where(told, mean, terms[:-1, :, -1])
-        terms[-1, :, -1] = torch.where(told, constant, terms[-1, :, -1])
+        fresh = torch.cat((mean, _constant(mean, rest, loss, weights)[None]))
+        self._terms[:, here, -1] = torch.where(rest > _LEAST, fresh, last)
 
     @property
     def order(self) -> Tensor:
@@ -103,7 +112,7 @@ class Minorant:
 
     def expand(self, weights: np.ndarray) -> Expansion:
         """Value, gradient and Hessian of the mean at `weights`."""
-        share = max(1, 2**18 // self._terms[0, 0].numel())
+        share = max(1, 2**16 // self._terms[0, 0].numel())
         whole = expand(self._terms[:, : self._count].split(share, dim=1), np.append(weights, 1.0))
         return Expansion(whole.value, whole.gradient[:-1], whole.hessian[:-1, :-1])
 
@@ -112,7 +121,9 @@ def _likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Logits (b, count) of likely tokens among (b, V), and their ids: the best of each of `count` groups of ids. Near
     the best `count` of all, which take six times as long to find; any choice makes a bound."""
     groups = pad(logits, (0, -logits.shape[1] % count), value=-torch.inf).view(len(logits), -1, count)
-    best, row = groups.max(1)
+    best = groups.amax(1)
+    number = torch.arange(groups.shape[1], dtype=torch.int16, device=best.device)[:, None]
+    row = ((groups == best[:, None]) * number).amax(1).long()  # an argmax takes six times as long
     row.masked_fill_(best.isneginf(), 0)  # where all are impossible, the padding is no better
     return best, row * count + torch.arange(count, device=row.device)
 

@@ -35,11 +35,12 @@ class SharedHeadSource(LogitSource, Protocol):
     """A LogitSource whose members' logits are one matrix times hidden states: s_k = W h_k. Then Σ_k λ_k s_k =
     W Σ_k λ_k h_k and E_p s_k = h_k · Wᵀp, so that two products give what otherwise takes K."""
 
-    def gradients(
+    def losses(
         self, weights: np.ndarray, positions: Tensor, targets: Tensor, members: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         """Pool of `members` under `weights` on the given positions (any order), part by part: float32 (b,), its
-        loss −log p(x), and float32 (len(members), b), the loss's gradient E_p s_k − s_k(x)."""
+        loss −log p(x), and what gives for rows (m,) of them float32 (len(members), m), the loss's gradient
+        E_p s_k − s_k(x), until the next part is asked for."""
         ...
 
 
