@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from packllm import LoadError, Member, Pack
 from packllm.adapters import _plan
+from packllm.evaluate.reading import Reading
 from packllm.load import Loader
+from packllm.weights import Weights
 
 SETTINGS = {
     "llama": [
@@ -63,6 +65,26 @@ def test_rows_of_one_batch_equal_merged_copies(specs):
         assert torch.allclose(session.logprobs[0].exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
     differ = [naive.next_logprobs(twin, ids) for twin in copies]
     assert all((differ[0] - other).abs().max() > 0.05 for other in differ[1:])
+
+
+def test_one_pass_reads_all_options_of_a_question(specs, monkeypatch):
+    together, copies = Loader().members(specs), apart(specs)
+    options = [" the dog", " a", " an index scan of the table"]
+    chosen = [((k,), Weights((1.0,), (m.name,), "linear", (None,), "token", "fixed")) for k, m in enumerate(together)]
+    for room, passes in ((2**26, 1), (1, 3)):  # all together; an option at a time, the second of which takes none
+        monkeypatch.setattr("packllm.evaluate.reading.ROOM_BYTES", room)
+        with Reading(together, [TEXTS[1]]) as reading:
+            before = together[0].engine.forwards
+            found = reading.options(options, chosen)
+            assert together[0].engine.forwards - before == passes - (
+                room == 1 and len(together[0].encoder.continuation(" a")) == 1
+            )
+        for twin, scores in zip(copies, found, strict=True):
+            ids = twin.encoder.encode(TEXTS[1]).ids
+            for option, score in zip(options, scores, strict=True):
+                more = twin.encoder.continuation(option)
+                expected = naive.token_logprobs(twin, [*ids, *more])[-len(more) :].sum()
+                assert score == pytest.approx(float(expected), abs=1e-3)
 
 
 @pytest.mark.parametrize("pool", ["linear", "log"])

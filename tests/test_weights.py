@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from packllm.bench.speed import _naive_weights
 from packllm.errors import MemberError, OptionError, WeightsError
 from packllm.options import make_options
 from packllm.weights import WEIGHTINGS, Problem, Weights, blocks, em, exact, fixed, minorant, solve, weigh
@@ -279,6 +280,14 @@ def test_opt_is_algorithm_1(seed: int, members: int, positions: int) -> None:
     found = solve("opt", logits, targets)
     assert found.values == pytest.approx(slow_opt(logits, targets), abs=1e-9)
     assert found.fused_nll == pytest.approx(slow_loss(logits, targets, found.values), abs=1e-5)
+
+
+def test_the_loop_that_the_benchmark_compares_with_solves_algorithm_1() -> None:
+    found = {seed: slow_opt(*make_problem(seed)) for seed in range(20)}
+    used = {seed: weights for seed, weights in found.items() if min(weights) > 0}  # no early stop: the loop has none
+    assert len(used) >= 5
+    for seed, weights in used.items():
+        assert _naive_weights(*make_problem(seed)) == pytest.approx(weights, abs=1e-6)
 
 
 def test_opt_stops_folding_at_the_first_member_that_does_not_help() -> None:

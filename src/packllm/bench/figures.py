@@ -29,45 +29,35 @@ WEIGHTINGS = ("em", "exact", "opt", "sim", "top1", "map")
 def weighting(report: Report, members: Sequence[Member], text: str, repeat: int) -> None:
     """Seconds that each weighting adds to a prefill that scores, over seconds of a bare prefill.
 
-    The log-pool optimisers read the scores out together with what else they need, so each is timed with a
-    prefill of its own; the others take the scores as they are.
+    The log-pool optimisers read the scores out together with what else they need: what reading the scores alone
+    takes is subtracted. All start from the same passes, whose times vary by more than a weighting takes.
     """
     options = {name: make_options({"weighting": name}) for name in WEIGHTINGS}
     encoded = [member.encoder.encode(text) for member in members]
     spent: dict[str, list[float]] = {}
 
-    def opened() -> list[Session]:
-        return [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
+    def passes() -> tuple[list[Session], list[torch.Tensor | None]]:
+        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
+        return sessions, [prefill(s, [e.positions], True, True)[0] for s, e in zip(sessions, encoded, strict=True)]
 
-    def bare() -> None:
-        for session in opened():
-            session.prefill([[]])
+    def scores(sessions: Sequence[Session]) -> list[torch.Tensor]:
+        return [s.prefill([e.positions], keep=True)[0] for s, e in zip(sessions, encoded, strict=True)]
 
-    def scored(late: bool) -> tuple[list[Session], list[torch.Tensor | None]]:
-        sessions = opened()
-        pairs = zip(sessions, encoded, strict=True)
-        return sessions, [prefill(session, [e.positions], late, late)[0] for session, e in pairs]
-
-    def weighed(name: str) -> None:
-        sessions, logprobs = scored(late=True)
-        weights_of(sessions, 0, encoded, logprobs, options[name])
-
-    bare()  # the first pass over a new length is slower
+    passes()  # the first pass over a new length is slower
     for _ in bar(range(repeat), "Weighting"):
-        timed(spent, "prefill", bare)
-        sessions, logprobs = timed(spent, "prefill_scored", scored, False)
+        sessions, unread = timed(spent, "prefill", passes)
+        logprobs = timed(spent, "scores", scores, sessions)
         for name in WEIGHTINGS:
             with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
                 if find(name).needs_logits:
-                    timed(spent, f"prefill_{name}", weighed, name)
-                    spent.setdefault(name, []).append(spent[f"prefill_{name}"][-1] - spent["prefill_scored"][-1])
+                    timed(spent, f"scores_{name}", weights_of, sessions, 0, encoded, unread, options[name])
+                    spent.setdefault(name, []).append(spent[f"scores_{name}"][-1] - spent["scores"][-1])
                 else:
                     timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
     for name in WEIGHTINGS:
         report.figures[f"weighting.{name}"] = ratio(spent.get(name), spent["prefill"])
+    report.figures["weighting.scoring"] = ratio(spent["scores"], spent["prefill"])
     report.figures["weighting.exact_over_opt"] = ratio(spent.get("exact"), spent.get("opt"))
-    scoring = ratio(spent["prefill_scored"], spent["prefill"])
-    report.figures["weighting.scoring"] = None if scoring is None else scoring - 1
     report.seconds |= {name: median(values) for name, values in spent.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -22,6 +22,9 @@ from packllm.scoring import SessionSource, scored, weights_of
 from packllm.session import Session
 from packllm.weights import Weights
 from packllm.weights.blocks import grid_losses, margins
+
+ROOM_BYTES = 64 * 2**20
+"""Most bytes of logits that one pass over continuations makes."""
 
 
 class Reading:
@@ -133,39 +136,62 @@ class Reading:
         running = [_running(members, weights) for members, weights in chosen]
         results: list[list[float]] = [[] for _ in chosen]
         used = sorted({k for members, _ in running for k in members})
-        normalise = any(w.pool == "log" and len(m) > 1 for (m, _), (_, w) in zip(running, chosen, strict=True))
-        for text in texts:
-            ids = {k: self._members[k].encoder.continuation(text) for k in used}
-            whole = {k: self._continue(k, ids[k]) for k in used}
+        ids = {k: [self._members[k].encoder.continuation(text) for text in texts] for k in used}
+        for at, (text, whole) in enumerate(zip(texts, self._continue(ids), strict=True)):
             parts = {}
             for k in used:
-                observed = whole[k].gather(-1, torch.tensor(ids[k])[:, None])[:, 0].double()
-                starts, ends = offsets(self._members[k].encoder, ids[k], text)
-                parts[k] = Scored(ids[k], starts, ends, list(range(len(ids[k]))), observed)
-                if not normalise:
-                    del whole[k]
+                tokens = ids[k][at]
+                observed = whole[k].gather(-1, torch.tensor(tokens)[:, None])[:, 0].double()
+                starts, ends = offsets(self._members[k].encoder, tokens, text)
+                parts[k] = Scored(tokens, starts, ends, list(range(len(tokens))), observed)
             for result, (members, values), (_, weights) in zip(results, running, chosen, strict=True):
                 common = self._common(members, [parts[k] for k in members])
                 if weights.pool == "log" and len(members) > 1 and common is not None:
                     size = min(whole[k].shape[-1] for k in members)
                     fused = fuse(torch.stack([whole[k][:, :size] for k in members]), values, "log")
-                    target = torch.tensor(ids[members[0]])[:, None]
+                    target = torch.tensor(ids[members[0]][at])[:, None]
                     result.append(float(fused.gather(-1, target).double().sum()))
                     continue
                 result.append(mixture(text, [parts[k] for k in members], common, values))
         return results
 
-    def _continue(self, member: int, ids: Sequence[int]) -> Tensor:
-        """float32 (n, V): the distributions that predict each of the ids after the reading."""
-        session = self._sessions[member]
-        first = session.logprobs[0, None].cpu()
-        if len(ids) == 1:
-            return first
-        fork = session.fork()
+    def _continue(self, ids: dict[int, list[list[int]]]) -> Iterator[dict[int, Tensor]]:
+        """For each of the texts, whose ids every member has, every member's float32 (n, V): what predicts each of the n
+        ids after the reading. Texts, and members of one engine, run as rows of one pass, as many as ROOM_BYTES hold."""
+        longest = max(len(tokens) for texts in ids.values() for tokens in texts)
+        size = max(self._members[k].vocabulary_size for k in ids)
+        step = max(1, ROOM_BYTES // (4 * size * longest * len(ids)))
+        for begin in range(0, len(next(iter(ids.values()))), step):
+            found: dict[int, list[Tensor]] = {}
+            for group in self._alike(ids):
+                found |= self._together({k: ids[k][begin : begin + step] for k in group})
+            for whole in zip(*found.values(), strict=True):
+                yield dict(zip(found, whole, strict=True))
+
+    def _alike(self, members: Iterable[int]) -> list[list[int]]:
+        """Members whose sessions can run as rows of one pass: on one engine, and as far."""
+        groups: dict[Hashable, list[int]] = {}
+        for k in members:
+            session = self._sessions[k]
+            alone = None if session.joinable() else k
+            groups.setdefault((id(session.engine), len(self._encoded[k].ids), alone), []).append(k)
+        return list(groups.values())
+
+    def _together(self, ids: dict[int, list[list[int]]]) -> dict[int, list[Tensor]]:
+        """Of members that _alike put together: what predicts their ids of each text, from one pass."""
+        first = {k: self._sessions[k].logprobs[:1].cpu() for k in ids}
+        width = max(len(tokens) for texts in ids.values() for tokens in texts) - 1
+        if not width:
+            return {k: [first[k]] * len(texts) for k, texts in ids.items()}
+        rows = [tokens[:-1] + [0] * (width + 1 - len(tokens)) for texts in ids.values() for tokens in texts]
+        session = Session.join([self._sessions[k].fork(len(texts)) for k, texts in ids.items()])
         try:
-            return torch.cat((first, fork.extend(torch.tensor([ids[:-1]]))[0].cpu()))
+            after = iter(session.extend(torch.tensor(rows)).cpu())
         finally:
-            fork.close()
+            session.close()
+        return {
+            k: [torch.cat((first[k], next(after)[: len(tokens) - 1])) for tokens in texts] for k, texts in ids.items()
+        }
 
     def _log_pool(
         self, members: Sequence[int], values: Sequence[Sequence[float]], first: int, last: int
