@@ -27,10 +27,10 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "weighting.em": Target("em / prefill", limit=0.01),
-    "weighting.exact": Target("exact / prefill", limit=0.3),
+    "weighting.exact": Target("exact / prefill", limit=0.15),
     "weighting.exact_over_opt": Target("exact / opt", limit=1.0),
     "weighting.opt": Target("opt / prefill"),
-    "weighting.map": Target("map / prefill"),
+    "weighting.map": Target("map / prefill", limit=0.15),
     "weighting.sim": Target("sim / prefill"),
     "weighting.top1": Target("top1 / prefill"),
     "weighting.scoring": Target("reading out the scores / prefill without"),

@@ -175,5 +175,8 @@ def chosen(block: Tensor, targets: Tensor) -> Tensor:
 
 def normalisers(block: Tensor) -> Tensor:
     """log Σ_v exp s_k(v) of logits (K, b, V): float32 (K, b), NaN where that is not finite."""
-    sums = torch.stack([logits.logsumexp(-1) for logits in block])
-    return sums.masked_fill_(~sums.isfinite(), torch.nan)
+    peak = block.amax(-1, keepdim=True)
+    scratch = torch.empty_like(block[0])  # logsumexp takes a fresh one each time, and twice as long
+    sums = [torch.sub(logits, top, out=scratch).exp_().sum(-1) for logits, top in zip(block, peak, strict=True)]
+    found = torch.stack(sums).log_() + peak[..., 0]
+    return found.masked_fill_(~found.isfinite(), torch.nan)
