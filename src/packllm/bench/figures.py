@@ -51,13 +51,15 @@ def weighting(report: Report, members: Sequence[Member], text: str, repeat: int)
             with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
                 if find(name).needs_logits:
                     timed(spent, f"scores_{name}", weights_of, sessions, 0, encoded, unread, options[name])
-                    spent.setdefault(name, []).append(spent[f"scores_{name}"][-1] - spent["scores"][-1])
                 else:
                     timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
+    added = {name: spent[name] for name in WEIGHTINGS if name in spent}
     for name in WEIGHTINGS:
-        report.figures[f"weighting.{name}"] = ratio(spent.get(name), spent["prefill"])
+        if whole := spent.get(f"scores_{name}"):
+            added[name] = [a - b for a, b in zip(whole, spent["scores"], strict=True)]
+        report.figures[f"weighting.{name}"] = ratio(added.get(name), spent["prefill"])
     report.figures["weighting.scoring"] = ratio(spent["scores"], spent["prefill"])
-    report.figures["weighting.exact_over_opt"] = ratio(spent.get("exact"), spent.get("opt"))
+    report.figures["weighting.exact_over_opt"] = ratio(added.get("exact"), added.get("opt"))
     report.seconds |= {name: median(values) for name, values in spent.items()}
 
 
