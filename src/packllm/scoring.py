@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -113,18 +114,12 @@ class OneHeadSource(SessionSource):
             peak = fused.amax(-1, keepdim=True)
             chances = fused.sub_(peak).exp_()
             total = chances.sum(-1)
+            yield total.log() + peak[:, 0] - score, partial(self._gradient, hidden, chances, total, observed)
 
-            def gradient(
-                rows: Tensor,
-                hidden: Tensor = hidden,
-                chances: Tensor = chances,
-                total: Tensor = total,
-                observed: Tensor = observed,
-            ) -> Tensor:  # of h_k · Wᵀ(p − e_x)
-                expected = chances[rows] @ self._matrix / total[rows, None]
-                return (hidden[:, rows] * (expected - self._matrix[observed[rows]])).sum(-1)
-
-            yield total.log() + peak[:, 0] - score, gradient
+    def _gradient(self, hidden: Tensor, chances: Tensor, total: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
+        """Of h_k · Wᵀ(p − e_x), with p = chances / total."""
+        expected = chances[rows] @ self._matrix / total[rows, None]
+        return (hidden[:, rows] * (expected - self._matrix[observed[rows]])).sum(-1)
 
     def _hidden(self, part: Tensor, members: Sequence[int]) -> Tensor:
         """(len(members), b, d), what the head reads at the scored positions."""

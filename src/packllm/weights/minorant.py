@@ -65,7 +65,7 @@ class Minorant:
         self._order[here] = part
         terms = self._terms[:, here]
         fused = pool(block, weights)
-        holes = fused.is_cuda or bool(fused.amin() == -torch.inf)  # to look costs a GPU more than to clamp
+        holes = fused.device.type != "cpu" or bool(fused.amin() == -torch.inf)  # a GPU would have to wait for the look
         logits, likely = _likely(fused, terms.shape[2] - 1)
         peak = logits.amax(-1, keepdim=True)
         chances = fused.sub_(peak).exp_()  # each a share of `total`
