@@ -12,14 +12,63 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer that attends to all that was read, with room to spare: what is appended does not move what is there.
+
+    Keys and values are the beginning of larger tensors. Tokens that another cache may share are never written over.
+
+    Attributes:
+        shared: how many first tokens another cache may share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = 0
+        self._rooms: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, n, d) keys and values; all of them, (B, heads, N, d)."""
+        before = self.get_seq_length()
+        if self.keys is None or self.values is None or not before:
+            return super().update(key_states, value_states)
+        after = before + key_states.shape[-2]
+        if self._rooms is None or not self._fits(self._rooms[0], before, after):
+            size = after + after // 8 + 64  # in proportion, so that a token is copied a bounded number of times
+            self._rooms = _moved(self.keys, size), _moved(self.values, size)
+            self.shared = 0
+        for room, added in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., before:after, :] = added
+        self.keys, self.values = (room[..., :after, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def _fits(self, room: Tensor, before: int, after: int) -> bool:
+        """Whether there is space, and the keys still begin there: crop() leaves them, reorder_cache() does not."""
+        there = self.keys is not None and self.keys.data_ptr() == room.data_ptr()
+        return there and self.shared <= before and after <= room.shape[-2]
+
+    def twin(self) -> RoomyLayer:
+        """A layer of its own that shares what was read so far."""
+        self.shared = max(self.shared, self.get_seq_length())
+        twin = copy.copy(self)
+        twin._rooms = None
+        return twin
+
+
+def new(config: Any) -> DynamicCache:
+    """An empty cache for a model of this configuration."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def is_full(cache: DynamicCache) -> bool:
     """Whether every layer attends to all that was read."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
 def is_plain(cache: DynamicCache) -> bool:
-    """Whether the layers hold keys and values alone, in tensors that they replace and never write into."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    """Whether the layers hold keys and values alone, and never write over what another cache shares."""
+    return all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def index(rows: Sequence[int]) -> Any:
@@ -37,7 +86,7 @@ def take(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
         twin.reorder_cache(torch.LongTensor(rows))  # also where layers keep a running state
         return twin
     chosen = index(rows)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    twin.layers = _twins(cache)
     for layer in _filled(twin):
         layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
     return twin
@@ -46,7 +95,7 @@ def take(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
 def join(caches: Sequence[DynamicCache]) -> DynamicCache:
     """One cache with the rows of several plain ones that have read equally much."""
     whole = copy.copy(caches[0])
-    whole.layers = [copy.copy(layer) for layer in whole.layers]
+    whole.layers = _twins(whole)
     for layer, *parts in zip(_filled(whole), *map(_filled, caches), strict=True):
         layer.keys = torch.cat([part.keys for part in parts])
         layer.values = torch.cat([part.values for part in parts])
@@ -80,6 +129,16 @@ def tensors(cache: DynamicCache) -> Iterator[Tensor]:
     for layer in cache.layers:
         for held in vars(layer).values():
             yield from (part for part in (held.values() if isinstance(held, dict) else [held]) if torch.is_tensor(part))
+
+
+def _moved(states: Tensor, size: int) -> Tensor:
+    room = states.new_empty((*states.shape[:-2], size, states.shape[-1]))
+    room[..., : states.shape[-2], :] = states
+    return room
+
+
+def _twins(cache: DynamicCache) -> list[Any]:
+    return [layer.twin() if isinstance(layer, RoomyLayer) else copy.copy(layer) for layer in cache.layers]
 
 
 def _filled(cache: DynamicCache) -> list[Any]:

@@ -52,7 +52,7 @@ class Session:
         if min(self._lengths) < width:
             columns = torch.arange(width, device=device)
             self._mask = (columns >= width - torch.tensor(self._lengths, device=device)[:, None]).long()
-        self._cache: DynamicCache | None = DynamicCache(config=self.engine.model.config)
+        self._cache: DynamicCache | None = kv.new(self.engine.model.config)
         self._seen, self._recording = 0, False
         self._hidden: Tensor | None = None
         self._scored: list[Tensor] = []
