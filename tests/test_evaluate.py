@@ -343,6 +343,23 @@ def test_generation_is_the_packs(pack, tmp_path):
     assert [e.method for e in tables.generate_table([record])] == ["em", "top1"]
 
 
+def test_questions_answered_together_are_answered_as_alone(make_pack, tmp_path):
+    asked = [Question(f"q{n}", "sums", f"{'1 + ' * n}{n}?", (), "4") for n in (1, 9, 3, 12, 5)]
+    long = Question("long", "sums", "so " * 2000, (), "4")
+    alone, together = make_pack(batch_size=1), make_pack(batch_size=4)
+    passes = [0]
+    runs = []
+    for pack, path in ((together, "4.jsonl"), (alone, "1.jsonl")):
+        runs.append(generate.evaluate(pack, asked, tmp_path / path, methods=["em", "top1"], max_tokens=12))
+        passes.append(sum(member.forwards for member in pack.members) - sum(passes))
+    found, expected = runs
+    assert passes[1] < passes[2] / 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [m["text"] for m in ours["methods"].values()] == [m["text"] for m in theirs["methods"].values()]
+    mixed = generate.evaluate(together, [*asked[:2], long], tmp_path / "m.jsonl", methods=["em"], max_tokens=12)
+    assert [("left_out" in record) for record in mixed] == [False, False, True]
+
+
 # Records
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from packllm.errors import OptionError, PackError
 from packllm.evaluate.methods import Method, ready
-from packllm.evaluate.records import run
+from packllm.evaluate.records import run_together
 from packllm.evaluate.rows import Question
 from packllm.pack import Pack
 
@@ -47,7 +47,8 @@ def evaluate(
     max_tokens: int = 256,
     notes: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """A record of each question: what every method wrote, greedily, and whether it is right.
+    """A record of each question: what every method wrote, greedily, and whether it is right. As many questions as
+    the pack's `batch_size` are answered together.
 
     Args:
         pack: the members; its options are the methods' defaults.
@@ -57,8 +58,8 @@ def evaluate(
         max_tokens: most tokens of an answer; it also ends before the next "Question:".
 
     Returns:
-        Records: id, corpus, `answer`, `methods` {label: {"text", "right", "weights", "tokens", "seconds"}}; or
-        `left_out`, the reason.
+        Records: id, corpus, `answer`, `methods` {label: {"text", "right", "weights", "tokens", "seconds"}}, the
+        seconds those of a batch divided by its questions; or `left_out`, the reason.
     """
     checked = ready(pack, methods)
     packs = {m.label: Pack([pack.members[k] for k in m.members]) for m in checked}
@@ -72,25 +73,31 @@ def evaluate(
         **(notes or {}),
     }
 
-    def work(question: Question) -> dict[str, Any]:
-        prompt, wanted, found = prompt_of(question, shots), final_answer(str(question.answer)), {}
+    def work(group: Sequence[Question]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = [
+            {"answer": final_answer(str(question.answer)), "methods": {}} for question in group
+        ]
         for method in checked:
             options = method.options.model_dump(exclude_unset=True)
             options.update(max_tokens=max_tokens, stop=("\nQuestion:", "\n\n"))
             started = time.perf_counter()
             try:
-                answer = packs[method.label].generate(prompt, **options)
+                answers = packs[method.label].generate_batch([prompt_of(each, shots) for each in group], **options)
             except OptionError:
                 raise
-            except PackError as error:
-                return {"left_out": f"{method.label}: {error}"}
-            found[method.label] = {
-                "text": answer.text,
-                "right": final_answer(answer.text) == wanted,
-                "weights": dict(zip(answer.weights.names, answer.weights.values, strict=True)),
-                "tokens": answer.usage.completion_tokens,
-                "seconds": time.perf_counter() - started,
-            }
-        return {"answer": wanted, "methods": found}
+            except PackError as error:  # of one of them: which one shows where each is alone
+                if len(group) == 1:
+                    return [{"left_out": f"{method.label}: {error}"}]
+                return [record for question in group for record in work([question])]
+            seconds = (time.perf_counter() - started) / len(group)
+            for record, answer in zip(found, answers, strict=True):
+                record["methods"][method.label] = {
+                    "text": answer.text,
+                    "right": final_answer(answer.text) == record["answer"],
+                    "weights": dict(zip(answer.weights.names, answer.weights.values, strict=True)),
+                    "tokens": answer.usage.completion_tokens,
+                    "seconds": seconds,
+                }
+        return found
 
-    return run(questions, work, path, header, "Questions")
+    return run_together(questions, pack.options.batch_size, work, path, header, "Questions")

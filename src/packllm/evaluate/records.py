@@ -90,10 +90,26 @@ def run(
     rows: Sequence[Row], work: Callable[[Row], dict[str, Any]], path: Path, header: dict[str, Any], name: str
 ) -> list[dict[str, Any]]:
     """A record of each row, in order: those on disk as they are, the others worked out and filed, with a bar."""
+    return run_together(rows, 1, lambda group: [work(group[0])], path, header, name)
+
+
+def run_together(
+    rows: Sequence[Row],
+    size: int,
+    work: Callable[[Sequence[Row]], list[dict[str, Any]]],
+    path: Path,
+    header: dict[str, Any],
+    name: str,
+) -> list[dict[str, Any]]:
+    """The same where up to `size` rows are worked out at a time."""
     with Records(path, header) as records:
-        for row in tqdm(rows, desc=name, unit="row", disable=None):
-            if row.id not in records.rows:
-                records.add({"id": row.id, "corpus": row.corpus, **work(row)})
+        missing = [row for row in rows if row.id not in records.rows]
+        with tqdm(total=len(rows), initial=len(rows) - len(missing), desc=name, unit="row", disable=None) as bar:
+            for start in range(0, len(missing), size):
+                group = missing[start : start + size]
+                for row, record in zip(group, work(group), strict=True):
+                    records.add({"id": row.id, "corpus": row.corpus, **record})
+                bar.update(len(group))
         return [records.rows[row.id] for row in rows]
 
 
