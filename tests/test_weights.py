@@ -658,6 +658,17 @@ def test_the_bound_lies_below_the_loss_and_touches_it(seed: int, members: int, l
     assert bound.expand(at).value <= slow_loss(logits, targets, tuple(at)) + 2e-5
 
 
+@given(seeds, st.integers(1, 40))
+@few
+def test_gradients_are_taken_at_the_fewest_positions_that_leave_little(seed: int, positions: int) -> None:
+    slack = np.random.default_rng(seed).exponential(1e-4, positions).astype(np.float32)
+    rows = exact._loosest(torch.from_numpy(slack)).tolist()
+    assert slack[rows].min() >= np.delete(slack, rows).max(initial=0.0)
+    left = math.fsum(np.delete(slack, rows).tolist())
+    assert left <= exact.LEFT * positions + 1e-8
+    assert len(rows) == 1 or left + slack[rows].min() > exact.LEFT * positions - 1e-8
+
+
 def _slow_gradient(logits: Tensor, targets: Tensor, position: int, weights: np.ndarray) -> Tensor:
     """float64 (K,): E_p s_k − s_k(x) at one position."""
     said = logits[:, position].double()
