@@ -211,6 +211,7 @@ def study_choice(args: argparse.Namespace) -> None:
     ]
     methods = [method(label, weighting, FIVE) for label, weighting in specs]
     methods += [method("sim τ=1", "sim", FIVE, tau=1.0), method("uniform, linear", "uniform", FIVE, pool="linear")]
+    methods.append(method("em, log pool", "em", FIVE, pool="log"))
     for task, shots in (*((task, 0) for task in TASKS), ("mmlu_stem", 5)):
         found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
         drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)

@@ -471,6 +471,16 @@ def test_tables_by_hand():
     assert "Helps: a." in text
 
 
+def test_an_average_is_over_all_corpora_or_none():
+    found = [made_up("x", {"a": 90.0, "b": 50.0, "em": 60.0}), made_up("y", {"a": 90.0, "b": 50.0, "em": 60.0})]
+    del found[1]["prompts"]["32"]["methods"]["em without a"]
+    labels = {e.corpus: set() for e in tables.lm_table(found)}
+    for entry in tables.lm_table(found):
+        labels[entry.corpus].add(entry.method)
+    assert labels["x"] - labels[tables.AVERAGE] == {"em without a"}
+    assert labels["y"] == labels[tables.AVERAGE]
+
+
 def test_reports_are_written_with_plots(pack, tmp_path):
     pytest.importorskip("matplotlib")
     found = lm.evaluate(pack, documents(4), tmp_path / "r.jsonl", methods=["em", "top1"], prompts=("4", "16"))

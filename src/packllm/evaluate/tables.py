@@ -165,10 +165,14 @@ def _references(entries: Sequence[Entry], rows: Records, best: str) -> list[Entr
 
 
 def _averages(entries: Sequence[Entry]) -> list[Entry]:
-    """Means over corpora, each counted alike; the corpora are independent, so half-widths add in squares."""
+    """Means over corpora, each counted alike, of the methods that all have; the corpora are independent, so
+    half-widths add in squares."""
     found = []
+    count = len({entry.corpus for entry in entries})
     for label in dict.fromkeys(entry.method for entry in entries):
         parts = [entry for entry in entries if entry.method == label]
+        if len(parts) < count:
+            continue
         more = [entry.more for entry in parts if entry.more is not None]
         deltas = [entry.against.difference for entry in parts if entry.against is not None]
         # Where a method is what it would be compared with, the difference is 0 and certain.
