@@ -217,7 +217,9 @@ def study_choice(args: argparse.Namespace) -> None:
         drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)
         told = choice.examples(found, drawn, shots, 0) if shots else None
         path = args.data / "records" / "choice" / f"{task}-{shots}.jsonl"
-        choice.evaluate(pack, drawn, path, methods=methods, template=TEMPLATE.get(task, "choices"), shots=told)
+        # opt reads all logits of the examples again for each member that it folds in.
+        chosen = [m for m in methods if not shots or m.label != "opt"]
+        choice.evaluate(pack, drawn, path, methods=chosen, template=TEMPLATE.get(task, "choices"), shots=told)
 
 
 def study_generate(args: argparse.Namespace) -> None:

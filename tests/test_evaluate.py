@@ -305,6 +305,30 @@ def test_choice_by_hand(pack, tmp_path):
     assert not choice.right(record, [-5.1, -7, -13.1])
 
 
+def test_worked_examples_are_read_once_a_subject(make_pack, tmp_path):
+    shots = {
+        subject: [Question(f"{subject}{n}", "quiz", f"{said} " * 9 + f"{n}?", ("yes", "no"), 0) for n in range(2)]
+        for subject, said in (("law", "Who may sue"), ("sums", "How many are"))
+    }
+    asked = [
+        Question(f"q{n}", "quiz", f"Is {n} the one?", ("yes", "no"), 0, subject=subject)
+        for n, subject in enumerate(("law", "sums", "law", "sums", "law", "sums"))
+    ]
+    found, read = [], [0]
+    for megabytes in (0, 64):
+        pack = make_pack(prefix_cache_mb=megabytes)
+        path = tmp_path / f"{megabytes}.jsonl"
+        records = choice.evaluate(pack, asked, path, methods=["em", "map", "uniform"], shots=shots)
+        found.append({record["id"]: record for record in records})
+        read.append(sum(member.tokens for member in pack.members) - sum(read))
+    assert read[2] < 0.6 * read[1]
+    for name, fresh in found[0].items():
+        for label, method in fresh["methods"].items():
+            reused = found[1][name]["methods"][label]
+            assert reused["nats"] == pytest.approx(method["nats"], rel=1e-4)
+            assert reused["weights"] == pytest.approx(method["weights"], abs=1e-4)
+
+
 def test_templates_and_examples():
     shot = Question("s", "quiz", "Why?", ("so", "no"), 1, context="Once.", subject="law", split="dev")
     seen, rest = choice.pieces(QUESTION, choice.TEMPLATES["choices"], [shot])

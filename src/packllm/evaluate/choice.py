@@ -16,6 +16,7 @@ from packllm.evaluate.reading import Reading
 from packllm.evaluate.records import run
 from packllm.evaluate.rows import Question
 from packllm.pack import Pack
+from packllm.prefix import PrefixCache
 
 SAMPLE = 256
 """Questions a task, as in the paper."""
@@ -82,7 +83,8 @@ def evaluate(
     shots: dict[str, list[Question]] | None = None,
     notes: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """A record of each question: the log-likelihood of every choice under every member and every method.
+    """A record of each question: the log-likelihood of every choice under every member and every method. Questions
+    are asked subject by subject, so that the worked examples of each are read once.
 
     Args:
         pack: the members; its options are the methods' defaults.
@@ -114,12 +116,14 @@ def evaluate(
         **(notes or {}),
     }
     keep = any(reads_logits(m) for m in checked)
+    room = pack.options.prefix_cache_mb * 2**20
+    prefixes = PrefixCache() if shots and room else None
 
     def work(question: Question) -> dict[str, Any]:
         prompt = pieces(question, TEMPLATES[template], (shots or {}).get(question.subject, []))
         singles = [((k,), alone(pack, k)) for k in range(len(pack.members))]
         try:
-            with Reading(pack.members, prompt, keep) as reading:
+            with Reading(pack.members, prompt, keep, prefixes, room) as reading:
                 weighed = [(m.members, reading.weights(m.options, m.members)) for m in checked]
                 nats = reading.options([f" {choice}" for choice in question.choices], [*singles, *weighed])
         except OptionError:
@@ -138,7 +142,8 @@ def evaluate(
             },
         }
 
-    records = run(questions, work, path, header, "Questions")
+    asked = sorted(questions, key=lambda question: question.subject)
+    records = run(asked, work, path, header, "Questions")
     if records and all("left_out" in record for record in records):
         raise DataError(f"no question could be scored; the first: {records[0]['left_out']}")
     return records

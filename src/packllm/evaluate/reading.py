@@ -17,6 +17,7 @@ from packllm.errors import ContextOverflowError
 from packllm.member import Member
 from packllm.options import Options
 from packllm.pool import fuse
+from packllm.prefix import PrefixCache
 from packllm.prompt import Encoded, Encoder, check
 from packllm.scoring import SessionSource, scored, weights_of
 from packllm.session import Session
@@ -37,6 +38,8 @@ class Reading:
         members: the members.
         pieces: the text's pieces, none of them empty.
         keep: keep what it takes to give logits again, for weightings and pools that need them.
+        prefixes: earlier readings that this one may start from, and is kept in.
+        room: most bytes that they may hold.
 
     Attributes:
         seconds: what each member's pass took.
@@ -45,7 +48,14 @@ class Reading:
         ContextOverflowError: the text does not fit a member.
     """
 
-    def __init__(self, members: Sequence[Member], pieces: Sequence[str], keep: bool = True) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        pieces: Sequence[str],
+        keep: bool = True,
+        prefixes: PrefixCache | None = None,
+        room: int = 0,
+    ) -> None:
         self._members = members
         self._ends = list(accumulate(map(len, pieces)))
         self._text = "".join(pieces)
@@ -65,7 +75,11 @@ class Reading:
                 started = time.perf_counter()
                 session = member.open([encoded.ids])
                 self._sessions.append(session)
-                self._logprobs.append(session.prefill([encoded.positions], keep)[0])
+                if prefixes is not None:
+                    prefixes.resume(session, [encoded.positions])
+                self._logprobs.append(session.prefill([encoded.positions], keep or prefixes is not None)[0])
+                if prefixes is not None:
+                    prefixes.keep(session, room)
                 self.seconds.append(time.perf_counter() - started)
         except BaseException:
             self.close()
