@@ -40,8 +40,16 @@ MATHS = Path(__file__).parent / "experts" / "maths"
 DOMAINS = ("medicine", "law", "databases", "maths")
 CORPORA = (*DOMAINS, "code", "mixed")
 FIVE = ("general", *DOMAINS)
-TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "mmlu_health", "mmlu_stem", "medqa_usmle")
-TEMPLATE = {"medqa_usmle": "continue"}  # as in the paper's appendix C
+SHOWN = ("arc_easy", "arc_challenge", "openbookqa", "mmlu_health", "mmlu_stem")
+"""Tasks put as in the paper's appendix C, the choices shown."""
+TASKS = (
+    *((task, "choices", 0) for task in SHOWN),
+    ("medqa_usmle", "continue", 0),
+    ("mmlu_stem", "choices", 5),
+    # Choices that are not shown: members of this size answer the others at chance.
+    ("arc_easy", "plain", 0),
+    ("piqa", "plain", 0),
+)
 LENGTHS = ("8", "16", "32", "64", "128", "256", "512")
 
 
@@ -212,14 +220,15 @@ def study_choice(args: argparse.Namespace) -> None:
     methods = [method(label, weighting, FIVE) for label, weighting in specs]
     methods += [method("sim τ=1", "sim", FIVE, tau=1.0), method("uniform, linear", "uniform", FIVE, pool="linear")]
     methods.append(method("em, log pool", "em", FIVE, pool="log"))
-    for task, shots in (*((task, 0) for task in TASKS), ("mmlu_stem", 5)):
+    for task, template, shots in TASKS:
         found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
         drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)
         told = choice.examples(found, drawn, shots, 0) if shots else None
-        path = args.data / "records" / "choice" / f"{task}-{shots}.jsonl"
+        folder = "plain" if template == "plain" else "choice"
+        path = args.data / "records" / folder / f"{task}-{shots}.jsonl"
         # opt reads all logits of the examples again for each member that it folds in.
         chosen = [m for m in methods if not shots or m.label != "opt"]
-        choice.evaluate(pack, drawn, path, methods=chosen, template=TEMPLATE.get(task, "choices"), shots=told)
+        choice.evaluate(pack, drawn, path, methods=chosen, template=template, shots=told)
 
 
 def study_generate(args: argparse.Namespace) -> None:
@@ -267,16 +276,17 @@ def study_report(args: argparse.Namespace) -> None:
             parts.append(f"## Prompt of {length} tokens\n\n" + report.markdown(last, report.LM, True))
         write(args.out, "length", "\n".join(parts), entries)
         report.plot_lengths(args.out / "length.png", found)
-    found = [
-        {**record, "corpus": path.stem}
-        for path in sorted((args.data / "records" / "choice").glob("*.jsonl"))
-        for record in records.read(path)
-    ]
-    if found:
-        entries = tables.choice_table(found, best_of=FIVE)
-        write(args.out, "choice_by_task", report.grid(entries), [])
-        write(args.out, "choice", report.markdown(entries, report.CHOICE, False), entries)
-        report.plot_scores(args.out / "choice.png", entries, "accuracy", tables.AVERAGE)
+    for name in ("choice", "plain"):
+        found = [
+            {**record, "corpus": path.stem}
+            for path in sorted((args.data / "records" / name).glob("*.jsonl"))
+            for record in records.read(path)
+        ]
+        if found:
+            entries = tables.choice_table(found, best_of=FIVE)
+            write(args.out, f"{name}_by_task", report.grid(entries), [])
+            write(args.out, name, report.markdown(entries, report.CHOICE, False), entries)
+            report.plot_scores(args.out / f"{name}.png", entries, "accuracy", entries[-1].corpus)
     if (path := args.data / "records" / "generate.jsonl").exists():
         entries = tables.generate_table(records.read(path))
         write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
