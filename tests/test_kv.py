@@ -91,7 +91,7 @@ def test_appending_moves_nothing_but_now_and_then():
     cache = empty()
     append(cache, states(1, 100, 0))
     places = {append(cache, states(1, 1, seed))[0].data_ptr() for seed in range(1000)}
-    assert len(places) <= 10
+    assert len(places) <= 1000 / kv.SPARE + 1
 
 
 def test_a_token_taken_back_is_written_over_in_place():
@@ -102,8 +102,8 @@ def test_a_token_taken_back_is_written_over_in_place():
     assert append(cache, states(1, 2, 2))[0].data_ptr() == place
 
 
-def test_room_to_spare_stays_in_proportion():
+def test_room_to_spare_is_small():
     cache = empty()
     append(cache, states(1, 4000, 0))
     keys, _ = append(cache, states(1, 1, 1))
-    assert keys.untyped_storage().nbytes() <= 1.15 * keys.nbytes
+    assert keys.untyped_storage().nbytes() <= 1.02 * keys.nbytes

@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+SPARE = 64
+"""Tokens that a layer leaves room for. Every step reads all that is there; copying it at one step in 64 is little."""
+
 
 class RoomyLayer(DynamicLayer):
     """A layer that attends to all that was read, with room to spare: what is appended does not move what is there.
@@ -33,8 +36,7 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states)
         after = before + key_states.shape[-2]
         if self._rooms is None or not self._fits(self._rooms[0], before, after):
-            size = after + after // 8 + 64  # in proportion, so that a token is copied a bounded number of times
-            self._rooms = _moved(self.keys, size), _moved(self.values, size)
+            self._rooms = _moved(self.keys, after + SPARE), _moved(self.values, after + SPARE)
             self.shared = 0
         for room, added in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., before:after, :] = added
