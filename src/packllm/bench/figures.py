@@ -107,7 +107,9 @@ def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, 
     pack_step(singles[0], text)
     _generate_step(first, text, tokens)
     for _ in bar(range(repeat), "Decoding"):
-        note("token_generate", _generate_step(first, text, tokens))
+        for _ in range(3):  # what should not differ at all takes more pairs to tell
+            note("token_generate", _generate_step(first, text, tokens))
+            note("token_pack_of_one", pack_step(singles[0], text))
         for at, single in enumerate(singles):
             note(f"token_alone_{at}", pack_step(single, text))
             if at == 0:  # next to what it is compared with
@@ -116,7 +118,7 @@ def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, 
             note("token_fused", pack_step(pack, text, weighting=even, decoding="tokens"))
     alone = [spent[f"token_alone_{at}"] for at in range(len(members))]
     spent["token_alone_sum"] = [sum(values) for values in zip(*alone, strict=True)]
-    report.figures["decoding.alone"] = ratio(alone[0], spent["token_generate"])
+    report.figures["decoding.alone"] = ratio(spent["token_pack_of_one"], spent["token_generate"])
     report.figures["decoding.one_hot"] = ratio(spent["token_one_hot"], alone[0])
     report.figures["decoding.fused"] = ratio(spent.get("token_fused"), spent["token_alone_sum"])
     if len({id(member.engine) for member in members}) == 1:

@@ -36,7 +36,7 @@ TARGETS: dict[str, Target] = {
     "weighting.scoring": Target("reading out the scores / prefill without"),
     "memory.em": Target("memory that em adds", "MiB", 300.0),
     "memory.exact": Target("memory that exact adds", "MiB", 300.0),
-    "decoding.alone": Target("pack of one / transformers.generate", limit=1.1),
+    "decoding.alone": Target("pack of one / transformers.generate", limit=1.05),
     "decoding.one_hot": Target("all weight on one of K / that member alone", limit=1.1),
     "decoding.fused": Target("K fused / sum of the K alone", limit=1.0),
     "decoding.one_batch": Target("K adapters of one base fused / one alone", limit=1.8),
