@@ -5,20 +5,23 @@
 Medicine, law and databases: the one document in twenty that `train_expert.py` held out of the starter
 experts' corpora, by the same hash. Maths: the half of GSM8K that it held out of the maths expert
 (--hold-out 2). Code: files of Python's standard library; no expert of them. Mixed: the first half of one
-held-out document followed by the second half of another domain's. Also writes `gsm8k.jsonl`, what the
-maths expert is trained on, and `corpora/`, a sample of each expert's training documents for
-cbtm and the router.
+held-out document followed by the second half of another domain's. For the study of eight members also
+`cpp`, headers that come with torch, `numerics`, docstrings of numpy, scipy and scikit-learn, and
+`mixed_all`, of all seven domains. Also writes what the experts of the study are trained on (`gsm8k.jsonl`,
+`train/`) and `corpora/`, a sample of each expert's training documents for cbtm and the router.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
 import json
 import random
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from train_expert import Document, read_documents
@@ -45,6 +48,13 @@ def main() -> None:
     held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in found.items()}
     held_out["code"] = [cut for path in standard_library() for cut in code(path)]
     held_out["mixed"] = mixed(held_out)
+    training = {"code": library_code, "cpp": headers, "numerics": docstrings}
+    for name, texts_of in training.items():
+        write(args.out / "train" / f"{name}.jsonl", texts_of())
+    for name in ("cpp", "numerics"):
+        documents = read_documents(args.out / "train" / f"{name}.jsonl", "file", 10)
+        held_out[name] = joined(d.text for d in documents if d.held_out)
+    held_out["mixed_all"] = mixed({name: texts for name, texts in held_out.items() if name != "mixed"})
     for name, texts in held_out.items():
         write(args.out / f"{name}.jsonl", ({"text": text} for text in texts))
     for name, documents in found.items():
@@ -95,6 +105,45 @@ def code(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     start = text.find("\n", len(text) // 3) + 1
     return [text[start : start + 2400]] if len(text) - start >= LEAST else []
+
+
+def library_code() -> Iterator[dict]:
+    """Code of the standard library's packages; that of its modules is held out."""
+    for path in standard_library("*/*.py"):
+        yield from passages(path, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def headers() -> Iterator[dict]:
+    """C++ that people wrote (ATen/ops is generated), without the licence at the top of a file."""
+    for path in sorted((package("torch") / "include").rglob("*.h")):
+        if path.parent.name == "ops":
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield from passages(path, text[max(text.find("#pragma once"), text.find("#include"), 0) :])
+
+
+def docstrings() -> Iterator[dict]:
+    """Manual pages of functions: prose, signatures and examples."""
+    for name in ("numpy", "scipy", "sklearn"):
+        for path in sorted(package(name).rglob("*.py")):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            documented = (ast.FunctionDef, ast.ClassDef, ast.Module)
+            texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+            yield from passages(path, "\n\n\n".join(text for text in texts if len(text) > 400))
+
+
+def passages(path: Path, text: str) -> Iterator[dict]:
+    """At most three of a file; `file` is what the held-out split hashes."""
+    for start in range(0, min(len(text), 3 * 2400), 2400):
+        if len(text) - start >= LEAST:
+            yield {"file": "/".join(path.parts[-3:]), "text": text[start : start + 2400]}
+
+
+def package(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"install {name} first: its files are a corpus of the study")
+    return Path(spec.origin).parent
 
 
 def mixed(held_out: dict[str, list[str]]) -> list[str]:

