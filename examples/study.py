@@ -52,8 +52,7 @@ TASKS = (
     ("medqa_usmle", "continue", 0),
     ("mmlu_stem", "choices", 5),
     # Choices that are not shown: members of this size answer the others at chance.
-    ("arc_easy", "plain", 0),
-    ("piqa", "plain", 0),
+    *((task, "plain", 0) for task in ("arc_easy", "piqa", "openbookqa", "arc_challenge")),
 )
 COUNTS = (1, 2, 4, 8)
 COUNTED = ("em", "opt", "sim", "uniform", "top1")
@@ -236,6 +235,8 @@ def study_choice(args: argparse.Namespace) -> None:
     methods = [method(label, weighting, FIVE) for label, weighting in specs]
     methods += [method("sim τ=1", "sim", FIVE, tau=1.0), method("uniform, linear", "uniform", FIVE, pool="linear")]
     methods.append(method("em, log pool", "em", FIVE, pool="log"))
+    variants = [method(f"em α={alpha}", "em", FIVE, alpha=alpha) for alpha in (0, 0.3, 3, 10)]
+    variants += [method(f"em min_weight={least}", "em", FIVE, min_weight=least) for least in (0.0, 0.05, 0.1, 0.2)]
     for task, template, shots in TASKS:
         found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
         drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)
@@ -244,6 +245,8 @@ def study_choice(args: argparse.Namespace) -> None:
         path = args.data / "records" / folder / f"{task}-{shots}.jsonl"
         # opt reads all logits of the examples again for each member that it folds in.
         chosen = [m for m in methods if not shots or m.label != "opt"]
+        # Where all answer at chance there is nothing to tell apart.
+        chosen += variants if template == "plain" else []
         choice.evaluate(pack, drawn, path, methods=chosen, template=template, shots=told)
 
 
