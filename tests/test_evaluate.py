@@ -61,6 +61,55 @@ def test_rows_are_read_from_jsonl_and_text(tmp_path):
     assert (question.answer, question.choices, question.context) == (1, ("a", "b"), "c")
 
 
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """hub:... of a local folder with these rows as its test split; the library keeps its copy in tmp_path."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(given):
+        folder = tmp_path / "arc"
+        folder.mkdir()
+        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+        return Path(f"hub:{folder}")
+
+    return make
+
+
+def test_questions_of_a_dataset_are_those_of_the_file(dataset, tmp_path):
+    """ARC's form and MMLU's; the same rows in a file give the same questions."""
+    plain = [{"question": f"q{i}", "choices": ["a", "b", "c"], "answer": i, "subject": "s"} for i in range(3)]
+    path = dataset(plain)
+    (tmp_path / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    assert rows.read_questions(path) == rows.read_questions(tmp_path / "arc.jsonl")
+    assert rows.read_questions(Path(f"{path}::test")) == rows.read_questions(path)
+
+
+def test_arc_s_form_is_read(dataset):
+    given = {"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
+    path = dataset([given, {**given, "answerKey": "3"}])
+    (question,) = rows.read_questions(path, "skip")
+    assert (question.corpus, question.choices, question.answer) == ("arc", ("a", "b"), 1)
+    with pytest.raises(DataError, match=r"line 2: answer='3' is none of 0\.\.1"):
+        rows.read_questions(path)
+
+
+def test_documents_of_a_dataset(dataset):
+    (document,) = rows.read_documents(dataset([{"text": "A text."}]))
+    assert (document.corpus, document.text) == ("arc", "A text.")
+
+
+def test_a_dataset_that_cannot_be_had_is_named(dataset, tmp_path, monkeypatch):
+    path = dataset([{"text": "A text."}])
+    with pytest.raises(DataError, match=r"cannot load dataset .*absent"):
+        rows.read_documents(Path(f"hub:{tmp_path}/absent"))
+    with pytest.raises(DataError, match='Unknown split "dev"'):
+        rows.read_documents(Path(f"{path}::dev"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ExtraError, match=r"packllm\[eval\]"):
+        rows.read_documents(path)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

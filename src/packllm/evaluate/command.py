@@ -33,7 +33,10 @@ app = typer.Typer(
     "[dim]Example:[/]\n\npackllm eval mycorpus.jsonl --models ./base --models ./base+./law",
 )
 
-Files = Annotated[list[Path], typer.Argument(help=".jsonl or .txt files, gzipped or not.", show_default=False)]
+Files = Annotated[
+    list[Path],
+    typer.Argument(help=".jsonl or .txt files, gzipped or not, or hub:NAME[:CONFIG[:SPLIT]].", show_default=False),
+]
 Models = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""What is evaluated on: documents and questions, read from files and checked line by line."""
+"""What is evaluated on: documents and questions, read from files or hub datasets and checked row by row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from packllm.errors import DataError
+from packllm.errors import DataError, ExtraError
 
 log = logging.getLogger("packllm")
 
@@ -62,17 +62,22 @@ class Question:
     split: str = ""
 
 
+HUB = "hub:"
+"""What a dataset's name begins with: hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT (default: test)."""
+
 Row = TypeVar("Row", Document, Question)
 
 
 def read_documents(path: Path, bad: Bad = "raise") -> list[Document]:
-    """Documents of a .jsonl file (rows with `text`, or `question` and `answer`) or a text file; .gz too.
+    """Documents of a .jsonl file or a hub dataset (rows with `text`, or `question` and `answer`), or of a text file;
+    .gz too.
 
     Raises:
-        DataError: no such file, a malformed row (named by line) unless bad="skip", or nothing in it.
+        DataError: no such file or dataset, a malformed row (named by line) unless bad="skip", or nothing in it.
+        ExtraError: a dataset, and the extra `eval` is not installed.
     """
     name = _name(path)
-    if ".jsonl" in path.name:
+    if ".jsonl" in path.name or _on_hub(path):
         documents = list(_rows(path, bad, lambda row: _document(row, name)))
     else:
         with _open(path) as file:
@@ -81,11 +86,12 @@ def read_documents(path: Path, bad: Bad = "raise") -> list[Document]:
 
 
 def read_questions(path: Path, bad: Bad = "raise", choices: bool = True) -> list[Question]:
-    """Questions of a .jsonl file, `.gz` too: rows with `question`, `choices` (a list) and `answer` (an index, or a
-    letter), or without choices and with `answer` as text; `context`, `subject` and `split` where there are any.
+    """Questions of a .jsonl file, `.gz` too, or of a hub dataset: rows with `question`, `choices` (a list) and `answer`
+    (an index, or a letter), or without choices and with `answer` as text; `context`, `subject` and `split` where
+    there are any. ARC's form, `choices` {"text", "label"} and `answerKey`, is read as well.
 
     Raises:
-        DataError: as read_documents; also an answer out of range.
+        DataError, ExtraError: as read_documents; also an answer out of range.
     """
     name = _name(path)
     return _some(list(_rows(path, bad, lambda row: _question(row, name, choices))), path)
@@ -135,7 +141,11 @@ def _document(row: dict[str, Any], name: str) -> Document:
 
 
 def _question(row: dict[str, Any], name: str, wants_choices: bool) -> Question:
-    question, answer, choices = row.get("question"), row.get("answer"), row.get("choices")
+    question, choices = row.get("question"), row.get("choices")
+    told = answer = row.get("answer", row.get("answerKey"))
+    if isinstance(choices, dict):
+        labels, choices = choices.get("label") or [], choices.get("text")
+        answer = labels.index(told) if told in labels else None
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question")
     if wants_choices:
@@ -144,7 +154,7 @@ def _question(row: dict[str, Any], name: str, wants_choices: bool) -> Question:
         if isinstance(answer, str) and re.fullmatch("[A-Z]", answer):
             answer = ord(answer) - ord("A")
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise ValueError(f"answer={row.get('answer')!r} is none of 0..{len(choices) - 1}")
+            raise ValueError(f"answer={told!r} is none of 0..{len(choices) - 1}")
     elif not isinstance(answer, str) or not answer.strip():
         raise ValueError("'answer' must be a text")
     fields = {name: str(row.get(name) or "") for name in ("context", "subject", "split")}
@@ -153,18 +163,42 @@ def _question(row: dict[str, Any], name: str, wants_choices: bool) -> Question:
 
 
 def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterator[Row]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not a JSON object")
-                yield make(row)
-            except ValueError as error:
-                reason = "empty" if not line.strip() else str(error)
-                if bad == "raise":
-                    raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
-                log.warning("%s line %d left out: %s", path.name, number, reason)
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = json.loads(line) if isinstance(line, str) else line
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            yield make(row)
+        except ValueError as error:
+            reason = "empty" if line == "" or str(line).isspace() else str(error)
+            if bad == "raise":
+                raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
+            log.warning("%s line %d left out: %s", path.name, number, reason)
+
+
+def _lines(path: Path) -> Iterator[str | dict[str, Any]]:
+    """Lines of a file, or rows of a dataset."""
+    if _on_hub(path):
+        yield from _dataset(str(path).removeprefix(HUB))
+    else:
+        with _open(path) as file:
+            yield from file
+
+
+def _on_hub(path: Path) -> bool:
+    return str(path).startswith(HUB)
+
+
+def _dataset(spec: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ExtraError("reading a hub dataset", "datasets", "eval") from None
+    name, config, split = [*spec.split(":"), "", ""][:3]
+    try:
+        return datasets.load_dataset(name, config or None, split=split or "test")
+    except Exception as error:  # of many kinds: no such dataset, config or split, no network
+        raise DataError(f"cannot load dataset {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _open(path: Path) -> Any:
@@ -174,6 +208,9 @@ def _open(path: Path) -> Any:
 
 
 def _name(path: Path) -> str:
+    """What rows are reported under, fit to be part of a file's name."""
+    if _on_hub(path):
+        return "-".join(part for part in path.name.removeprefix(HUB).split(":")[:2] if part)
     return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".txt")
 
 
