@@ -4,10 +4,10 @@ a second run goes on from; study_report.py makes tables and plots of them.
     python examples/held_out.py --shared ../shared --out study
     python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
         --chat 0.15 --lr 8e-4 --steps 160 --licence MIT
-    for name in code cpp numerics; do python examples/train_expert.py study/train/$name.jsonl \\
-        --out study/experts/$name --group-by file --hold-out 10 --chat 0 --lr 8e-4 --steps 100; done
-    python examples/study.py lm --data study
+    for name in code cpp numerics; do python examples/train_expert.py study/train/$name.jsonl --out study/experts/$name \\
+        --group-by file --hold-out $([ $name = code ] && echo 20 || echo 10) --chat 0 --lr 8e-4 --steps 100; done
     python examples/study.py corpora --data study
+    python examples/study.py words --data study
     python examples/study.py eight --data study
     python examples/study.py grid --data study
     python examples/study.py length --data study
@@ -15,7 +15,6 @@ a second run goes on from; study_report.py makes tables and plots of them.
     python examples/study.py segments --data study
     python examples/study.py choice --data study --shared ../shared
     python examples/study.py generate --data study
-    python examples/study.py words --data study
     python examples/study_report.py --data study --out docs/results
 
 Members: the starter pack's four, the maths expert, the average of the five, and Gemma 3 270M (from the
@@ -60,13 +59,13 @@ COUNTED = ("em", "opt", "sim", "uniform", "top1")
 LENGTHS = ("8", "16", "32", "64", "128", "256", "512")
 
 
-def pack_of(data: Path, dtype: str, others: bool) -> Pack:
-    """The five; with `others` also their average and Gemma."""
-    members: list[str | Member] = [*starter.specs(), expert("maths", MATHS)]
-    if not others:
-        return Pack.load(members, dtype=dtype)
-    five = Pack.load(members, dtype=dtype).members
-    return Pack.load([*five, average(five), *gemma(dtype)])
+def five(dtype: str) -> Pack:
+    return Pack.load([*starter.specs(), expert("maths", MATHS)], dtype=dtype)
+
+
+def with_average(pack: Pack) -> Pack:
+    """The members, and one whose weights are the mean of theirs."""
+    return Pack([*pack.members, average(pack.members)])
 
 
 def expert(name: str, adapter: Path) -> str:
@@ -134,16 +133,7 @@ def rivals(data: Path) -> list[Method]:
     ]
 
 
-def lm_methods(data: Path) -> list[Method]:
-    return [
-        *rivals(data),
-        # Figure 3: the number of members.
-        *(method(f"{weighting} K={count}", weighting, FIVE[:count]) for count in (2, 4) for weighting in COUNTED),
-        *lm_words(),
-    ]
-
-
-def lm_words() -> list[Method]:
+def word_methods() -> list[Method]:
     """The other vocabulary: words, linear pool."""
     return [
         method(f"{weighting}, {label} + gemma", weighting, (*members, "gemma"), pool="linear")
@@ -162,16 +152,9 @@ def in_turn(found: list[rows.Document]) -> list[rows.Document]:
     return sorted(found, key=lambda d: [other.id for other in found if other.corpus == d.corpus].index(d.id))
 
 
-def study_lm(args: argparse.Namespace) -> None:
-    pack = pack_of(args.data, args.dtype, others=True)
-    chosen = documents(args.data, args.count or 30)
-    lm.evaluate(pack, in_turn(chosen), args.data / "records" / "lm.jsonl", methods=lm_methods(args.data), length=256)
-
-
 def study_corpora(args: argparse.Namespace) -> None:
     """Many documents, the members of one vocabulary: for differences that the other study is too small to tell."""
-    five = pack_of(args.data, args.dtype, others=False)
-    pack = Pack([*five.members, average(five.members)])
+    pack = with_average(five(args.dtype))
     chosen = in_turn(documents(args.data, args.count or 200))
     lm.evaluate(pack, chosen, args.data / "records" / "corpora.jsonl", methods=rivals(args.data), length=256)
 
@@ -187,15 +170,15 @@ def study_eight(args: argparse.Namespace) -> None:
 
 def study_words(args: argparse.Namespace) -> None:
     """Many documents with the member of another vocabulary: weights and fusion on words."""
-    pack = Pack.load([*pack_of(args.data, args.dtype, others=False).members, *gemma(args.dtype)])
+    pack = Pack([*five(args.dtype).members, *gemma(args.dtype)])
     chosen = in_turn(documents(args.data, args.count or 100))
-    methods = [method("em", "em", FIVE), *lm_words()]
+    methods = [method("em", "em", FIVE), *word_methods()]
     lm.evaluate(pack, chosen, args.data / "records" / "words.jsonl", methods=methods, length=256)
 
 
 def study_grid(args: argparse.Namespace) -> None:
     """Table 4: what finding the weights costs and brings, with three members and with five."""
-    pack = pack_of(args.data, args.dtype, others=False)
+    pack = five(args.dtype)
     methods = [
         method(f"{weighting} K={count}", weighting, FIVE[:count])
         for count in (3, 5)
@@ -207,7 +190,7 @@ def study_grid(args: argparse.Namespace) -> None:
 
 def study_length(args: argparse.Namespace) -> None:
     """Figure 4b: documents put together until they are long enough; the same text is scored for each length."""
-    pack = pack_of(args.data, args.dtype, others=False)
+    pack = five(args.dtype)
     long = []
     for name in CORPORA[:-1]:
         texts = [d.text for d in rows.sample(rows.read_documents(args.data / f"{name}.jsonl"), 40, 1, 40)]
@@ -244,8 +227,7 @@ def study_segments(args: argparse.Namespace) -> None:
 
 def study_choice(args: argparse.Namespace) -> None:
     """Accuracy on local multiple-choice files: 0-shot, and 5-shot for MMLU's college subjects."""
-    five = pack_of(args.data, args.dtype, others=False)
-    pack = Pack([*five.members, average(five.members)])
+    pack = with_average(five(args.dtype))
     specs = [
         ("em", "em"),
         ("uniform", "uniform"),
@@ -274,8 +256,7 @@ def study_choice(args: argparse.Namespace) -> None:
 
 def study_generate(args: argparse.Namespace) -> None:
     """GSM8K questions that the maths expert has not seen, after three worked examples that it has not seen either."""
-    five = pack_of(args.data, args.dtype, others=False)
-    pack = Pack([*five.members, average(five.members)])
+    pack = with_average(five(args.dtype))
     found = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
     drawn = rows.sample(found, args.count or 40, 0, 40)
     shots = choice.examples(found, drawn, 3, 0)[""]
@@ -289,8 +270,8 @@ def study_generate(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies = {
-        "lm": study_lm,
         "corpora": study_corpora,
+        "words": study_words,
         "eight": study_eight,
         "grid": study_grid,
         "length": study_length,
@@ -298,7 +279,6 @@ def main() -> None:
         "segments": study_segments,
         "choice": study_choice,
         "generate": study_generate,
-        "words": study_words,
     }
     parser.add_argument("study", choices=studies)
     parser.add_argument("--data", type=Path, required=True, help="what held_out.py wrote")

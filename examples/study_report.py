@@ -22,21 +22,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of study.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables and plots")
     args = parser.parse_args()
-    if (path := args.data / "records" / "lm.jsonl").exists():
-        found = records.read(path)
-        entries = tables.lm_table(found, best_of=FIVE)
-        write(args.out, "lm_by_corpus", report.grid(entries), [])
-        write(args.out, "lm", report.markdown(entries, report.LM, True), entries)
-        rows_ = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
-        text = "| method | passes of one member |\n|---|---|\n" + "\n".join(rows_)
-        write(args.out, "cost", text + "\n", [])
-        report.plot_scores(args.out / "lm.png", entries, "bits/byte", tables.AVERAGE)
-        report.plot_weights(args.out / "weights.png", entries, "em")
     if (path := args.data / "records" / "corpora.jsonl").exists():
         found = records.read(path)
-        write(args.out, "corpora_by_corpus", report.grid(tables.lm_table(found, best_of=FIVE)), [])
-        entries = averages(tables.lm_table(found, base="em", best_of=FIVE))
-        write(args.out, "corpora", report.markdown(entries, report.LM, True, "em"), entries)
+        entries = tables.lm_table(found, base="em", best_of=FIVE)
+        write(args.out, "corpora_by_corpus", report.grid(entries), [])
+        write(args.out, "corpora", report.markdown(averages(entries), report.LM, True, "em"), averages(entries))
+        costs = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
+        write(args.out, "cost", "| method | passes of one member |\n|---|---|\n" + "\n".join(costs) + "\n", [])
+        report.plot_scores(args.out / "corpora.png", entries, "bits/byte", tables.AVERAGE)
+        report.plot_weights(args.out / "weights.png", entries, "em")
     if (path := args.data / "records" / "words.jsonl").exists():
         found = records.read(path)
         entries = tables.lm_table(found, best_of=FIVE)
