@@ -5,7 +5,8 @@ a second run goes on from; study_report.py makes tables and plots of them.
     python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
         --chat 0.15 --lr 8e-4 --steps 160 --licence MIT
     for name in code cpp numerics; do python examples/train_expert.py study/train/$name.jsonl \\
-        --out study/experts/$name --group-by file --hold-out $([ $name = code ] && echo 20 || echo 10) --chat 0 --lr 8e-4 --steps 100; done
+        --out study/experts/$name --group-by file --hold-out $([ $name = code ] && echo 20 || echo 10) \\
+        --chat 0 --lr 8e-4 --steps 100; done
     python examples/study.py corpora --data study
     python examples/study.py words --data study
     python examples/study.py eight --data study
