@@ -244,8 +244,7 @@ def study_choice(args: argparse.Namespace) -> None:
     variants += [method(f"em min_weight={least}", "em", FIVE, min_weight=least) for least in (0.0, 0.05, 0.1, 0.2)]
     for task, template, shots in TASKS:
         found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
-        drawn = rows.sample([row for row in found if row.split != "dev"], args.count or 64, 0, 64)
-        told = choice.examples(found, drawn, shots, 0) if shots else None
+        drawn, told = choice.draw(found, args.count, shots, 0)
         folder = "plain" if template == "plain" else "choice"
         path = args.data / "records" / folder / f"{task}-{shots}.jsonl"
         # opt reads all logits of the examples again for each member that it folds in.
@@ -259,13 +258,10 @@ def study_generate(args: argparse.Namespace) -> None:
     """GSM8K questions that the maths expert has not seen, after three worked examples that it has not seen either."""
     pack = with_average(five(args.dtype))
     found = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
-    drawn = rows.sample(found, args.count or 40, 0, 40)
-    shots = choice.examples(found, drawn, 3, 0)[""]
+    drawn, shots = choice.draw(found, args.count or 40, 3, 0)
     methods = [method(weighting, weighting, FIVE) for weighting in ("em", "top1", "uniform", "opt")]
-    methods += [method(f"member {name}", "uniform", (name,)) for name in ("general", "maths", "average")]
-    generate.evaluate(
-        pack, drawn, args.data / "records" / "generate.jsonl", methods=methods, shots=shots, max_tokens=160
-    )
+    path = args.data / "records" / "generate.jsonl"
+    generate.evaluate(pack, drawn, path, methods=methods, shots=shots, max_tokens=160)
 
 
 def main() -> None:

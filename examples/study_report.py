@@ -76,7 +76,7 @@ def main() -> None:
             write(args.out, name, report.markdown(entries, report.CHOICE, False), entries)
             report.plot_scores(args.out / f"{name}.png", entries, "accuracy", entries[-1].corpus)
     if (path := args.data / "records" / "generate.jsonl").exists():
-        entries = tables.generate_table(records.read(path))
+        entries = tables.generate_table(records.read(path), best_of=FIVE)
         write(args.out, "generate", report.markdown(entries, report.GENERATE, False), entries)
 
 

@@ -1,4 +1,4 @@
-"""Protocols, cached scores, records that go on after a kill, tables and the command line."""
+"""Protocols, cached scores, records that go on after a kill."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from packllm import OptionError, Pack
-from packllm.cli import app
-from packllm.errors import DataError, ExtraError
+from packllm.errors import DataError, MemberError, WeightsError
 from packllm.evaluate import choice, generate, lm, records, report, rows, tables
 from packllm.evaluate.methods import DEFAULT, Method, ready
 from packllm.evaluate.reading import Reading, cut_after, encode_pieces
 from packllm.evaluate.rows import Document, Question
+from packllm.weights import cbtm
 
 TEXT = (
     "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. "
@@ -44,114 +45,6 @@ def without_seconds(found):
     if isinstance(found, dict):
         return {k: without_seconds(v) for k, v in found.items() if k != "seconds"}
     return [without_seconds(v) for v in found] if isinstance(found, list) else found
-
-
-# Reading rows
-
-
-def test_rows_are_read_from_jsonl_and_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x y", "domain": "d"}\n{"question": "q?", "answer": "a"}\n')
-    assert [(d.corpus, d.text) for d in rows.read_documents(tmp_path / "a.jsonl")] == [("d", "x y"), ("a", "q?\n\na")]
-    paragraph = "word " * 250
-    (tmp_path / "b.txt").write_text("\n\n".join([paragraph.strip()] * 4))
-    found = rows.read_documents(tmp_path / "b.txt")
-    assert [len(d.text) for d in found] == [1249, 1249, 1249, 1249]
-    (tmp_path / "c.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": "B", "context": "c"}\n')
-    (question,) = rows.read_questions(tmp_path / "c.jsonl")
-    assert (question.answer, question.choices, question.context) == (1, ("a", "b"), "c")
-
-
-@pytest.fixture
-def dataset(tmp_path, monkeypatch):
-    """hub:... of a local folder with these rows as its test split; the library keeps its copy in tmp_path."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def make(given):
-        folder = tmp_path / "arc"
-        folder.mkdir()
-        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-        return Path(f"hub:{folder}")
-
-    return make
-
-
-def test_questions_of_a_dataset_are_those_of_the_file(dataset, tmp_path):
-    """ARC's form and MMLU's; the same rows in a file give the same questions."""
-    plain = [{"question": f"q{i}", "choices": ["a", "b", "c"], "answer": i, "subject": "s"} for i in range(3)]
-    path = dataset(plain)
-    (tmp_path / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
-    assert rows.read_questions(path) == rows.read_questions(tmp_path / "arc.jsonl")
-    assert rows.read_questions(Path(f"{path}::test")) == rows.read_questions(path)
-
-
-def test_arc_s_form_is_read(dataset):
-    given = {"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
-    path = dataset([given, {**given, "answerKey": "3"}])
-    (question,) = rows.read_questions(path, "skip")
-    assert (question.corpus, question.choices, question.answer) == ("arc", ("a", "b"), 1)
-    with pytest.raises(DataError, match=r"line 2: answer='3' is none of 0\.\.1"):
-        rows.read_questions(path)
-
-
-def test_documents_of_a_dataset(dataset):
-    (document,) = rows.read_documents(dataset([{"text": "A text."}]))
-    assert (document.corpus, document.text) == ("arc", "A text.")
-
-
-def test_a_dataset_that_cannot_be_had_is_named(dataset, tmp_path, monkeypatch):
-    path = dataset([{"text": "A text."}])
-    with pytest.raises(DataError, match=r"cannot load dataset .*absent"):
-        rows.read_documents(Path(f"hub:{tmp_path}/absent"))
-    with pytest.raises(DataError, match='Unknown split "dev"'):
-        rows.read_documents(Path(f"{path}::dev"))
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ExtraError, match=r"packllm\[eval\]"):
-        rows.read_documents(path)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("", "empty"),
-        ("{", "line 2: Expecting"),
-        ("[1]", "not a JSON object"),
-        ('{"question": " "}', "no question"),
-        ('{"question": "q", "choices": ["a"], "answer": 0}', "at least two"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer=2 is none of 0\.\.1"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "answer=-1"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "answer='C'"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": true}', "answer=True"),
-    ],
-)
-def test_malformed_rows_are_named_by_line_or_skipped(tmp_path, caplog, line, reason):
-    good = '{"question": "q", "choices": ["a", "b"], "answer": 0}'
-    path = tmp_path / "q.jsonl"
-    path.write_text(f"{good}\n{line}\n{good}x\n"[:-2] + "\n" if line else f"{good}\n\n{good}\n")
-    with pytest.raises(DataError, match=f"q.jsonl line 2.*{reason}" if "line 2" not in reason else reason):
-        rows.read_questions(path)
-    assert len(rows.read_questions(path, bad="skip")) == 2
-    assert "line 2 left out" in caplog.text
-
-
-def test_files_that_hold_nothing(tmp_path):
-    (tmp_path / "e.txt").write_text(" \n\n ")
-    with pytest.raises(DataError, match="holds nothing"):
-        rows.read_documents(tmp_path / "e.txt")
-    with pytest.raises(DataError, match="is no file"):
-        rows.read_documents(tmp_path / "absent.jsonl")
-    (tmp_path / "t.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match="line 1: its text is empty"):
-        rows.read_documents(tmp_path / "t.jsonl")
-
-
-def test_samples_are_drawn_by_the_seed_and_never_silently_small():
-    found = rows.sample(documents(10), 3, 0, 200)
-    assert found == rows.sample(documents(10), 3, 0, 200) != rows.sample(documents(10), 3, 1, 200)
-    assert [d.corpus for d in found] == ["two"] * 3 + ["one"] * 3
-    assert len(rows.sample(documents(10), None, 0, 200)) == 10
-    with pytest.raises(DataError, match="'two' has 5 rows, fewer than the 6 asked for"):
-        rows.sample(documents(10), 6, 0, 200)
 
 
 # Scores: each member runs once
@@ -385,26 +278,57 @@ def test_templates_and_examples():
         "Question: Once. Why?\nChoices: A. so B. no\nAnswer: no\n\nQuestion: What is the capital of France?"
     )
     assert rest == "\nChoices: A. Paris B. the dog C. an index scan\nAnswer:"
-    asked = Question("t", "quiz", "When?", ("a", "b"), 0, subject="law")
-    assert choice.examples([shot, asked], [asked], 1, 0) == {"law": [shot]}
-    with pytest.raises(DataError, match="2 examples asked for, 1 rows left"):
-        choice.examples([shot, asked], [asked], 2, 0)
+    with pytest.raises(DataError, match="27 choices are more than the letters"):
+        choice.pieces(replace(QUESTION, choices=("a",) * 27), choice.TEMPLATES["choices"], [])
     with pytest.raises(OptionError, match="template='x' is unknown"):
         choice.evaluate(None, [], Path("r"), template="x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("answer", "final"),
     [
         ("She has 3 + 4 = 7 eggs.\n#### 7", "7"),
         ("#### 1,200 dollars and 3", "1200"),
-        ("so it is 12, then 15.0", "15"),
-        ("It is -2.5.", "-2.5"),
+        ("15.0", "15"),
+        ("$-2.50.", "-2.5"),
+        ("1234567", "1234567"),
         ("The  Answer.", "the answer"),
+        ("H2O", "h2o"),
+        ("1/2", "1/2"),
     ],
 )
-def test_final_answers(text, answer):
-    assert generate.final_answer(text) == answer
+def test_final_answers(answer, final):
+    assert generate.final_answer(answer) == final
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "same"),
+    [
+        ("so it is 12, then 15.0", "15", True),
+        ("#### 7 of the 9 eggs", "7", True),
+        ("It is 1,234,567.", "1234567", True),
+        ("1234568", "1234567", False),  # all digits count
+        ("10-5", "5", True),  # a minus between numbers is no sign
+        ("10 - -5", "-5", True),
+        ("many", "5", False),
+        ("CO2", "h2o", False),
+        ("3/2", "1/2", False),
+        ("9 + 2 = 11", "apollo 11", False),
+        ("Apollo  11.", "apollo 11", True),
+    ],
+)
+def test_exact_match(written, answer, same):
+    assert generate.right(written, answer) == same
+
+
+def test_generation_tells_examples_of_the_subject(pack, tmp_path):
+    shots = {name: [Question(name, "sums", f"{name}?", (), "1", "", name)] for name in ("law", "food")}
+    asked = [Question(f"q{name}", "sums", "Why?", (), "4", "", name) for name in ("law", "food")]
+    (food, law) = generate.evaluate(pack, asked, tmp_path / "r.jsonl", methods=["top1"], shots=shots, max_tokens=4)
+    for record, name in ((law, "law"), (food, "food")):
+        prompt = f"Question: {name}?\nAnswer: 1\n\nQuestion: Why?\nAnswer:"
+        fresh = pack.generate(prompt, max_tokens=4, stop=("\nQuestion:", "\n\n"), weighting="top1")
+        assert record["methods"]["top1"]["text"] == fresh.text
 
 
 def test_generation_is_the_packs(pack, tmp_path):
@@ -413,7 +337,10 @@ def test_generation_is_the_packs(pack, tmp_path):
     prompt = "Question: 2 + 2?\nAnswer:"
     fresh = pack.generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"), weighting="top1")
     assert record["methods"]["top1"]["text"] == fresh.text
-    assert [e.method for e in tables.generate_table([record])] == ["em", "top1"]
+    alone = Pack([pack.members[1]]).generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"))
+    assert record["methods"]["member gpt2-1"]["text"] == alone.text
+    labels = [entry.method for entry in tables.generate_table([record])]
+    assert labels == ["em", "top1", *(f"member {m.name}" for m in pack.members), "best member", "largest member"]
 
 
 def test_questions_answered_together_are_answered_as_alone(make_pack, tmp_path):
@@ -499,143 +426,68 @@ def test_records_of_another_question_are_refused(pack, tmp_path):
         lm.evaluate(Pack(pack.members[:2]), documents(1), tmp_path / "r.jsonl")
 
 
-# Tables and reports
-
-
-def made_up(corpus: str, nats: dict[str, float], size: int = 100) -> dict:
-    weights = {"a": 0.75, "b": 0.25}
-    methods = {"em": {"nats": nats["em"], "weights": weights, "pool": "linear", "seconds": 0.1}}
-    methods["em without a"] = {"nats": nats["b"], "weights": {"b": 1.0}, "pool": "linear", "seconds": 0.1}
-    methods["em without b"] = {"nats": nats["em"], "weights": {"a": 1.0}, "pool": "linear", "seconds": 0.1}
-    return {
-        "id": str(nats),
-        "corpus": corpus,
-        "bytes": size,
-        "tokens": 20,
-        "members": {"a": nats["a"], "b": nats["b"]},
-        "seconds": {"a": 1.0, "b": 2.0},
-        "prompts": {"32": {"tokens": 32, "methods": methods}},
-    }
-
-
-def test_tables_by_hand():
-    bit = math.log(2)
-    found = [
-        made_up("x", {"a": 100 * bit, "b": 200 * bit, "em": 80 * bit}),
-        made_up("x", {"a": 300 * bit, "b": 400 * bit, "em": 280 * bit}, 300),
-        made_up("y", {"a": 90 * bit, "b": 50 * bit, "em": 60 * bit}),
-        {"id": "z", "corpus": "x", "left_out": "too short"},
+def test_methods_of_one_label_and_other_options_are_not_one(pack, tmp_path):
+    path = tmp_path / "r.jsonl"
+    lm.evaluate(pack, documents(1), path, methods=[Method("mine", {"weighting": "sim", "tau": 5.0})])
+    others = [
+        Method("mine", {"weighting": "sim"}),
+        Method("mine", {"weighting": "sim", "tau": 5.0}, ("gpt2-1",)),
+        Method("mine", {"weighting": "sim", "tau": 5.0, "pool": "linear"}),
     ]
-    entries = {(e.corpus, e.method): e for e in tables.lm_table(found)}
-    assert entries["x", "em"].score.value == pytest.approx(360 / 400)
-    assert entries["x", "em"].against.difference.value == pytest.approx(-40 / 400)
-    assert entries["x", "best member"].score.value == entries["x", "member a"].score.value == pytest.approx(1.0)
-    assert entries["y", "best member"].score.value == pytest.approx(0.5)
-    assert entries["y", "em"].against.difference.value == pytest.approx(0.1)
-    assert entries[tables.AVERAGE, "best member"].score.value == pytest.approx(0.75)
-    assert entries[tables.AVERAGE, "em"].against.difference.value == pytest.approx(0.0)
-    assert entries["x", "em"].more == pytest.approx(math.exp(360 * bit / 40))
-    found_uses = {(u.corpus, u.member): u for u in tables.uses(found, "em")}
-    assert found_uses["x", "a"].helps.value == pytest.approx((200 + 400 - 360) / 400)
-    assert found_uses["x", "b"].helps.value == 0
-    assert (found_uses["x", "a"].weight, found_uses["x", "a"].top, found_uses["x", "b"].runs) == (0.75, 1.0, 1.0)
-    assert (found_uses["x", "b"].alone, found_uses["x", "b"].cost) == (pytest.approx(1.5), 2.0)
-    text = report.audit(list(found_uses.values()))
-    assert "Helps: a." in text
+    for other in others:
+        with pytest.raises(DataError, match="results for another methods;"):
+            lm.evaluate(pack, documents(1), path, methods=[other])
+    with pytest.raises(DataError, match="results for another methods;"):
+        lm.evaluate(Pack(pack.members, unit="byte"), documents(1), path, methods=[others[0]])
 
 
-def test_an_average_is_over_all_corpora_or_none():
-    found = [made_up("x", {"a": 90.0, "b": 50.0, "em": 60.0}), made_up("y", {"a": 90.0, "b": 50.0, "em": 60.0})]
-    del found[1]["prompts"]["32"]["methods"]["em without a"]
-    labels = {e.corpus: set() for e in tables.lm_table(found)}
-    for entry in tables.lm_table(found):
-        labels[entry.corpus].add(entry.method)
-    assert labels["x"] - labels[tables.AVERAGE] == {"em without a"}
-    assert labels["y"] == labels[tables.AVERAGE]
+def test_a_fitted_file_must_be_there_and_is_part_of_the_question(pack, tmp_path):
+    pytest.importorskip("sklearn")
+    path, method = tmp_path / "r.jsonl", f"cbtm:fitted={tmp_path / 'c.npz'}"
+    with pytest.raises(WeightsError, match="cannot be read"):
+        lm.evaluate(pack, documents(1), path, methods=[method])
+    corpora = [[f"{word} and {other}" for other in ("court", "index")] for word in ("law", "table", "blood")]
+    names = [member.name for member in pack.members]
+    cbtm.fit(dict(zip(names, corpora, strict=True)), tmp_path / "c.npz")
+    lm.evaluate(pack, documents(1), path, methods=[method])
+    cbtm.fit(dict(zip(names, corpora[::-1], strict=True)), tmp_path / "c.npz")
+    with pytest.raises(DataError, match="results for another methods;"):
+        lm.evaluate(pack, documents(1), path, methods=[method])
 
 
-def test_reports_are_written_with_plots(pack, tmp_path):
-    pytest.importorskip("matplotlib")
-    found = lm.evaluate(pack, documents(4), tmp_path / "r.jsonl", methods=["em", "top1"], prompts=("4", "16"))
-    entries = tables.lm_table(found, "16")
-    report.write(
-        tmp_path, "Title", [report.markdown(entries, report.LM, True)], {"table": [e.as_dict() for e in entries]}
-    )
-    report.plot_weights(tmp_path / "weights.png", entries, "em")
-    report.plot_scores(tmp_path / "scores.png", entries, "bits/byte", tables.AVERAGE)
-    report.plot_lengths(tmp_path / "lengths.png", found)
-    assert {p.name for p in tmp_path.glob("*.png")} == {"weights.png", "scores.png", "lengths.png"}
-    assert all(p.stat().st_size > 5000 for p in tmp_path.glob("*.png"))
-    text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# Title")
-    assert "| em | " in text
-    assert json.loads((tmp_path / "report.json").read_text())["table"][0]["corpus"] == "two"
+def test_rows_that_were_left_out_are_tried_again(pack, tmp_path, monkeypatch):
+    path, score = tmp_path / "r.jsonl", lm._score
+
+    def fails(pack, document, *rest):
+        if document.id == "d1":
+            raise MemberError("gpt2-1", "not finite")
+        return score(pack, document, *rest)
+
+    monkeypatch.setattr(lm, "_score", fails)
+    for _ in range(2):  # the second time nothing is new
+        lm.evaluate(pack, documents(3), path, methods=["em"])
+        assert [r["id"] for r in records.read(path) if "left_out" in r] == ["d1"]
+        assert len(path.read_text().splitlines()) == 4
+    monkeypatch.setattr(lm, "_score", score)
+    resumed = lm.evaluate(pack, documents(3), path, methods=["em"])
+    whole = lm.evaluate(pack, documents(3), tmp_path / "whole.jsonl", methods=["em"])
+    assert without_seconds(resumed) == without_seconds(whole)
+    assert len(records.read(path)) == 3
 
 
-def test_plots_without_matplotlib_say_which_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExtraError, match=r"install packllm\[eval\]"):
-        report.require_plots()
+def test_a_header_that_a_kill_cut_short_is_written_anew(pack, tmp_path):
+    path = tmp_path / "r.jsonl"
+    whole = lm.evaluate(pack, documents(1), path, methods=["em"])
+    path.write_bytes(path.read_bytes()[:9])
+    assert without_seconds(lm.evaluate(pack, documents(1), path, methods=["em"])) == without_seconds(whole)
 
 
-def test_importing_needs_no_extra():
-    code = (
-        "import sys\n"
-        "for name in ('sklearn', 'matplotlib', 'lm_eval'): sys.modules[name] = None\n"
-        "import packllm.evaluate.command, packllm.evaluate.report, packllm.merge, packllm.weights\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.fixture(scope="module")
-def saved(make_member, tmp_path_factory) -> list[str]:
-    """Folders of two tiny members."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed in (0, 1):
-        member = make_member("llama", seed)
-        member.model.save_pretrained(folder / member.name)
-        member.tokenizer.save_pretrained(folder / member.name)
-    return [str(folder / name) for name in ("llama-0", "llama-1")]
-
-
-def run(*arguments: str):
-    from typer.testing import CliRunner
-
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
-
-
-def test_the_five_minute_audit(saved, tmp_path):
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents(4)))
-    result = run(tmp_path / "mine.jsonl", "--models", ",".join(saved), "--report", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    content = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [use["member"] for use in content["audit"]] == ["llama-0", "llama-1"]
-    assert {"em", "em without llama-0", "member llama-1"} <= {entry["method"] for entry in content["table"]}
-    assert (tmp_path / "out" / "weights.png").exists()
-    assert "Members on mine" in (tmp_path / "out" / "report.md").read_text()
-
-
-def test_the_protocols_on_the_command_line(saved, tmp_path):
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents(3)))
-    quiz = [{"question": f"Is {i} odd?", "choices": ["yes", "no"], "answer": i % 2} for i in range(6)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
-    sums = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(4)]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
-    models = ["-m", saved[0], "-m", saved[1], "--method", "em", "--method", "sim:tau=1"]
-    result = run("lm", tmp_path / "d.jsonl", *models, "--prompt", "8", "--prompt", "16", "--report", tmp_path / "lm")
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "lm" / "lengths.png").exists()
-    result = run(
-        "choice", tmp_path / "q.jsonl", *models, "--shots", "2", "--questions", "3", "--report", tmp_path / "c"
-    )
-    assert result.exit_code == 0, result.output
-    assert len(records.read(tmp_path / "c" / "records-q.jsonl")) == 3
-    result = run(
-        "generate", tmp_path / "s.jsonl", *models, "--shots", "1", "--questions", "2", "--max-tokens", "4",
-        "--report", tmp_path / "g",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    result = run("lm", tmp_path / "d.jsonl", *models, "--documents", "9", "--report", tmp_path / "x")
-    assert result.exit_code == 2
-    result = run("choice", tmp_path / "d.jsonl", *models, "--report", tmp_path / "y")
-    assert result.exit_code == 2
+@pytest.mark.parametrize("content", ["no json", '"text"\n', '{"a": 1}\n[]\n', '{"a": 1}'])
+def test_files_that_hold_something_else_are_left_alone(pack, tmp_path, content):
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"is no record|results for another"):
+        lm.evaluate(pack, documents(1), path, methods=["em"])
+    assert path.read_text() == content
+    with pytest.raises(DataError, match="cannot be a folder of records"):
+        lm.evaluate(pack, documents(1), path / "r.jsonl", methods=["em"])

@@ -72,7 +72,8 @@ def test_cbtm_centroids_are_the_corpora_s_means(tmp_path):
     options = make_options({"weighting": "cbtm", "fitted": str(path)})
     assert cbtm.solve(problem_of("the court and the debtor"), options).values[0] > 0.9
     assert cbtm.solve(problem_of("salt the bread"), options).values[1] > 0.9
-    cbtm.fit({"law": LAW, "food": FOOD}, path, clusters=2)
+    doubled = {name: [*texts[:2], *texts[:2]] for name, texts in (("law", LAW), ("food", FOOD))}
+    cbtm.fit(doubled, path, clusters=2)
     assert tfidf.load(str(path), "cbtm").arrays["centroids"].shape[:2] == (2, 2)
 
 
@@ -82,6 +83,8 @@ def test_cbtm_refuses_clusters_of_one_document(tmp_path):
         cbtm.fit({"law": LAW, "food": FOOD[:1]}, tmp_path / "c.npz")
     with pytest.raises(DataError, match="corpus of 'law' has 3 documents for 3 clusters"):
         cbtm.fit({"law": LAW, "food": FOOD}, tmp_path / "c.npz", clusters=3)
+    with pytest.raises(DataError, match="clusters=2: one of 'law' holds 1 document"):
+        cbtm.fit({"law": [LAW[0]] * 3 + [LAW[1]], "food": FOOD * 2}, tmp_path / "c.npz", clusters=2)
     with pytest.raises(DataError, match="at least two members"):
         cbtm.fit({"law": LAW}, tmp_path / "c.npz")
     with pytest.raises(DataError, match="cannot fit cbtm"):

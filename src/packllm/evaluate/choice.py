@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packllm.errors import DataError, OptionError, PackError
+from packllm.errors import DataError, OptionError
 from packllm.evaluate.lm import alone, reads_logits
-from packllm.evaluate.methods import Method, largest, ready
+from packllm.evaluate.methods import Method, described, largest, ready
 from packllm.evaluate.reading import Reading
-from packllm.evaluate.records import run
-from packllm.evaluate.rows import Question
+from packllm.evaluate.records import LEFT_OUT, run
+from packllm.evaluate.rows import Question, sample
 from packllm.pack import Pack
 from packllm.prefix import PrefixCache
 
@@ -49,28 +49,36 @@ def pieces(question: Question, template: Template, shots: Sequence[Question]) ->
 
 
 def _fill(text: str, question: Question) -> str:
+    if "{choices}" in text and len(question.choices) > len(string.ascii_uppercase):
+        raise DataError(f"{len(question.choices)} choices are more than the letters that name them")
     whole = f"{question.context} {question.question}" if question.context else question.question
     shown = "".join(f" {letter}. {c}" for letter, c in zip(string.ascii_uppercase, question.choices, strict=False))
     return text.format(question=whole, choices=shown)
 
 
-def examples(rows: Sequence[Question], sampled: Sequence[Question], shots: int, seed: int) -> dict[str, list[Question]]:
-    """Worked examples of each subject: its rows of the split "dev" where there are any, else rows not sampled.
+def draw(
+    rows: Sequence[Question], count: int | None, shots: int, seed: int
+) -> tuple[list[Question], dict[str, list[Question]]]:
+    """`count` questions of one task to ask (None: SAMPLE, or all of fewer), and worked examples by subject: rows of
+    the split "dev" where the subject has any, else rows that are put aside. No example is asked.
 
     Raises:
-        DataError: fewer rows left than examples asked for.
+        DataError: fewer rows than asked for, or than are needed for examples.
     """
-    taken = {question.id for question in sampled}
-    found = {}
-    for subject in dict.fromkeys(question.subject for question in sampled):
+    asked = [row for row in rows if row.split != "dev"]
+    found: dict[str, list[Question]] = {}
+    for subject in dict.fromkeys(row.subject for row in asked) if shots else ():
         here = [row for row in rows if row.subject == subject]
-        pool = [row for row in here if row.split == "dev"] or [row for row in here if row.id not in taken]
-        if len(pool) < shots:
-            raise DataError(
-                f"{shots} examples asked for, {len(pool)} rows left for them; sample fewer or lower --shots"
-            )
+        pool = [row for row in here if row.split == "dev"] or here
+        if len(pool) < shots + (pool is here):  # at least one is asked
+            of = f" of subject {subject!r}" if subject else ""
+            raise DataError(f"{shots} worked examples asked for, and {rows[0].corpus!r} has {len(pool)} rows{of}")
         found[subject] = random.Random(f"{seed} {subject}").sample(pool, shots)
-    return found
+    aside = {row.id for pool in found.values() for row in pool}
+    asked = [row for row in asked if row.id not in aside]
+    if not asked:
+        raise DataError(f"{rows[0].corpus!r} holds nothing but examples (split 'dev')")
+    return sample(asked, count, seed, SAMPLE), found
 
 
 def evaluate(
@@ -92,7 +100,7 @@ def evaluate(
         path: .jsonl file of the records; a run that was interrupted goes on from it.
         methods: what to compare (see Method.parse); None for methods.DEFAULT.
         template: a key of TEMPLATES.
-        shots: worked examples by subject, see examples(); None for none.
+        shots: worked examples by subject, see draw(); None for none.
         notes: what else the records depend on (the seed of the sample), for the header.
 
     Returns:
@@ -100,7 +108,7 @@ def evaluate(
         {label: {"nats": [of each choice], "weights"}}; or `left_out`, the reason.
 
     Raises:
-        OptionError: an unknown method, option, member or template.
+        OptionError, WeightsError: an unknown method, option, member or template, or a fitted file that is none.
         DataError: the file holds other results, or no question could be scored.
     """
     if template not in TEMPLATES:
@@ -110,7 +118,7 @@ def evaluate(
         "protocol": "choice",
         "members": [member.name for member in pack.members],
         "fingerprint": pack.fingerprint,
-        "methods": [m.label for m in checked],
+        "methods": described(checked),
         "template": template,
         "shots": {subject: [shot.id for shot in found] for subject, found in (shots or {}).items()},
         **(notes or {}),
@@ -126,9 +134,7 @@ def evaluate(
             with Reading(pack.members, prompt, keep, prefixes, room) as reading:
                 weighed = [(m.members, reading.weights(m.options, m.members)) for m in checked]
                 nats = reading.options([f" {choice}" for choice in question.choices], [*singles, *weighed])
-        except OptionError:
-            raise
-        except PackError as error:
+        except LEFT_OUT as error:
             return {"left_out": str(error)}
         return {
             "subject": question.subject,

@@ -52,8 +52,13 @@ MethodNames = Annotated[
     typer.Option(
         "--method",
         metavar="WEIGHTING[@MEMBERS][:NAME=VALUE,...]",
-        help="What to compare, as in em, sim:tau=1 or opt@base+law. Repeatable. Default: all that fit the pack.",
+        help="What to compare, as in em, sim:tau=1, opt@base+law, dexperts@base+expert+anti, exhaustive or "
+        "cbtm:fitted=FILE (see fit). Repeatable. Default: em, uniform, top1, sim with both tau, opt, exact and map, as "
+        "far as they fit the pack.",
     ),
+]
+Average = Annotated[
+    bool, typer.Option("--average", help="Also a member whose weights are the mean of all the members' weights.")
 ]
 Report = Annotated[Path, typer.Option("--report", help="Folder of the report; a run that stopped goes on from it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Draws the rows.")]
@@ -124,6 +129,7 @@ def lm_command(
     ] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 200, or all of fewer.")] = None,
     length: Annotated[int, typer.Option(min=16, help="Most tokens of a document.")] = 512,
+    average: Average = False,
     report: Report = Path("packllm-lm"),
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -143,13 +149,13 @@ def lm_command(
     if plots:
         reports.require_plots()
     rows = _documents(files, documents, seed, skip_bad, 200)
-    pack = _load(models, dtype)
+    pack, methods = _with_methods(_load(models, dtype), method, average)
     prompts = tuple(prompt or (lm.PROMPT,))
     records = lm.evaluate(
         pack,
         rows,
         report / "records.jsonl",
-        methods=method,
+        methods=methods,
         prompts=prompts,
         length=length,
         notes={"seed": seed},
@@ -168,7 +174,7 @@ def lm_command(
             reports.plot_weights(report / "weights.png", entries, label)
         if len(prompts) > 1:
             reports.plot_lengths(report / "lengths.png", records)
-    _finish([_last(tables[prompts[0]], reports.LM, True)], report)
+    _finish([parts[0], _last(tables[prompts[0]], reports.LM, True)], report)
 
 
 @app.command("choice")
@@ -179,6 +185,7 @@ def choice_command(
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
     questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
     template: Annotated[str, typer.Option(help="choices, plain or continue.")] = "choices",
+    average: Average = False,
     report: Report = Path("packllm-choice"),
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -193,34 +200,29 @@ def choice_command(
     """
     from packllm.evaluate import choice
     from packllm.evaluate import report as reports
-    from packllm.evaluate.rows import read_questions, sample
-    from packllm.evaluate.tables import AVERAGE, choice_table
+    from packllm.evaluate.tables import choice_table
 
     if plots:
         reports.require_plots()
-    found = [read_questions(path, "skip" if skip_bad else "raise") for path in files]
-    asked = [[row for row in rows if row.split != "dev"] for rows in found]
-    drawn = [sample(rows, questions, seed, choice.SAMPLE) for rows in asked]
-    told = [choice.examples(rows, some, shots, seed) for rows, some in zip(found, drawn, strict=True)] if shots else []
-    pack = _load(models, dtype)
+    tasks = _tasks(files, questions, shots, seed, skip_bad, choices=True)
+    pack, methods = _with_methods(_load(models, dtype), method, average)
     records = []
-    for at, some in enumerate(drawn):
+    for name, (drawn, told) in tasks.items():
         records += choice.evaluate(
             pack,
-            some,
-            report / f"records-{some[0].corpus}.jsonl",
-            methods=method,
+            drawn,
+            report / f"records-{name}.jsonl",
+            methods=methods,
             template=template,
-            shots=told[at] if told else None,
+            shots=told,
             notes={"seed": seed},
         )
     entries = choice_table(records)
     parts = [reports.left_out(records), reports.markdown(entries, reports.CHOICE, False)]
     reports.write(report, f"Multiple choice, {shots}-shot", parts, {"table": [entry.as_dict() for entry in entries]})
     if plots:
-        last = AVERAGE if len(files) > 1 else entries[0].corpus
-        reports.plot_scores(report / "accuracy.png", entries, "accuracy", last)
-    _finish([_last(entries, reports.CHOICE, False)], report)
+        reports.plot_scores(report / "accuracy.png", entries, "accuracy", entries[-1].corpus)
+    _finish([parts[0], _last(entries, reports.CHOICE, False)], report)
 
 
 @app.command("generate")
@@ -231,6 +233,7 @@ def generate_command(
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 5,
     questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    average: Average = False,
     report: Report = Path("packllm-generate"),
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -242,22 +245,19 @@ def generate_command(
 
     packllm eval generate gsm8k.jsonl --method em --method top1 --shots 3
     """
-    from packllm.evaluate import choice, generate
+    from packllm.evaluate import generate
     from packllm.evaluate import report as reports
-    from packllm.evaluate.rows import read_questions, sample
     from packllm.evaluate.tables import generate_table
 
-    found = [read_questions(path, "skip" if skip_bad else "raise", choices=False) for path in files]
-    pack = _load(models, dtype)
+    tasks = _tasks(files, questions, shots, seed, skip_bad, choices=False)
+    pack, methods = _with_methods(_load(models, dtype), method, average)
     records = []
-    for rows in found:
-        drawn = sample(rows, questions, seed, choice.SAMPLE)
-        told = next(iter(choice.examples(rows, drawn, shots, seed).values())) if shots else []
+    for name, (drawn, told) in tasks.items():
         records += generate.evaluate(
             pack,
             drawn,
-            report / f"records-{drawn[0].corpus}.jsonl",
-            methods=method,
+            report / f"records-{name}.jsonl",
+            methods=methods,
             shots=told,
             max_tokens=max_tokens,
             notes={"seed": seed},
@@ -268,11 +268,79 @@ def generate_command(
     _finish(parts, report)
 
 
+@app.command("fit")
+def fit_command(
+    weighting: Annotated[str, typer.Argument(help="cbtm or router.", show_default=False)],
+    texts: Annotated[
+        list[str],
+        typer.Argument(metavar="MEMBER=FILE...", help="cbtm: an expert's corpus; router: prompts that it is best at."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("fitted.npz"),
+    seed: Seed = 0,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Train the rivals that look at the prompt's words alone: centroids of corpora (cbtm) or a classifier (router).
+
+    [dim]Example:[/]
+
+    packllm eval fit cbtm law=statutes.jsonl medicine=leaflets.txt --out cbtm.npz
+    packllm eval lm a.jsonl -m ./law -m ./medicine --method em --method cbtm:fitted=cbtm.npz
+    """
+    from packllm.errors import OptionError
+    from packllm.evaluate.rows import read_documents
+    from packllm.weights import cbtm, router
+
+    found: dict[str, list[str]] = {}
+    for pair in texts:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise OptionError(f"{pair!r} is not MEMBER=FILE")
+        found.setdefault(name, []).extend(d.text for d in read_documents(Path(path), "skip" if skip_bad else "raise"))
+    if weighting == "cbtm":
+        cbtm.fit(found, out, seed=seed)
+    elif weighting == "router":
+        labelled = [(text, name) for name, some in found.items() for text in some]
+        router.fit([text for text, _ in labelled], [name for _, name in labelled], out, seed=seed)
+    else:
+        raise OptionError(f"weighting={weighting!r} is not fitted; cbtm and router are")
+    typer.echo(json.dumps({"fitted": str(out), "texts": {name: len(some) for name, some in found.items()}}))
+
+
 def _documents(files: list[Path], count: int | None, seed: int, skip_bad: bool, default: int) -> list[Any]:
+    from packllm.evaluate.files import names
     from packllm.evaluate.rows import read_documents, sample
 
-    rows = [row for path in files for row in read_documents(path, "skip" if skip_bad else "raise")]
-    return sample(rows, count, seed, default)
+    bad: Any = "skip" if skip_bad else "raise"
+    named = zip(files, names(files), strict=True)
+    return sample([row for path, name in named for row in read_documents(path, bad, name)], count, seed, default)
+
+
+def _tasks(
+    files: list[Path], count: int | None, shots: int, seed: int, skip_bad: bool, choices: bool
+) -> dict[str, tuple[list[Any], dict[str, list[Any]]]]:
+    """Questions to ask and worked examples, by the files' names."""
+    from packllm.evaluate.choice import draw
+    from packllm.evaluate.files import names
+    from packllm.evaluate.rows import read_questions
+
+    bad: Any = "skip" if skip_bad else "raise"
+    named = zip(files, names(files), strict=True)
+    return {name: draw(read_questions(path, bad, choices, name), count, shots, seed) for path, name in named}
+
+
+def _with_methods(pack: Pack, method: list[str] | None, with_average: bool) -> tuple[Pack, list[Any] | None]:
+    """The pack and what to compare; with the average as one member more, which no method mixes unless it names it."""
+    from packllm.evaluate.methods import Method, ready
+    from packllm.merge import average
+    from packllm.pack import Pack
+
+    if not with_average:
+        return pack, list(method) if method else None
+    names = tuple(member.name for member in pack.members)
+    merged = average(pack.members)
+    parsed = [Method.parse(m) for m in method] if method else [Method.parse(m.label) for m in ready(pack, None)]
+    methods = [Method(m.label, m.options, m.members or names) for m in parsed]
+    return Pack([*pack.members, merged]), methods
 
 
 def _load(models: list[str] | None, dtype: str) -> Pack:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from packllm.errors import ExtraError, OptionError
+from packllm.evaluate.methods import one_vocabulary
 from packllm.evaluate.reading import cut_after
 from packllm.pack import Pack
 from packllm.prompt import Prompt
@@ -101,10 +102,13 @@ class PackLM(LM):
         encoder = self.pack.members[0].encoder
         most = max(len(encoder.continuation(text)) for text in continuations)
         found, text = [False] * len(continuations), ""
+        tokenwise = one_vocabulary(self.pack, range(len(self.pack.members)))
         stream = self.pack.stream(prompt, max_tokens=most, temperature=0.0)
         for chunk in stream:
             text += chunk.text
-            found = [same or text == wanted for same, wanted in zip(found, continuations, strict=True)]
+            # Segments are longer than tokens, and may write more than what was asked.
+            wrote = text.__eq__ if tokenwise else text.startswith
+            found = [same or wrote(wanted) for same, wanted in zip(found, continuations, strict=True)]
             if not any(wanted.startswith(text) for wanted in continuations):
                 break
         stream.close()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from packllm.decode.mined import translated
-from packllm.errors import DataError, OptionError, PackError
-from packllm.evaluate.methods import Method, Ready, largest, one_vocabulary, ready
+from packllm.errors import DataError, OptionError
+from packllm.evaluate.methods import Method, Ready, described, largest, one_vocabulary, ready
 from packllm.evaluate.reading import Reading, cut_after
-from packllm.evaluate.records import run
+from packllm.evaluate.records import LEFT_OUT, run
 from packllm.evaluate.rows import Document
 from packllm.pack import Pack
 from packllm.weights import Weights, find
@@ -79,7 +79,7 @@ def evaluate(
         or `left_out`, the reason, for a document that is too short or does not fit a member.
 
     Raises:
-        OptionError: an unknown method, option or member.
+        OptionError, WeightsError: an unknown method, option or member, or a fitted file that is none.
         DataError: the file holds other results, or no document could be scored.
     """
     checked = ready(pack, methods)
@@ -88,7 +88,7 @@ def evaluate(
         "protocol": "lm",
         "members": [member.name for member in pack.members],
         "fingerprint": pack.fingerprint,
-        "methods": [m.label for m in checked],
+        "methods": described(checked),
         "prompts": [p.label for p in lengths],
         "length": length,
         **(notes or {}),
@@ -98,9 +98,7 @@ def evaluate(
     def work(document: Document) -> dict[str, Any]:
         try:
             return _score(pack, document, checked, lengths, length, keep)
-        except (PackError, ValueError) as error:
-            if isinstance(error, OptionError):
-                raise
+        except LEFT_OUT as error:
             return {"left_out": str(error)}
 
     records = run(documents, work, path, header, "Documents")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from packllm.errors import OptionError
 from packllm.options import Options
 from packllm.pack import Pack
-from packllm.weights import find
+from packllm.weights import find, tfidf
 
 _SPEC = re.compile(r"(?P<weighting>[\w-]+)(@(?P<members>[^:]+))?(:(?P<options>.+))?")
 
@@ -56,6 +58,13 @@ class Ready:
     options: Options
     members: tuple[int, ...]
 
+    def described(self) -> dict[str, Any]:
+        """What its results depend on, beside the members themselves; JSON-safe."""
+        told = self.options.model_dump(mode="json", exclude_defaults=True)
+        if self.options.fitted is not None:
+            told["fitted"] = hashlib.sha256(Path(self.options.fitted).read_bytes()).hexdigest()[:16]
+        return {"members": list(self.members), **told}
+
 
 def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
     """The methods, checked against the pack; None for DEFAULT, as far as they fit it.
@@ -63,6 +72,7 @@ def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
     Raises:
         OptionError: an unknown weighting, option or member, two methods with one label, or a weighting that
             reads logits over members of different vocabularies.
+        WeightsError: cbtm or the router without a fitted file of theirs.
     """
     chosen = [Method.parse(m) if isinstance(m, str) else m for m in (DEFAULT if methods is None else methods)]
     names = [member.name for member in pack.members]
@@ -82,10 +92,22 @@ def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
                 options = options.override({"pool": "linear"})  # words have no normalised product
         elif isinstance(options.weighting, str):
             find(options.weighting)
+        if options.weighting in ("cbtm", "router"):
+            tfidf.load(options.fitted, options.weighting)
         if any(method.label == other.label for other in checked):
             raise OptionError(f"two methods are called {method.label!r}")
         checked.append(Ready(method.label, options, members))
     return checked
+
+
+def singles(pack: Pack) -> list[Method]:
+    """Every member alone."""
+    return [Method(f"member {m.name}", {"weighting": {m.name: 1.0}}, (m.name,)) for m in pack.members]
+
+
+def described(methods: Sequence[Ready]) -> dict[str, Any]:
+    """What the results of methods depend on, by label."""
+    return {method.label: method.described() for method in methods}
 
 
 def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:

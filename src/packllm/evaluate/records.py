@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from packllm.errors import DataError
+from packllm.errors import DataError, MemberError, PromptError
 from packllm.evaluate.rows import Document, Question
+
+LEFT_OUT = (DataError, PromptError, MemberError)
+"""What is wrong with a row; every other error is one of the run, and ends it."""
 
 Row = TypeVar("Row", Document, Question)
 
@@ -35,7 +38,10 @@ class Records:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path, self.rows = path, dict[str, dict[str, Any]]()
         header = json.loads(json.dumps(header))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{str(path.parent)!r} cannot be a folder of records: {error.strerror}") from None
         kept = self._read(header)
         self._file = open(path, "r+b" if kept else "wb")  # noqa: SIM115 (open as long as the records are)
         self._file.truncate(kept)
@@ -48,13 +54,18 @@ class Records:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = 0
         for at, line in enumerate(lines):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and (at or _line(header).startswith(line)):
                 break
-            record = json.loads(line)
-            if at == 0:
-                self._compare(record, header)
-            else:
-                self.rows[record["id"]] = record
+            try:
+                record = json.loads(line)
+                if at == 0:
+                    self._compare(record, header)
+                else:
+                    self.rows[record["id"]] = record
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                if isinstance(error, DataError):
+                    raise
+                raise DataError(f"{str(self.path)!r} line {at + 1} is no record; delete or move that file") from None
             kept += len(line)
         return kept
 
@@ -68,11 +79,12 @@ class Records:
 
     def add(self, record: dict[str, Any]) -> None:
         """File a record (it has an "id"); on disk when this returns."""
-        self._write(record)
+        if self.rows.get(record["id"]) != record:
+            self._write(record)
         self.rows[record["id"]] = record
 
     def _write(self, content: dict[str, Any]) -> None:
-        self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+        self._file.write(_line(content))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -86,10 +98,15 @@ class Records:
         self.close()
 
 
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+
+
 def run(
     rows: Sequence[Row], work: Callable[[Row], dict[str, Any]], path: Path, header: dict[str, Any], name: str
 ) -> list[dict[str, Any]]:
-    """A record of each row, in order: those on disk as they are, the others worked out and filed, with a bar."""
+    """A record of each row, in order: those on disk as they are, the others worked out and filed, with a bar. Rows
+    that were left out are tried again: what kept them out may have been mended."""
     return run_together(rows, 1, lambda group: [work(group[0])], path, header, name)
 
 
@@ -103,7 +120,7 @@ def run_together(
 ) -> list[dict[str, Any]]:
     """The same where up to `size` rows are worked out at a time."""
     with Records(path, header) as records:
-        missing = [row for row in rows if row.id not in records.rows]
+        missing = [row for row in rows if "left_out" in records.rows.get(row.id, {"left_out": None})]
         with tqdm(total=len(rows), initial=len(rows) - len(missing), desc=name, unit="row", disable=None) as bar:
             for start in range(0, len(missing), size):
                 group = missing[start : start + size]
@@ -114,6 +131,7 @@ def run_together(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The complete records of a file, without its header."""
+    """The complete records of a file, without its header; the last where there are several of a row."""
     lines = path.read_bytes().splitlines(keepends=True)[1:]
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return list({record["id"]: record for record in found}.values())

@@ -58,6 +58,10 @@ def _row(entry: Entry) -> str:
     return f"| {entry.method} | {score.value:.4f} | {score.low:.4f} to {score.high:.4f} | {more} | {against} | {p} |"
 
 
+LEAST = 10
+"""Documents of a verdict: bootstrap intervals of fewer are far too narrow."""
+
+
 def audit(found: Sequence[Use]) -> str:
     """Which members help on each corpus, which never get weight, what each costs, in Markdown."""
     parts = []
@@ -79,6 +83,8 @@ def audit(found: Sequence[Use]) -> str:
 
 
 def _verdict(rows: Sequence[Use]) -> str:
+    if rows[0].rows < LEAST:
+        return f"Too few documents ({rows[0].rows}) to say who helps: with {LEAST} or more, intervals can be trusted."
     helping = [u.member for u in rows if u.helps.low > 0]
     idle = [u.member for u in rows if u.runs == 0]
     hurting = [u.member for u in rows if u.helps.high < 0]

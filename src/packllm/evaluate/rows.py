@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from packllm.errors import DataError, ExtraError
+from packllm.errors import DataError
+from packllm.evaluate import files
 
 log = logging.getLogger("packllm")
 
@@ -29,7 +29,7 @@ class Document:
     """A text to model.
 
     Attributes:
-        id: what its results are filed under: a hash of the text.
+        id: what its results are filed under: a hash of corpus and text.
         corpus: what it is reported under: the row's `domain`, or the file's name.
         text: at least one character that is not a space.
     """
@@ -44,7 +44,7 @@ class Question:
     """A question, with choices (multiple choice) or without (generation).
 
     Attributes:
-        id: what its results are filed under: a hash of the content.
+        id: what its results are filed under: a hash of corpus and content, the answer too.
         corpus: the file's name.
         question, context: `context` may be empty.
         choices: empty for generation.
@@ -62,30 +62,27 @@ class Question:
     split: str = ""
 
 
-HUB = "hub:"
-"""What a dataset's name begins with: hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT (default: test)."""
-
 Row = TypeVar("Row", Document, Question)
 
 
-def read_documents(path: Path, bad: Bad = "raise") -> list[Document]:
+def read_documents(path: Path, bad: Bad = "raise", corpus: str | None = None) -> list[Document]:
     """Documents of a .jsonl file or a hub dataset (rows with `text`, or `question` and `answer`), or of a text file;
     .gz too.
+
+    Args:
+        corpus: what they are reported under, where a row has no `domain`; None: the file's name.
 
     Raises:
         DataError: no such file or dataset, a malformed row (named by line) unless bad="skip", or nothing in it.
         ExtraError: a dataset, and the extra `eval` is not installed.
     """
-    name = _name(path)
-    if ".jsonl" in path.name or _on_hub(path):
-        documents = list(_rows(path, bad, lambda row: _document(row, name)))
-    else:
-        with _open(path) as file:
-            documents = [Document(_key(text), name, text) for text in cut(file.read())]
-    return _some(documents, path)
+    name = corpus or files.name(path)
+    if files.holds_rows(path):
+        return _some(list(_rows(path, bad, lambda row: _document(row, name))), path)
+    return _some([Document(_key(name, text), name, text) for text in cut(files.text(path))], path)
 
 
-def read_questions(path: Path, bad: Bad = "raise", choices: bool = True) -> list[Question]:
+def read_questions(path: Path, bad: Bad = "raise", choices: bool = True, corpus: str | None = None) -> list[Question]:
     """Questions of a .jsonl file, `.gz` too, or of a hub dataset: rows with `question`, `choices` (a list) and `answer`
     (an index, or a letter), or without choices and with `answer` as text; `context`, `subject` and `split` where
     there are any. ARC's form, `choices` {"text", "label"} and `answerKey`, is read as well.
@@ -93,7 +90,7 @@ def read_questions(path: Path, bad: Bad = "raise", choices: bool = True) -> list
     Raises:
         DataError, ExtraError: as read_documents; also an answer out of range.
     """
-    name = _name(path)
+    name = corpus or files.name(path)
     return _some(list(_rows(path, bad, lambda row: _question(row, name, choices))), path)
 
 
@@ -137,81 +134,46 @@ def _document(row: dict[str, Any], name: str) -> Document:
         raise ValueError("no field 'text'")
     if not isinstance(text, str) or not text.strip():
         raise ValueError("its text is empty or no text")
-    return Document(_key(text), str(row.get("domain") or name), text)
+    name = str(row.get("domain") or name)
+    return Document(_key(name, text), name, text)
 
 
 def _question(row: dict[str, Any], name: str, wants_choices: bool) -> Question:
     question, choices = row.get("question"), row.get("choices")
     told = answer = row.get("answer", row.get("answerKey"))
-    if isinstance(choices, dict):
-        labels, choices = choices.get("label") or [], choices.get("text")
-        answer = labels.index(told) if told in labels else None
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question")
     if wants_choices:
+        if isinstance(choices, dict):
+            labels, choices = choices.get("label"), choices.get("text")
+            answer = labels.index(told) if isinstance(labels, list) and told in labels else None
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise ValueError("'choices' must be a list of at least two texts")
         if isinstance(answer, str) and re.fullmatch("[A-Z]", answer):
             answer = ord(answer) - ord("A")
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise ValueError(f"answer={told!r} is none of 0..{len(choices) - 1}")
-    elif not isinstance(answer, str) or not answer.strip():
-        raise ValueError("'answer' must be a text")
-    fields = {name: str(row.get(name) or "") for name in ("context", "subject", "split")}
-    key = _key(json.dumps([question, choices, fields["context"]]))
+            raise ValueError(f"answer={told!r} is none of 0..{len(choices) - 1} (a number), and no letter of them")
+    elif isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError("'answer' must be a text or a number")
+    else:
+        answer = str(answer)
+    fields = {field: str(row.get(field) or "") for field in ("context", "subject", "split")}
+    key = _key(name, json.dumps([question, choices, answer, *fields.values()], ensure_ascii=False))
     return Question(key, name, question, tuple(choices or ()) if wants_choices else (), answer, **fields)
 
 
 def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(files.lines(path), 1):
         try:
-            row = json.loads(line) if isinstance(line, str) else line
+            row = json.loads(line) if isinstance(line, bytes) else line
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
             yield make(row)
         except ValueError as error:
-            reason = "empty" if line == "" or str(line).isspace() else str(error)
+            reason = "empty" if isinstance(line, bytes) and not line.strip() else str(error)
             if bad == "raise":
                 raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
             log.warning("%s line %d left out: %s", path.name, number, reason)
-
-
-def _lines(path: Path) -> Iterator[str | dict[str, Any]]:
-    """Lines of a file, or rows of a dataset."""
-    if _on_hub(path):
-        yield from _dataset(str(path).removeprefix(HUB))
-    else:
-        with _open(path) as file:
-            yield from file
-
-
-def _on_hub(path: Path) -> bool:
-    return str(path).startswith(HUB)
-
-
-def _dataset(spec: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ExtraError("reading a hub dataset", "datasets", "eval") from None
-    name, config, split = [*spec.split(":"), "", ""][:3]
-    try:
-        return datasets.load_dataset(name, config or None, split=split or "test")
-    except Exception as error:  # of many kinds: no such dataset, config or split, no network
-        raise DataError(f"cannot load dataset {name!r}: {str(error).splitlines()[0]}") from error
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(f"{str(path)!r} is no file; give a .jsonl or .txt file, gzipped or not")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-
-
-def _name(path: Path) -> str:
-    """What rows are reported under, fit to be part of a file's name."""
-    if _on_hub(path):
-        return "-".join(part for part in path.name.removeprefix(HUB).split(":")[:2] if part)
-    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".txt")
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:
@@ -220,5 +182,7 @@ def _some(rows: list[Row], path: Path) -> list[Row]:
     return rows
 
 
-def _key(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def _key(*parts: str) -> str:
+    """A hash of the content: records of other content are never taken for its own. ValueError where a text holds
+    half a surrogate pair, which no tokenizer reads."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -41,6 +41,14 @@ def interval(
     return Interval(float(sums.sum() / over.sum()), float(low), float(high))
 
 
+def proportion(hits: Sequence[bool], *, seed: int = 0) -> Interval:
+    """Share of hits with a 95 % interval. Where all are alike, resampling sees no spread: Wilson's interval (1927)."""
+    if len({*hits}) > 1:
+        return interval([float(hit) for hit in hits], seed=seed)
+    rest = 1.96**2 / (len(hits) + 1.96**2)
+    return Interval(1.0, 1 - rest, 1.0) if hits[0] else Interval(0.0, 0.0, rest)
+
+
 @dataclass(frozen=True)
 class Paired:
     """Difference of two methods on the same rows: a − b, its interval, and the two-sided p-value of a

@@ -9,11 +9,11 @@ from typing import Any
 
 from packllm.evaluate.choice import right
 from packllm.evaluate.lm import bits_per_byte
-from packllm.evaluate.statistics import Interval, Paired, interval, paired
+from packllm.evaluate.statistics import Interval, Paired, interval, paired, proportion
 
 Records = Sequence[dict[str, Any]]
 
-AVERAGE = "average"
+AVERAGE = "average over corpora"
 """The corpus that stands for the mean over corpora."""
 
 
@@ -102,7 +102,7 @@ def lm_table(
                 )
             )
         entries += _references(entries, rows, best)
-    return [*entries, *(_averages(entries) if len(groups) > 1 else [])]
+    return [*entries, *(_averages(entries, geometric) if len(groups) > 1 else [])]
 
 
 def _lm_columns(rows: Records, length: str) -> dict[str, list[float]]:
@@ -114,44 +114,64 @@ def _lm_columns(rows: Records, length: str) -> dict[str, list[float]]:
 
 def choice_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
     """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy; the rest as in lm_table."""
-    entries = []
-    groups = corpora(records)
-    for corpus, rows in groups.items():
+    hits, more, weights = {}, {}, {}
+    for corpus, rows in corpora(records).items():
         columns = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
         columns |= {m: [row["methods"][m]["nats"] for row in rows] for m in rows[0]["methods"]}
-        hits = {m: [float(right(r, n)) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
-        best = max((f"member {name}" for name in best_of or rows[0]["members"]), key=lambda m: sum(hits[m]))
-        for label, nats in columns.items():
-            per_byte = [right(r, n, per_byte=True) for r, n in zip(rows, nats, strict=True)]
+        hits[corpus] = {m: [right(r, n) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
+        per_byte = {m: [right(r, n, True) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
+        more[corpus] = {m: sum(found) / len(found) for m, found in per_byte.items()}
+        weights[corpus] = {m: _mean_weights([row["methods"][m]["weights"] for row in rows]) for m in rows[0]["methods"]}
+    return _accuracy(records, hits, more, weights, base, best_of)
+
+
+def generate_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
+    """Exact match by task and on average over tasks; `more` is seconds an answer; the rest as in lm_table."""
+    hits, more, weights = {}, {}, {}
+    for corpus, rows in corpora(records).items():
+        columns = {m: [row["methods"][m] for row in rows] for m in rows[0]["methods"]}
+        hits[corpus] = {m: [cell["right"] for cell in cells] for m, cells in columns.items()}
+        more[corpus] = {m: sum(cell["seconds"] for cell in cells) / len(cells) for m, cells in columns.items()}
+        weights[corpus] = {m: _mean_weights([cell["weights"] for cell in cells]) for m, cells in columns.items()}
+    return _accuracy(records, hits, more, weights, base, best_of)
+
+
+def _accuracy(
+    records: Records,
+    hits: dict[str, dict[str, list[bool]]],
+    more: dict[str, dict[str, float]],
+    weights: dict[str, dict[str, dict[str, float]]],
+    base: str | None,
+    best_of: Sequence[str] | None,
+) -> list[Entry]:
+    """Entries of what was right, by corpus and method."""
+    entries = []
+    for corpus, rows in corpora(records).items():
+        found = hits[corpus]
+        candidates = (
+            [f"member {name}" for name in best_of] if best_of else [m for m in found if m.startswith("member ")]
+        )
+        best = max(candidates, key=lambda m: sum(found[m]))
+        other = base or best
+        for label, right_ones in found.items():
+            against = None if label == other else paired(right_ones, found[other])
             entries.append(
                 Entry(
                     corpus,
                     label,
                     len(rows),
-                    interval(hits[label]),
-                    sum(per_byte) / len(per_byte),
-                    None if label == (base or best) else paired(hits[label], hits[base or best]),
-                    _mean_weights([row["methods"][label]["weights"] for row in rows])
-                    if label in rows[0]["methods"]
-                    else {},
+                    proportion(right_ones),
+                    more[corpus][label],
+                    against,
+                    weights[corpus].get(label, {}),
                 )
             )
         entries += _references(entries, rows, best)
-    return [*entries, *(_averages(entries) if len(groups) > 1 else [])]
+    return [*entries, *(_averages(entries, arithmetic) if len(hits) > 1 else [])]
 
 
-def generate_table(records: Records) -> list[Entry]:
-    """Exact match by task; `more` is seconds an answer. Compared with the first method."""
-    entries = []
-    for corpus, rows in corpora(records).items():
-        labels = list(rows[0]["methods"])
-        hits = {m: [float(row["methods"][m]["right"]) for row in rows] for m in labels}
-        for m in labels:
-            seconds = sum(row["methods"][m]["seconds"] for row in rows) / len(rows)
-            weights = _mean_weights([row["methods"][m]["weights"] for row in rows])
-            against = None if m == labels[0] else paired(hits[m], hits[labels[0]])
-            entries.append(Entry(corpus, m, len(rows), interval(hits[m]), seconds, against, weights))
-    return entries
+def _alone(labels: Iterable[str]) -> list[str]:
+    return [label.removeprefix("member ") for label in labels if label.startswith("member ")]
 
 
 def _references(entries: Sequence[Entry], rows: Records, best: str) -> list[Entry]:
@@ -164,9 +184,18 @@ def _references(entries: Sequence[Entry], rows: Records, best: str) -> list[Entr
     return [replace(found[label], method=name, weights={}) for name, label in renamed.items()]
 
 
-def _averages(entries: Sequence[Entry]) -> list[Entry]:
-    """Means over corpora, each counted alike, of the methods that all have; the corpora are independent, so
-    half-widths add in squares."""
+def arithmetic(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def geometric(values: Sequence[float]) -> float:
+    """Of perplexities: the exponential of the mean NLL."""
+    return math.exp(arithmetic([math.log(value) for value in values]))
+
+
+def _averages(entries: Sequence[Entry], mean_of_more: Callable[[Sequence[float]], float]) -> list[Entry]:
+    """Means over corpora, each counted alike, of the methods that all have; the corpora are taken to be independent,
+    so half-widths add in squares."""
     found = []
     count = len({entry.corpus for entry in entries})
     for label in dict.fromkeys(entry.method for entry in entries):
@@ -186,7 +215,7 @@ def _averages(entries: Sequence[Entry]) -> list[Entry]:
                 label,
                 sum(entry.rows for entry in parts),
                 _mean([entry.score for entry in parts]),
-                math.exp(sum(map(math.log, more)) / len(more)) if len(more) == len(parts) and min(more) > 0 else None,
+                mean_of_more(more) if len(more) == len(parts) else None,
                 Paired(difference, p) if any(entry.against for entry in parts) else None,
                 _mean_weights([entry.weights for entry in parts]),
             )
@@ -224,6 +253,7 @@ class Use:
     """What a member is to a pack on a corpus: the audit's row.
 
     Attributes:
+        rows: documents.
         weight: its mean weight.
         runs: share of documents where it has any weight, so is run while decoding.
         top: share of documents where it has the largest weight.
@@ -234,6 +264,7 @@ class Use:
 
     corpus: str
     member: str
+    rows: int
     weight: float
     runs: float
     top: float
@@ -263,6 +294,7 @@ def uses(records: Records, label: str) -> list[Use]:
                 Use(
                     corpus,
                     name,
+                    len(rows),
                     sum(weights) / len(rows),
                     sum(w != 0 for w in weights) / len(rows),
                     sum(top) / len(rows),

@@ -26,7 +26,7 @@ def fit(corpora: Mapping[str, Sequence[str]], path: str | os.PathLike, *, cluste
 
     Raises:
         ExtraError: scikit-learn is absent.
-        DataError: fewer than two corpora, or one with fewer documents than clusters, or with a single one.
+        DataError: fewer than two corpora, or a cluster of one document.
     """
     try:
         from sklearn.cluster import KMeans
@@ -35,16 +35,22 @@ def fit(corpora: Mapping[str, Sequence[str]], path: str | os.PathLike, *, cluste
     if len(corpora) < 2:
         raise DataError("cbtm needs the corpora of at least two members")
     for name, texts in corpora.items():
-        if len(texts) < max(2, clusters + 1):
+        if len(texts) < 2 * clusters:
             raise DataError(
                 f"the corpus of {name!r} has {len(texts)} document{'s' * (len(texts) != 1)} for {clusters} "
                 f"cluster{'s' * (clusters != 1)}: a cluster of one document is that document; give more of them"
             )
     features, rows = tfidf.fit([text for texts in corpora.values() for text in texts], "cbtm")
     centroids, begin = [], 0
-    for texts in corpora.values():
+    for name, texts in corpora.items():
         part = rows[begin : begin + len(texts)]
-        centroids.append(KMeans(clusters, n_init=3, random_state=seed).fit(part).cluster_centers_)
+        found = KMeans(clusters, n_init=3, random_state=seed).fit(part)
+        if min(sizes := np.bincount(found.labels_, minlength=clusters)) < 2:
+            raise DataError(
+                f"clusters={clusters}: one of {name!r} holds {min(sizes)} document(s), and would "
+                f"be that document; ask for fewer clusters or give more documents"
+            )
+        centroids.append(found.cluster_centers_)
         begin += len(texts)
     arrays = {"centroids": np.stack(centroids).astype(np.float32)}
     tfidf.Fitted("cbtm", tuple(corpora), features, arrays).save(path)
