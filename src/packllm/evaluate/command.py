@@ -273,10 +273,10 @@ def fit_command(
     weighting: Annotated[str, typer.Argument(help="cbtm or router.", show_default=False)],
     texts: Annotated[
         list[str],
-        typer.Argument(metavar="MEMBER=FILE...", help="cbtm: an expert's corpus; router: prompts that it is best at."),
+        typer.Argument(metavar="MEMBER=FILE", help="cbtm: an expert's corpus; router: prompts that it is best at."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("fitted.npz"),
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of k-means and of the classifier.")] = 0,
     skip_bad: SkipBad = False,
 ) -> None:
     """Train the rivals that look at the prompt's words alone: centroids of corpora (cbtm) or a classifier (router).
@@ -284,6 +284,7 @@ def fit_command(
     [dim]Example:[/]
 
     packllm eval fit cbtm law=statutes.jsonl medicine=leaflets.txt --out cbtm.npz
+
     packllm eval lm a.jsonl -m ./law -m ./medicine --method em --method cbtm:fitted=cbtm.npz
     """
     from packllm.errors import OptionError
