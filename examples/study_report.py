@@ -51,9 +51,6 @@ def main() -> None:
         ]
         head = "| method | passes of one member | bits/byte | 95 % interval |\n|---|---|---|---|\n"
         write(args.out, "grid", head + "\n".join(lines) + "\n", [])
-    if (path := args.data / "records" / "mined.jsonl").exists():
-        entries = tables.lm_table(records.read(path))
-        write(args.out, "mined", report.markdown(entries, report.LM, True), entries)
     if (path := args.data / "records" / "segments.jsonl").exists():
         write(args.out, "segments", segments.table(records.read(path)), [])
     if (path := args.data / "records" / "length.jsonl").exists():
