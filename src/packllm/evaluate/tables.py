@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from packllm.evaluate.choice import right
 from packllm.evaluate.lm import bits_per_byte
@@ -114,60 +114,62 @@ def _lm_columns(rows: Records, length: str) -> dict[str, list[float]]:
 
 def choice_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
     """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy; the rest as in lm_table."""
-    hits, more, weights = {}, {}, {}
-    for corpus, rows in corpora(records).items():
-        columns = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
-        columns |= {m: [row["methods"][m]["nats"] for row in rows] for m in rows[0]["methods"]}
-        hits[corpus] = {m: [right(r, n) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
-        per_byte = {m: [right(r, n, True) for r, n in zip(rows, nats, strict=True)] for m, nats in columns.items()}
-        more[corpus] = {m: sum(found) / len(found) for m, found in per_byte.items()}
-        weights[corpus] = {m: _mean_weights([row["methods"][m]["weights"] for row in rows]) for m in rows[0]["methods"]}
-    return _accuracy(records, hits, more, weights, base, best_of)
+
+    def columns(rows: Records) -> dict[str, _Column]:
+        nats = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
+        nats |= {m: [row["methods"][m]["nats"] for row in rows] for m in rows[0]["methods"]}
+        found = {}
+        for label, cells in nats.items():
+            hits = [right(row, cell) for row, cell in zip(rows, cells, strict=True)]
+            per_byte = [right(row, cell, per_byte=True) for row, cell in zip(rows, cells, strict=True)]
+            methods = [row["methods"][label] for row in rows] if label in rows[0]["methods"] else []
+            found[label] = _Column(hits, sum(per_byte) / len(rows), _mean_weights([m["weights"] for m in methods]))
+        return found
+
+    return _shares(records, columns, base, best_of)
 
 
 def generate_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
     """Exact match by task and on average over tasks; `more` is seconds an answer; the rest as in lm_table."""
-    hits, more, weights = {}, {}, {}
-    for corpus, rows in corpora(records).items():
-        columns = {m: [row["methods"][m] for row in rows] for m in rows[0]["methods"]}
-        hits[corpus] = {m: [cell["right"] for cell in cells] for m, cells in columns.items()}
-        more[corpus] = {m: sum(cell["seconds"] for cell in cells) / len(cells) for m, cells in columns.items()}
-        weights[corpus] = {m: _mean_weights([cell["weights"] for cell in cells]) for m, cells in columns.items()}
-    return _accuracy(records, hits, more, weights, base, best_of)
+
+    def columns(rows: Records) -> dict[str, _Column]:
+        found = {}
+        for label in rows[0]["methods"]:
+            cells = [row["methods"][label] for row in rows]
+            seconds = sum(cell["seconds"] for cell in cells) / len(cells)
+            weights = _mean_weights([cell["weights"] for cell in cells])
+            found[label] = _Column([cell["right"] for cell in cells], seconds, weights)
+        return found
+
+    return _shares(records, columns, base, best_of)
 
 
-def _accuracy(
+class _Column(NamedTuple):
+    """What a method got right on a task, and what is reported beside it."""
+
+    hits: list[bool]
+    more: float
+    weights: dict[str, float]
+
+
+def _shares(
     records: Records,
-    hits: dict[str, dict[str, list[bool]]],
-    more: dict[str, dict[str, float]],
-    weights: dict[str, dict[str, dict[str, float]]],
+    columns: Callable[[Records], dict[str, _Column]],
     base: str | None,
     best_of: Sequence[str] | None,
 ) -> list[Entry]:
-    """Entries of what was right, by corpus and method."""
+    """Entries of shares of rows that were right."""
     entries = []
-    for corpus, rows in corpora(records).items():
-        found = hits[corpus]
-        candidates = (
-            [f"member {name}" for name in best_of] if best_of else [m for m in found if m.startswith("member ")]
-        )
-        best = max(candidates, key=lambda m: sum(found[m]))
+    groups = corpora(records)
+    for corpus, rows in groups.items():
+        found = columns(rows)
+        best = max((f"member {name}" for name in best_of or _alone(found)), key=lambda m: sum(found[m].hits))
         other = base or best
-        for label, right_ones in found.items():
-            against = None if label == other else paired(right_ones, found[other])
-            entries.append(
-                Entry(
-                    corpus,
-                    label,
-                    len(rows),
-                    proportion(right_ones),
-                    more[corpus][label],
-                    against,
-                    weights[corpus].get(label, {}),
-                )
-            )
+        for label, (hits, more, weights) in found.items():
+            against = None if label == other else paired(hits, found[other].hits)
+            entries.append(Entry(corpus, label, len(rows), proportion(hits), more, against, weights))
         entries += _references(entries, rows, best)
-    return [*entries, *(_averages(entries, arithmetic) if len(hits) > 1 else [])]
+    return [*entries, *(_averages(entries, arithmetic) if len(groups) > 1 else [])]
 
 
 def _alone(labels: Iterable[str]) -> list[str]:
