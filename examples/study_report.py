@@ -27,13 +27,11 @@ def main() -> None:
         entries = tables.lm_table(found, base="em", best_of=FIVE)
         write(args.out, "corpora_by_corpus", report.grid(entries), [])
         write(args.out, "corpora", report.markdown(averages(entries), report.LM, True, "em"), averages(entries))
-        costs = [f"| {label} | {cost:.3f} |" for label, cost in tables.costs(found).items()]
-        write(args.out, "cost", "| method | passes of one member |\n|---|---|\n" + "\n".join(costs) + "\n", [])
         report.plot_scores(args.out / "corpora.png", entries, "bits/byte", tables.AVERAGE)
         report.plot_weights(args.out / "weights.png", entries, "em")
     if (path := args.data / "records" / "words.jsonl").exists():
         found = records.read(path)
-        entries = tables.lm_table(found, best_of=FIVE)
+        entries = tables.lm_table(found)
         write(args.out, "words_by_corpus", report.grid(entries), [])
         write(args.out, "words", report.markdown(averages(entries), report.LM, True), averages(entries))
     if (path := args.data / "records" / "eight.jsonl").exists():
