@@ -164,14 +164,14 @@ def study_eight(args: argparse.Namespace) -> None:
     more = [expert(name, args.data / "experts" / name) for name in EIGHT[len(FIVE) :]]
     pack = Pack.load([*starter.specs(), expert("maths", MATHS), *more], dtype=args.dtype)
     methods = [method(f"{weighting} K={count}", weighting, EIGHT[:count]) for count in COUNTS for weighting in COUNTED]
-    chosen = in_turn(documents(args.data, args.count or 50, (*EIGHT[1:], "mixed_all")))
+    chosen = in_turn(documents(args.data, args.count or 40, (*EIGHT[1:], "mixed_all")))
     lm.evaluate(pack, chosen, args.data / "records" / "eight.jsonl", methods=methods, length=256)
 
 
 def study_words(args: argparse.Namespace) -> None:
     """Many documents with the member of another vocabulary: weights and fusion on words."""
     pack = Pack([*five(args.dtype).members, *gemma(args.dtype)])
-    chosen = in_turn(documents(args.data, args.count or 100))
+    chosen = in_turn(documents(args.data, args.count or 40))
     methods = [method("em", "em", FIVE), *word_methods()]
     lm.evaluate(pack, chosen, args.data / "records" / "words.jsonl", methods=methods, length=256)
 
@@ -184,7 +184,7 @@ def study_grid(args: argparse.Namespace) -> None:
         for count in (3, 5)
         for weighting in ("sim", "em", "opt", "exhaustive", "exact")
     ]
-    chosen = in_turn(documents(args.data, args.count or 4))
+    chosen = in_turn(documents(args.data, args.count or 2))
     lm.evaluate(pack, chosen, args.data / "records" / "grid.jsonl", methods=methods, length=256)
 
 
@@ -244,7 +244,7 @@ def study_generate(args: argparse.Namespace) -> None:
     """GSM8K questions that the maths expert has not seen, after three worked examples that it has not seen either."""
     pack = with_average(five(args.dtype))
     found = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
-    drawn, shots = choice.draw(found, args.count or 40, 3, 0)
+    drawn, shots = choice.draw(found, args.count or 24, 3, 0)
     methods = [method(weighting, weighting, FIVE) for weighting in ("em", "top1", "uniform", "opt")]
     path = args.data / "records" / "generate.jsonl"
     generate.evaluate(pack, drawn, path, methods=methods, shots=shots, max_tokens=160)
