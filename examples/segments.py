@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from packllm import Pack
+from packllm.decode.sampling import Greedy
 from packllm.decode.segments import rate
 from packllm.decode.writer import Segment, Writer
-from packllm.evaluate import records, rows
 from packllm.options import Scoring
-from packllm.sampling import Greedy
+from packllm_eval import records, rows
 
 RULES = get_args(Scoring)
 

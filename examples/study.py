@@ -34,11 +34,11 @@ import segments
 import torch
 
 from packllm import Member, Pack, starter
-from packllm.evaluate import choice, generate, lm, rows
-from packllm.evaluate.methods import Method
-from packllm.load import converted
-from packllm.merge import average
+from packllm.engines.load import converted
+from packllm.engines.transformers.merge import average
 from packllm.weights import cbtm, router
+from packllm_eval import choice, generate, lm, rows
+from packllm_eval.methods import Method
 
 MATHS = Path(__file__).parent / "experts" / "maths"
 DOMAINS = ("medicine", "law", "databases", "maths")

@@ -14,7 +14,7 @@ from pathlib import Path
 import segments
 from study import COUNTED, COUNTS, FIVE, LENGTHS
 
-from packllm.evaluate import records, report, tables
+from packllm_eval import records, report, tables
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from scripted import follows, llama3_like
 
 from packllm import Member
+from packllm.decode.sampling import make_sampler
 from packllm.decode.tokens import Ensemble, Row
-from packllm.sampling import make_sampler
 from packllm.weights.result import Weights
 
 LETTERS = "abcde"

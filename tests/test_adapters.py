@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packllm import LoadError, Member, Pack
-from packllm.adapters import _plan
-from packllm.evaluate.reading import Reading
-from packllm.load import Loader
+from packllm.engines.load import Loader
+from packllm.engines.transformers.adapters import _plan
 from packllm.weights import Weights
+from packllm_eval.reading import Reading
 
 SETTINGS = {
     "llama": [
@@ -72,7 +72,7 @@ def test_one_pass_reads_all_options_of_a_question(specs, monkeypatch):
     options = [" the dog", " a", " an index scan of the table"]
     chosen = [((k,), Weights((1.0,), (m.name,), "linear", (None,), "token", "fixed")) for k, m in enumerate(together)]
     for room, passes in ((2**26, 1), (1, 3)):  # all together; an option at a time, the second of which takes none
-        monkeypatch.setattr("packllm.evaluate.reading.ROOM_BYTES", room)
+        monkeypatch.setattr("packllm_eval.reading.ROOM_BYTES", room)
         with Reading(together, [TEXTS[1]]) as reading:
             before = together[0].engine.forwards
             found = reading.options(options, chosen)

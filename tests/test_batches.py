@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from packllm import Generation, Pack
-from packllm.load import Loader
+from packllm.engines.load import Loader
+from packllm.engines.transformers.session import Session
 from packllm.pack import _grouped
-from packllm.session import Session
 
 LONG = "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. " * 3
 PROMPTS = [

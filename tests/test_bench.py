@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from packllm.bench.measure import peak_mib, ratio
-from packllm.bench.report import TARGETS, Report
-from packllm.bench.subjects import noisy_copy, random_member, text_of
 from packllm.cli import app
+from packllm_eval.bench.measure import peak_mib, ratio
+from packllm_eval.bench.report import TARGETS, Report
+from packllm_eval.bench.subjects import noisy_copy, random_member, text_of
 
 CAN_RESET_PEAK = Path("/proc/self/clear_refs").exists()
 

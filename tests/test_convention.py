@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tools import tool
 
+from packllm.chat.prompt import Encoder, check
 from packllm.errors import PromptError
-from packllm.prompt import Encoder, check
 
 TOOLS = [tool("search", {"type": "object", "properties": {"query": {"type": "string"}}})]
 CALL = {"id": "abc123XYZ", "type": "function", "function": {"name": "search", "arguments": '{"query": "fever 日本"}'}}

@@ -15,7 +15,7 @@ from test_convention import TEMPLATES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packllm import Member, Pack, PromptError
-from packllm.request import Request
+from packllm.decode.request import Request
 
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|endoftext|>", "<tool_call>"]
 FRAGMENTS = st.sampled_from(

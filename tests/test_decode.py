@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from packllm import Member, Pack
-from packllm.pool import fuse
-from packllm.sampling import make_sampler
+from packllm.decode.pool import fuse
+from packllm.decode.sampling import make_sampler
 from packllm.weights import WEIGHTINGS
 
 PROMPTS = ["The capital of France is", "Diabetes is a disease in which the court shall order relief", "def add(a, b):"]

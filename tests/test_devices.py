@@ -9,7 +9,7 @@ import torch
 
 from packllm import Member, MemberError, Pack
 from packllm.decode.devices import across_devices
-from packllm.engine import Engine
+from packllm.engines.transformers.engine import Engine
 
 ONE, TWO = torch.device("cpu", 0), torch.device("cpu", 1)  # both are the CPU, and differ
 PROMPTS = ["The capital of France is", "def add(a, b):"]

@@ -17,11 +17,11 @@ import torch
 
 from packllm import OptionError, Pack
 from packllm.errors import DataError, MemberError, WeightsError
-from packllm.evaluate import choice, generate, lm, records, report, rows, tables
-from packllm.evaluate.methods import DEFAULT, Method, ready
-from packllm.evaluate.reading import Reading, cut_after, encode_pieces
-from packllm.evaluate.rows import Document, Question
 from packllm.weights import cbtm
+from packllm_eval import choice, generate, lm, records, report, rows, tables
+from packllm_eval.methods import DEFAULT, Method, ready
+from packllm_eval.reading import Reading, cut_after, encode_pieces
+from packllm_eval.rows import Document, Question
 
 TEXT = (
     "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. "
@@ -371,7 +371,7 @@ def test_a_killed_run_goes_on_where_it_stopped(make_member, tmp_path):
         member.tokenizer.save_pretrained(tmp_path / member.name)
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents(12)))
     code = (
-        "import sys, time; from pathlib import Path; from packllm import Pack; from packllm.evaluate import lm, rows\n"
+        "import sys, time; from pathlib import Path; from packllm import Pack; from packllm_eval import lm, rows\n"
         "slow = lm._score\n"
         "lm._score = lambda *a: (time.sleep(0.3), slow(*a))[1]\n"
         "at = Path(sys.argv[1]); pack = Pack.load([str(at / 'llama-0'), str(at / 'llama-1')])\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from packllm.errors import DataError, ExtraError
-from packllm.evaluate import choice, files, rows
-from packllm.evaluate.rows import Document, Question
+from packllm_eval import choice, files, rows
+from packllm_eval.rows import Document, Question
 
 
 def documents(count: int) -> list[Document]:

@@ -12,8 +12,8 @@ import pytest
 
 from packllm.cli import app
 from packllm.errors import ExtraError
-from packllm.evaluate import lm, records, report, statistics, tables
-from packllm.evaluate.rows import Document
+from packllm_eval import lm, records, report, statistics, tables
+from packllm_eval.rows import Document
 
 TEXT = (
     "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. "
@@ -159,7 +159,7 @@ def test_importing_needs_no_extra():
     code = (
         "import sys\n"
         "for name in ('sklearn', 'matplotlib', 'lm_eval'): sys.modules[name] = None\n"
-        "import packllm.evaluate.command, packllm.evaluate.report, packllm.merge, packllm.weights\n"
+        "import packllm_eval.command, packllm_eval.report, packllm.engines.transformers.merge, packllm.weights\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

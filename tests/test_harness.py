@@ -9,7 +9,7 @@ import random
 import pytest
 
 from packllm import OptionError, Pack, PackError
-from packllm.evaluate import choice, rows
+from packllm_eval import choice, rows
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is absent: pip install packllm[lm-eval]")
 
@@ -17,7 +17,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from packllm.evaluate.harness import CHAT, PackLM, generation_options
+from packllm_eval.harness import CHAT, PackLM, generation_options
 
 TASK = """
 task: {name}

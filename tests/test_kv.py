@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from packllm import kv
+from packllm.engines.transformers import kv
 
 ROWS = st.sampled_from([(0, 1), (1,), (1, 0), (0,), (0, 0, 1)])
 

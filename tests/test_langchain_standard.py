@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from langchain_packllm import ChatPackLLM
 from packllm import Pack
-from packllm.prompt import Encoder
+from packllm.chat.prompt import Encoder
 
 
 @tool

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from packllm import Member, Pack, load
+from packllm import Member, Pack
+from packllm.engines import load
+from packllm.engines.load import Loader, cache_folder, converted
+from packllm.engines.transformers.lora import merge
 from packllm.errors import LoadError, OptionError, PackError
-from packllm.load import Loader, cache_folder, converted
-from packllm.lora import merge
 
 IDS = torch.tensor([[5, 60, 200, 7, 33, 34, 35]])
 

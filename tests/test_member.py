@@ -38,7 +38,7 @@ def test_a_capped_head_takes_the_models_own_path(make_member):
 
 
 def test_the_models_own_path_in_small_blocks(make_member, monkeypatch):
-    monkeypatch.setattr("packllm.session.BLOCK_BYTES", 4 * 430 * 5)  # five positions a block
+    monkeypatch.setattr("packllm.engines.transformers.session.BLOCK_BYTES", 4 * 430 * 5)  # five positions a block
     member = make_member("gemma2")
     ids = ids_of(member)
     session = member.open([ids])

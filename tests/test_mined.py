@@ -586,7 +586,7 @@ def test_it_is_never_the_default(mixed, monkeypatch):
     def refuse(*args):
         raise AssertionError("mapped unasked")
 
-    monkeypatch.setattr("packllm.request.translated", refuse)
+    monkeypatch.setattr("packllm.decode.request.translated", refuse)
     pack = Pack(mixed, max_tokens=3)
     pack.weigh(PROMPTS[0])
     pack.generate(PROMPTS[0])

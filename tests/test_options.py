@@ -102,7 +102,7 @@ def test_bounds_themselves_are_valid():
 def test_every_valid_seed_can_seed_a_sampler():
     import torch
 
-    from packllm.sampling import make_sampler
+    from packllm.decode.sampling import make_sampler
 
     for seed in (0, 2**63, 2**64 - 1):
         assert make_sampler(1.0, 1.0, None, make_options({"seed": seed}).seed)(torch.zeros(3)) in (0, 1, 2)

@@ -60,7 +60,7 @@ def scripted(monkeypatch):
 
     def script(ids):
         upcoming = iter(list(ids))
-        monkeypatch.setattr("packllm.answer.make_sampler", lambda *_: lambda logprobs: next(upcoming))
+        monkeypatch.setattr("packllm.decode.answer.make_sampler", lambda *_: lambda logprobs: next(upcoming))
 
     return script
 

@@ -9,7 +9,8 @@ import stat
 import pytest
 import torch
 
-from packllm import OptionError, Pack, precision
+from packllm import OptionError, Pack
+from packllm.engines.transformers import precision
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3NextConfig
 
 from packllm import Member, MemberError, OptionError, Pack
-from packllm.prefix import MINIMUM, PrefixCache
-from packllm.session import Session
+from packllm.engines.transformers.prefix import MINIMUM, PrefixCache
+from packllm.engines.transformers.session import Session
 
 CONTEXT = (
     "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. "

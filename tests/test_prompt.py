@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from packllm.chat.prompt import PLAIN_TEMPLATE, ROLES, Encoder, check
 from packllm.errors import PromptError, VocabularyError
-from packllm.prompt import PLAIN_TEMPLATE, ROLES, Encoder, check
 
 DIALOGUE = [
     {"role": "system", "content": "Answer briefly."},

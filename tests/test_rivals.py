@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from packllm import LoadError, Pack, WeightsError
+from packllm.engines.transformers.merge import average
 from packllm.errors import DataError
-from packllm.evaluate.statistics import interval, paired
-from packllm.merge import average
 from packllm.options import make_options
 from packllm.weights import cbtm, router, solve, tfidf
 from packllm.weights.problem import Problem
+from packllm_eval.statistics import interval, paired
 
 LAW = ["The court shall order relief.", "The debtor objects to the court.", "A court order binds the debtor."]
 FOOD = ["Bread needs flour and yeast.", "Soup needs salt and water.", "Bake the bread, salt the soup."]

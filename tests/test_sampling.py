@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packllm.sampling import filtered, make_sampler
+from packllm.decode.sampling import filtered, make_sampler
 
 FOUR = [0.1, 0.4, 0.2, 0.3]
 DRAWS = 4000

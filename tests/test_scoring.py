@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from packllm import Member, MemberError, Pack
+from packllm.engines.transformers.session import Session
 from packllm.options import make_options
-from packllm.scoring import OneHeadSource, SessionSource, prefill, weights_of
-from packllm.session import Session
+from packllm.weights.scoring import OneHeadSource, SessionSource, prefill, weights_of
 
 TEXT = "The court shall order relief. What is the capital of France? Once upon a time there was a planner."
 
@@ -48,7 +48,7 @@ def sources(members: list[Member]) -> tuple[OneHeadSource, SessionSource, torch.
 
 def test_one_head_gives_the_logits_that_each_member_gives(relatives, monkeypatch) -> None:
     one, general, targets = sources(relatives)
-    monkeypatch.setattr("packllm.scoring.BLOCK_BYTES", 4 * 3 * 430 * 7)  # several blocks
+    monkeypatch.setattr("packllm.weights.scoring.BLOCK_BYTES", 4 * 3 * 430 * 7)  # several blocks
     positions = torch.arange(0, len(targets), 2)
     ours = torch.cat([block.clone() for _, block in one.blocks(positions, [2, 0])], dim=1)
     theirs = torch.cat([block.clone() for _, block in general.blocks(positions, [2, 0])], dim=1)

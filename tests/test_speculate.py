@@ -16,9 +16,9 @@ from test_adapters import specs  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3NextConfig
 
 from packllm import Member, MemberError, Pack
+from packllm.decode.sampling import Greedy, Random, make_sampler
 from packllm.decode.speculate import MOST_PLACES, Pace, speculative_ids
 from packllm.decode.tokens import Ensemble, Row
-from packllm.sampling import Greedy, Random, make_sampler
 from packllm.weights.result import Weights
 
 PROMPTS = ["The capital of France is", "Diabetes is a disease in which the court shall order relief", "def add(a, b):"]
@@ -412,5 +412,5 @@ def test_members_on_devices_of_their_own_save_nothing(make_member, monkeypatch):
     assert pace.can_pay([0])
     first = make_member("llama", 0).model
     place = property(lambda engine: torch.device("cpu", int(engine.model is first)))
-    monkeypatch.setattr("packllm.engine.Engine.device", place)
+    monkeypatch.setattr("packllm.engines.transformers.engine.Engine.device", place)
     assert not pace.can_pay([0])

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tools import tool
 
-from packllm import ExtraError, OptionError, Pack, VocabularyError, parse_tool_calls, structured
+from packllm import ExtraError, OptionError, Pack, VocabularyError, parse_tool_calls
 from packllm.align.vocabulary import Vocabulary
+from packllm.decode import structured
+from packllm.decode.sampling import make_sampler
+from packllm.decode.structured import Constraint, make_grammar
 from packllm.options import make_options
-from packllm.sampling import make_sampler
-from packllm.structured import Constraint, make_grammar
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 PERSON = {

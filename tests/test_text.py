@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packllm.align import Vocabulary
-from packllm.text import TextStream
+from packllm.decode.text import TextStream
 
 TEXTS = [
     "plain ASCII",

@@ -15,11 +15,11 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packllm.bench.speed import _naive_weights
 from packllm.errors import MemberError, OptionError, WeightsError
 from packllm.options import make_options
 from packllm.weights import WEIGHTINGS, Problem, Weights, blocks, em, exact, fixed, minorant, solve, weigh
 from packllm.weights.exhaustive import simplex_grid
+from packllm_eval.bench.speed import _naive_weights
 
 INF = math.inf
 LOG2 = math.log(2)

@@ -3,6 +3,8 @@
 Pack is the way in: Pack.load([...]) or Pack.starter(), then stream, generate, weigh, score or rerank.
 """
 
+from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
+from packllm.engines.transformers.member import Member
 from packllm.errors import (
     ContextOverflowError,
     ExtraError,
@@ -14,11 +16,9 @@ from packllm.errors import (
     VocabularyError,
     WeightsError,
 )
-from packllm.member import Member
 from packllm.options import OptionFields, Options
 from packllm.pack import Pack
 from packllm.results import Chunk, Generation, Usage
-from packllm.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
 from packllm.weights import Weights
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packllm.errors import OptionError, PackError, PromptError
-from packllm.evaluate.command import app as evaluate
+from packllm_eval.command import app as evaluate
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
     from packllm.pack import Pack
@@ -202,7 +202,7 @@ def bench(
     packllm bench --model ./base --tokens 256 --repeat 5 | tail -n 1
     """
     _quieten()
-    from packllm import bench as benchmark
+    from packllm_eval import bench as benchmark
 
     report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick, only=only or ())
     benchmark.show(report, Console())

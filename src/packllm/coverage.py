@@ -15,9 +15,9 @@ from rich.text import Text
 
 from packllm.align.mined import ROLE, alignment
 from packllm.align.vocabulary import Vocabulary
+from packllm.chat.prompt import Encoder
+from packllm.engines.load import converted
 from packllm.errors import LoadError
-from packllm.load import converted
-from packllm.prompt import Encoder
 
 BAR = 30  # characters of a share of 1
 WORST = 8  # worst cases to name

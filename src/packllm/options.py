@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from packllm.chat.tools import check_tools
 from packllm.errors import OptionError
-from packllm.tools import check_tools
 
 
 def _no_bool(value: Any) -> Any:

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from packllm import answer, starter
+from packllm import starter
+from packllm.chat.prompt import Prompt, check
+from packllm.decode import answer
+from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
+from packllm.engines.load import Loader
+from packllm.engines.transformers.member import Member
+from packllm.engines.transformers.prefix import PrefixCache
 from packllm.errors import LoadError, PromptError
-from packllm.load import Loader
-from packllm.member import Member
 from packllm.options import Options, make_options
-from packllm.prefix import PrefixCache
-from packllm.prompt import Prompt, check
-from packllm.request import Request
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
 

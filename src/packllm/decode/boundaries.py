@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-from packllm.prompt import Encoder
+from packllm.chat.prompt import Encoder
 
 
 def common_boundaries(text: str, encoders: Sequence[Encoder]) -> list[int]:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from packllm.align.mined import NONE, alignment
 from packllm.align.vocabulary import Vocabulary
-from packllm.engine import Engine
-from packllm.member import Member
+from packllm.engines.transformers.engine import Engine
+from packllm.engines.transformers.member import Member
 
 
 class MinedEngine(Engine):

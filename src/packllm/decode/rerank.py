@@ -12,11 +12,11 @@ import torch
 from packllm.align.words import Scored, common_words, offsets
 from packllm.decode.score import Reading
 from packllm.decode.segments import Writers
+from packllm.decode.text import TextStream
 from packllm.decode.writer import Segment
+from packllm.engines.transformers.member import Member, Session
 from packllm.errors import MemberError
-from packllm.member import Member, Session
 from packllm.results import FinishReason
-from packllm.text import TextStream
 from packllm.weights.result import Weights
 
 log = logging.getLogger("packllm")

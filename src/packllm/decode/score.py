@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from packllm.pool import fuse
-from packllm.session import BLOCK_BYTES, Session
+from packllm.decode.pool import fuse
+from packllm.engines.transformers.session import BLOCK_BYTES, Session
 from packllm.weights.result import Weights
 
 

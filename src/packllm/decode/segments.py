@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from packllm.decode.text import TextStream
 from packllm.decode.tokens import Row, without
 from packllm.decode.writer import Judgement, Segment, Writer
 from packllm.errors import MemberError
 from packllm.options import Scoring
 from packllm.results import FinishReason
-from packllm.text import TextStream
 from packllm.weights.result import Weights
 
 log = logging.getLogger("packllm")

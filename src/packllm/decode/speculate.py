@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from packllm.decode.sampling import Greedy, Random
 from packllm.decode.tokens import Ensemble, Row, Slot, fused_row, generate_ids
-from packllm.engine import Engine
-from packllm.sampling import Greedy, Random
+from packllm.engines.transformers.engine import Engine
 
 log = logging.getLogger("packllm")
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from packllm.decode.devices import across_devices
+from packllm.decode.pool import fuse
+from packllm.decode.sampling import Sampler
+from packllm.engines.transformers.session import Session
 from packllm.errors import MemberError
-from packllm.pool import fuse
-from packllm.sampling import Sampler
-from packllm.session import Session
 from packllm.weights.result import Weights
 
 log = logging.getLogger("packllm")

@@ -11,11 +11,11 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from packllm.chat.prompt import Encoder
 from packllm.decode.boundaries import common_boundaries, inside_character
+from packllm.decode.sampling import Sampler
 from packllm.decode.score import Reading
-from packllm.member import Session
-from packllm.prompt import Encoder
-from packllm.sampling import Sampler
+from packllm.engines.transformers.member import Session
 
 log = logging.getLogger("packllm")
 

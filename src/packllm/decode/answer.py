@@ -1,0 +1,170 @@
+"""Answers: a request that is read and weighed, decoded into pieces of text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from packllm.decode.lazy import lazy_ids
+from packllm.decode.request import Request
+from packllm.decode.rerank import best_answer
+from packllm.decode.sampling import make_sampler
+from packllm.decode.segments import Writers
+from packllm.decode.speculate import speculative_ids
+from packllm.decode.structured import Constraint
+from packllm.decode.text import TextStream
+from packllm.decode.tokens import Ensemble, Row
+from packllm.decode.writer import Writer
+from packllm.errors import OptionError, VocabularyError
+from packllm.results import Chunk, FinishReason, Usage
+
+
+def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
+    """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished.
+
+    Closing the iterator frees the caches; at most the step under way is finished.
+    """
+    started, options = time.perf_counter(), request.options
+    try:
+        request.prefill()
+        limits = request.limits(options.max_tokens)
+        rows = [
+            Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
+            for weights, limit in zip(request.weights, limits, strict=True)
+        ]
+        for r, row in enumerate(rows):
+            if _by_segments(request, r):
+                for chunk in _segments(request, r, row, started):
+                    yield r, chunk
+                row.done = True
+        ensemble = Ensemble(request.sessions, rows, drop=options.on_member_error == "drop")
+        answers = {r: _answer(request, r, row, ensemble.running(r)) for r, row in enumerate(rows) if not row.done}
+        for r, token in _tokens(request, ensemble, rows):
+            request.timings.setdefault("first_token", time.perf_counter() - started)
+            text, reason = answers[r].push(token)
+            rows[r].done = reason is not None
+            if reason is not None:
+                timings = {**request.timings, "total": time.perf_counter() - started}
+                usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
+                yield r, Chunk(text, rows[r].weights, reason, usage, timings)
+            elif text:
+                yield r, Chunk(text, rows[r].weights)
+    finally:
+        request.close()
+
+
+def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """(row, token id), token by token, in the way asked for."""
+    options = request.options
+    if options.decoding == "lazy":
+        return lazy_ids(ensemble, rows)
+    places = options.draft_tokens
+    if places is None and options.seed is not None and options.temperature > 0:
+        places = 1  # what is drafted uses up random numbers: a seeded text would depend on its batch
+    return speculative_ids(ensemble, rows, places)
+
+
+def _answer(request: Request, index: int, row: Row, running: Sequence[int]) -> Answer:
+    top = max(running, key=lambda k: row.weights.values[k])
+    ends = frozenset().union(*(request.members[k].end_ids for k in running))
+    vocabulary, prompt = request.members[top].vocabulary, request.usage(index, top)
+    if request.grammar is None:
+        return Answer(TextStream(vocabulary, request.options.stop), ends, row.limit, prompt)
+    constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
+    row.sample = constraint.wrap(row.sample)
+    return Answer(TextStream(vocabulary), ends, row.limit, prompt, constraint)
+
+
+def _by_segments(request: Request, index: int) -> bool:
+    decoding = request.options.decoding
+    mixed = decoding == "auto" and not request.one_vocabulary(request.running(index))
+    if mixed and request.grammar is not None:
+        raise VocabularyError(
+            "the members that run have different vocabularies, and the form that json_schema or tool_choice demands "
+            "is guaranteed in one only; use decoding='mined' or weighting='top1'"
+        )
+    return mixed or decoding in ("cool", "cool+rerank")
+
+
+def _segments(request: Request, index: int, row: Row, started: float) -> Generator[Chunk, None, None]:
+    """One prompt's answer by Cool-Fusion; `row` as in Ensemble."""
+    options, running = request.options, request.running(index)
+    if options.scoring == "mixture" and min(row.weights.values) < 0:
+        raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
+    top = max(running, key=lambda k: row.weights.values[k])
+    drop = options.on_member_error == "drop"
+
+    def writers(which: Sequence[int], row: Row) -> Writers:
+        lengths = {k: len(request.encoded[index][k].ids) for k in which}
+        made = {k: Writer(request.sessions[k].take([index]), lengths[k]) for k in which}
+        return Writers(made, row, options.scoring, options.align, drop)
+
+    def stream() -> TextStream:
+        return TextStream(request.members[top].vocabulary, options.stop)
+
+    def last(text: str, reason: FinishReason, count: int) -> Chunk:
+        timings = {**request.timings, "total": time.perf_counter() - started}
+        usage = replace(request.usage(index, top), completion_tokens=count)
+        return Chunk(text, row.weights, reason, usage, timings)
+
+    if options.decoding == "cool+rerank" and len(running) > 1:
+        alone = [k for k in running if row.weights.values[k] > 0]
+        teams = (writers(which, replace(row)) for which in [running, *([k] for k in alone)])
+        best = best_answer(teams, lambda: writers(running, replace(row)), row.limit, stream, drop)
+        request.timings.setdefault("first_token", time.perf_counter() - started)
+        yield last(*best)
+        return
+    with closing(writers(running, row)) as together:
+        for text, reason, count in together.answer(row.limit, stream()):
+            request.timings.setdefault("first_token", time.perf_counter() - started)
+            if reason is not None:
+                yield last(text, reason, count)
+            elif text:
+                yield Chunk(text, row.weights)
+
+
+class Answer:
+    """A row's tokens becoming text, until an end token, a stop string or the limit.
+
+    Args:
+        text: turns tokens into text.
+        ends: ids that end an answer.
+        limit: most tokens.
+        prompt: the usage before the first token.
+        constraint: the form that the answer has, if one is guaranteed.
+
+    Attributes:
+        count: tokens so far, without the one that ended the answer.
+    """
+
+    def __init__(
+        self,
+        text: TextStream,
+        ends: frozenset[int],
+        limit: int,
+        prompt: Usage,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self._text, self._ends, self._limit, self._constraint = text, ends, limit, constraint
+        self._prompt, self.count = prompt, 0
+
+    @property
+    def usage(self) -> Usage:
+        return replace(self._prompt, completion_tokens=self.count)
+
+    def push(self, token: int) -> tuple[str, FinishReason | None]:
+        """The text that one more token makes sure, and why the answer ends with it, if it does."""
+        if token in self._ends:
+            return self._text.finish(), "stop"
+        self.count += 1
+        text = self._text.push(token)
+        if self._text.stopped:
+            return text, "stop"
+        if self._constraint is not None and self._constraint.complete:
+            return text + self._text.finish(), "length" if self._constraint.cut else "stop"
+        if self.count < self._limit:
+            return text, None
+        text += self._text.finish()
+        return text, "stop" if self._text.stopped else "length"

@@ -1,0 +1,292 @@
+"""One request: prompts on their way through the members, read and weighed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from packllm.chat.prompt import Encoded, Prompt
+from packllm.decode.devices import across_devices
+from packllm.decode.lazy import check_lazy
+from packllm.decode.mined import MinedMember, translated
+from packllm.decode.structured import make_grammar
+from packllm.decode.tokens import drop_small
+from packllm.engines.transformers.member import Member
+from packllm.engines.transformers.prefix import PrefixCache
+from packllm.engines.transformers.session import Session
+from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError
+from packllm.options import Options
+from packllm.results import Usage
+from packllm.weights import Weights, find
+from packllm.weights.scoring import prefill, weights_of
+
+log = logging.getLogger("packllm")
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class Request:
+    """Prompts, encoded for the members that may run, then prefilled and weighed together (answer.py decodes them).
+
+    Args:
+        members: the pack's members.
+        options: the request's options.
+        prompts: checked prompts (see prompt.check), at least one.
+        prefixes: earlier prompts that one prompt alone may start from, and is kept in.
+
+    Attributes:
+        encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
+        sessions: open sessions by member index, one row a prompt; filled in by prefill().
+        weights: final weights of each prompt, over all members of the pack; filled in by prefill().
+        timings: seconds spent so far: prefill, weighting.
+        grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
+            every token of the answer once and in order.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        options: Options,
+        prompts: Sequence[Prompt],
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        self.members, self.options = members, options
+        self._candidates = list(range(len(members)))
+        if isinstance(options.weighting, dict):  # members that are given no weight need not even score
+            given = {name: value for name, value in options.weighting.items() if value != 0}
+            self._candidates = [k for k, member in enumerate(members) if member.name in given]
+            self.options = options.model_copy(update={"weighting": given})
+        if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
+            raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
+        self.grammar = make_grammar(options)
+        told = options.offered_tools, options.json_schema
+        self.encoded: list[dict[int, Encoded]] = [
+            {k: members[k].encoder.encode(prompt, options.score_on, *told) for k in self._candidates}
+            for prompt in prompts
+        ]
+        self.sessions: dict[int, Session] = {}
+        self._failed: set[int] = set()
+        self.weights: list[Weights] = []
+        self.timings: dict[str, float] = {}
+        self._prefixes = prefixes if options.prefix_cache_mb and len(prompts) == 1 else None
+        self._cached: dict[int, int] = {}  # tokens of the prompt that were not read again, by member
+
+    def check_decoding(self) -> None:
+        """VocabularyError if the way of decoding asked for cannot serve the members that may run, OptionError if
+        it cannot keep to the form that the answer must have."""
+        if self.grammar is not None and self.options.decoding in ("cool", "cool+rerank"):
+            raise OptionError(
+                f"decoding={self.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
+                f"demands; use decoding='tokens' or 'mined'"
+            )
+        if self.options.decoding == "lazy":
+            check_lazy(self.options)
+        if self.options.decoding not in ("tokens", "lazy") or self.options.weighting == "top1":
+            return
+        first = self.members[self._candidates[0]]
+        for k in self._candidates[1:]:
+            member = self.members[k]
+            if not member.vocabulary.same_as(first.vocabulary):
+                raise VocabularyError(
+                    f"members {first.name!r} and {member.name!r} have different vocabularies, which "
+                    f"decoding={self.options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
+                )
+
+    def check_room(self, lengths: dict[int, int]) -> None:
+        """ContextOverflowError unless each candidate's window holds each prompt and so many more tokens."""
+        for encoded in self.encoded:
+            for k, prompt in encoded.items():
+                window = self.members[k].context_window
+                if window is not None and len(prompt.ids) + lengths[k] > window:
+                    raise ContextOverflowError(self.members[k].name, window, len(prompt.ids), lengths[k])
+
+    def limits(self, wanted: int | None) -> list[int]:
+        """Tokens that each prompt may be followed by: `wanted`, or what fits up to the default.
+
+        Raises:
+            ContextOverflowError: a prompt and the tokens wanted do not fit a member that may run.
+        """
+        return [self._limit(encoded, wanted) for encoded in self.encoded]
+
+    def _limit(self, encoded: dict[int, Encoded], wanted: int | None) -> int:
+        limit = DEFAULT_MAX_TOKENS if wanted is None else wanted
+        for k, prompt in encoded.items():
+            member = self.members[k]
+            if member.context_window is None:
+                continue
+            room = member.context_window - len(prompt.ids)
+            if room < (1 if wanted is None else wanted):
+                raise ContextOverflowError(member.name, member.context_window, len(prompt.ids), wanted or 1)
+            limit = min(limit, room)
+        return limit
+
+    def prefill(self) -> None:
+        """Run every candidate over the prompts once: caches, scores, weights.
+
+        Raises:
+            MemberError: a member fails, and on_member_error is "raise" or it is the last one.
+        """
+        started = time.perf_counter()
+        keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
+        logprobs = self._score(self._candidates, keep)
+        if self.options.decoding == "mined" and not self.one_vocabulary(list(self.sessions)):
+            logprobs |= self._score(self._translate(logprobs), keep)
+        self.timings["prefill"] = time.perf_counter() - started
+        started = time.perf_counter()
+        while True:
+            live = list(self.sessions)
+            try:
+                self.weights = [self._weigh(row, live, logprobs) for row in range(len(self.encoded))]
+                break
+            except MemberError as error:  # where the weighting reads the logits first
+                failed = [k for k in live if self.members[k].name == error.member]
+                self._failed |= set(failed)
+                if self.options.on_member_error == "raise" or not failed or len(live) == 1:
+                    raise
+                log.warning("going on without a member: %s", error)
+                self.sessions.pop(failed[0]).close()
+        for session in self.sessions.values():
+            session.release()
+        self.timings["weighting"] = time.perf_counter() - started
+
+    def _weigh(self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]]) -> Weights:
+        weights = self._weights_of(row, live, logprobs, self._options_for(live))
+        return drop_small(self._over_all(weights, live), self.options.min_weight)
+
+    def _weights_of(
+        self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]], options: Options
+    ) -> Weights:
+        encoded = [self.encoded[row][k] for k in live]
+        given = [logprobs[k][row] for k in live]
+        if not self.one_vocabulary(live):  # in one vocabulary all hide the same
+            unknown = [self.members[k].vocabulary.special.get("unk") for k in live]
+            given = [charged(*each) for each in zip(given, encoded, unknown, strict=True)]
+        return weights_of([self.sessions[k] for k in live], row, encoded, given, options)
+
+    def _score(self, which: Sequence[int], keep: bool) -> dict[int, list[Tensor | None]]:
+        """Open and prefill sessions: log-probabilities of the scored tokens per row, by member; None where the
+        weighting is to find them."""
+        engines: dict[int, list[int]] = {}
+        for k in which:
+            engines.setdefault(id(self.members[k].engine), []).append(k)
+        logprobs: dict[int, list[Tensor | None]] = {}
+        groups = list(engines.values())
+        runs = [partial(self._score_together, sharing, keep, logprobs) for sharing in groups]
+        for failure in across_devices([self.members[sharing[0]].device for sharing in groups], runs, go_on=False):
+            if failure is not None:
+                raise failure
+        self.sessions = dict(sorted(self.sessions.items()))
+        return logprobs
+
+    def _score_together(self, sharing: Sequence[int], keep: bool, logprobs: dict[int, list[Tensor | None]]) -> None:
+        """Prefill the members of one engine in one pass, a row for each member and prompt. Those that fail are
+        left out, or raise."""
+        count = len(self.encoded)
+        # Late scores do not do where they tell which vocabulary is the reference.
+        late = keep and (self.options.decoding != "mined" or self.one_vocabulary(self._candidates))
+        while sharing:
+            prompts = [encoded[k] for k in sharing for encoded in self.encoded]
+            rows = [prompt.ids for prompt in prompts]
+            if len(sharing) == 1:
+                session = self.members[sharing[0]].open(rows)
+            else:
+                session = Session([self.members[k] for k in sharing for _ in self.encoded], rows)
+            scored = [prompt.positions for prompt in prompts]
+            prefixes = None if isinstance(session.member, MinedMember) else self._prefixes
+            cached = prefixes.resume(session, scored) if prefixes else 0
+            try:
+                observed = prefill(session, scored, keep or prefixes is not None, late and keep)
+            except MemberError as error:
+                session.close()
+                left = [k for k in sharing if self.members[k].name != error.member]
+                left = [] if len(left) == len(sharing) else left  # the pass failed for all of them
+                self._failed |= set(sharing) - set(left)
+                if self.options.on_member_error == "raise" or self._failed == set(self._candidates):
+                    raise
+                log.warning("going on without a member: %s", error)
+                sharing = left
+                continue
+            if prefixes:
+                prefixes.keep(session, self.options.prefix_cache_mb * 2**20)
+            for at, k in enumerate(sharing):
+                self._cached[k] = cached
+                rows_of = range(at * count, (at + 1) * count)
+                self.sessions[k] = session.take(rows_of) if len(sharing) > 1 else session
+                logprobs[k] = list(observed[at * count : (at + 1) * count])
+            return
+
+    def _translate(self, logprobs: dict[int, list[Tensor | None]]) -> list[int]:
+        """Put members of other vocabularies in the one of the reference: the lowest NLL per byte (paper §3.4).
+
+        Returns:
+            Those members; they have yet to read the prompt, in the reference's ids.
+        """
+        live = list(self.sessions)
+        by_byte = self.options.model_copy(update={"weighting": "top1", "unit": "byte"})
+        lowest = self._weights_of(0, live, logprobs, by_byte)
+        reference = live[max(range(len(live)), key=lowest.values.__getitem__)]
+        others = [k for k in live if not self.one_vocabulary([reference, k])]
+        members = list(self.members)
+        for k, member in zip(others, translated([members[k] for k in others], members[reference]), strict=True):
+            self.sessions.pop(k).close()
+            members[k] = member
+            self.encoded[0][k] = self.encoded[0][reference]
+        self.members = members
+        self.limits(0)
+        return others
+
+    def _options_for(self, live: Sequence[int]) -> Options:
+        """The options, with fixed weights renormalised over the members that are left."""
+        if not isinstance(self.options.weighting, dict) or len(live) == len(self._candidates):
+            return self.options
+        left = {self.members[k].name: self.options.weighting[self.members[k].name] for k in live}
+        total = sum(left.values())
+        return self.options.model_copy(update={"weighting": {name: value / total for name, value in left.items()}})
+
+    def _over_all(self, weights: Weights, live: Sequence[int]) -> Weights:
+        """Weights of the live members as weights of all: 0 and not scored for the others."""
+        values = [0.0] * len(self.members)
+        nll: list[float | None] = [None] * len(self.members)
+        for k, value, score in zip(live, weights.values, weights.nll, strict=True):
+            values[k], nll[k] = value, score
+        names = tuple(member.name for member in self.members)
+        return replace(weights, names=names, values=tuple(values), nll=tuple(nll))
+
+    def running(self, index: int) -> list[int]:
+        """Members that run for a prompt, once it is weighed."""
+        return [k for k in self.sessions if self.weights[index].values[k] != 0]
+
+    def one_vocabulary(self, which: Sequence[int]) -> bool:
+        """Whether these members share a vocabulary."""
+        first = self.members[which[0]].vocabulary
+        return all(self.members[k].vocabulary.same_as(first) for k in which[1:])
+
+    def usage(self, index: int, member: int) -> Usage:
+        """Tokens of a prompt as a member reads it; none of an answer yet."""
+        return Usage(len(self.encoded[index][member].ids), 0, self._cached.get(member, 0))
+
+    def close(self) -> None:
+        """Free the caches."""
+        for session in self.sessions.values():
+            session.close()
+
+
+def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
+    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
+
+    The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
+    """
+    if logprobs is None or unknown is None:
+        return logprobs
+    hidden = [
+        len(encoded.text[start:end].encode()) if encoded.ids[at] == unknown else 0
+        for at, start, end in zip(encoded.positions, encoded.starts, encoded.ends, strict=True)
+    ]
+    return logprobs - math.log(256) * torch.tensor(hidden, dtype=torch.float64)

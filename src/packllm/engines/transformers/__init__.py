@@ -1,0 +1,1 @@
+"""Members that are torch models of transformers: all code that knows such models lives here."""

@@ -1,0 +1,141 @@
+"""Several LoRA adapters on one copy of their base, each row of a batch with its own (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packllm.engines.transformers.lora import Factors, add, module_of
+
+_Part = tuple[slice, int, Tensor, Tensor]
+"""Rows, how many adapters they divide among, and those adapters' factors of one module."""
+
+
+class Adapters:
+    """Adapters attached to a base: one pass over the base's weights serves rows of all of them.
+
+    A hook on each module that an adapter changes adds up · (down · x) to what the module gives, for neighbouring
+    adapters in one batched product. Outside use() the base is as it was.
+
+    Args:
+        base: a loaded transformers model.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self._base, self._count = base, 0
+        self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cut: tuple[tuple[int | None, ...], dict[str, list[_Part]]] = (), {}  # as use() was last asked for
+        self._parts: dict[str, list[_Part]] = {}  # of the use() that is open
+
+    def attach(self, factors: Factors) -> int:
+        """Add an adapter; its index.
+
+        Raises:
+            AttributeError, ValueError: it changes modules that the base lacks or keeps elsewhere.
+        """
+        for name, (down, up) in factors.items():
+            module = module_of(self._base, name)
+            if module.weight.numel() != down.shape[1] * up.shape[0]:
+                raise ValueError(
+                    f"{name} is {tuple(module.weight.shape)}, the adapter's {up.shape[0]} x {down.shape[1]}"
+                )
+        for name in factors:
+            if name not in self._stacks:
+                self._base.get_submodule(name).register_forward_hook(_Hook(self, name))
+        for name in {**self._stacks, **factors}:
+            self._stacks[name] = self._grown(name, factors.get(name))
+        self._count += 1
+        self._cut = (), {}
+        return self._count - 1
+
+    def _grown(self, name: str, added: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Factors of all adapters for one module with one more: (J, in, r) and (J, r, out), zeros where an
+        adapter leaves the module alone or has a lower rank."""
+        pairs = [*self._pairs(name), added]
+        first = next(pair for pair in pairs if pair is not None)
+        rank = max(pair[0].shape[0] for pair in pairs if pair is not None)
+        weight = self._base.get_submodule(name).weight
+        downs = weight.new_zeros(len(pairs), first[0].shape[1], rank)
+        ups = weight.new_zeros(len(pairs), rank, first[1].shape[0])
+        for at, pair in enumerate(pairs):
+            if pair is not None:
+                downs[at, :, : pair[0].shape[0]], ups[at, : pair[1].shape[1]] = pair[0].T, pair[1].T
+        return downs, ups
+
+    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
+        """The (down, up) that each adapter so far has for a module."""
+        if name not in self._stacks:
+            return [None] * self._count
+        return [(down.T, up.T) for down, up in zip(*self._stacks[name], strict=True)]
+
+    @contextmanager
+    def use(self, chosen: Sequence[int | None]) -> Iterator[None]:
+        """While this is open, row r of a batch runs with adapter chosen[r], or with none."""
+        if self._cut[0] != tuple(chosen):  # kept from step to step: slicing costs as much as a step's small products
+            self._cut = tuple(chosen), self._cuts(_plan(chosen))
+        self._parts = self._cut[1]
+        try:
+            yield
+        finally:
+            self._parts = {}
+
+    def _cuts(self, plan: list[tuple[slice, slice]]) -> dict[str, list[_Part]]:
+        return {
+            name: [(rows, each.stop - each.start, downs[each], ups[each]) for rows, each in plan]
+            for name, (downs, ups) in self._stacks.items()
+        }
+
+    def update(self, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """A module's outputs (B, n, out) for inputs (B, n, in), with each row's own update."""
+        for rows, count, down, up in self._parts.get(name, ()):
+            part = inputs[rows].reshape(count, -1, inputs.shape[-1])
+            outputs[rows].view(count, -1, outputs.shape[-1]).baddbmm_(torch.bmm(part, down), up)
+        return outputs
+
+    def factors(self, index: int) -> Factors:
+        """An adapter's factors, as attach() took them up to zeros and the base's dtype."""
+        return {name: (downs[index].T, ups[index].T) for name, (downs, ups) in self._stacks.items()}
+
+    def merged(self, index: int) -> Any:
+        """A model of its own: a copy of the base with the adapter added to its weights."""
+        return add(self._base, {name: (down.float(), up.float()) for name, (down, up) in self.factors(index).items()})
+
+
+class _Hook:
+    """A module's forward hook. In a copy of the base it does nothing: there the adapter is in the weights."""
+
+    def __init__(self, adapters: Adapters | None, name: str) -> None:
+        self._adapters, self._name = adapters, name
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        return outputs if self._adapters is None else self._adapters.update(self._name, inputs[0], outputs)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None, self._name)
+
+
+def _plan(chosen: Sequence[int | None]) -> list[tuple[slice, slice]]:
+    """Rows and the adapters that they divide among evenly, in order: neighbouring runs of equally many rows
+    whose adapters follow each other are one entry."""
+    runs: list[list[int]] = []  # adapter, first row, stop
+    for row, adapter in enumerate(chosen):
+        if adapter is None:
+            continue
+        if runs and runs[-1][0] == adapter and runs[-1][2] == row:
+            runs[-1][2] = row + 1
+        else:
+            runs.append([adapter, row, row + 1])
+    plan: list[tuple[slice, slice]] = []
+    for adapter, start, stop in runs:
+        if plan:
+            rows, adapters = plan[-1]
+            each = (rows.stop - rows.start) // (adapters.stop - adapters.start)
+            if rows.stop == start and adapters.stop == adapter and stop - start == each:
+                plan[-1] = slice(rows.start, stop), slice(adapters.start, adapter + 1)
+                continue
+        plan.append((slice(start, stop), slice(adapter, adapter + 1)))
+    return plan

@@ -1,0 +1,82 @@
+"""packllm bench: what packing costs on this machine, against its targets.
+
+What a ratio compares is measured in turns within each repeat, so that a machine that slows down slows both
+sides; a figure is the median of its repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from packllm.errors import OptionError
+from packllm_eval.bench import figures, speed
+from packllm_eval.bench.report import Report, show
+from packllm_eval.bench.subjects import build, machine, text_of
+
+__all__ = ["Report", "run", "show"]
+
+MEMORY_TOKENS = 4096
+DECODE_PROMPT, DECODE_TOKENS = 64, 48
+CONTEXT_TOKENS = 2000
+GROUPS = ("weighting", "memory", "decoding", "speculation", "prefix", "batches", "naive", "modes", "start")
+QUICK_TOKENS = 48
+
+
+def run(
+    models: Sequence[str] | None, *, tokens: int, members: int, repeat: int, quick: bool, only: Sequence[str] = ()
+) -> Report:
+    """The figures.
+
+    Args:
+        models: specs as Pack.load takes them; None: the starter pack, or random members where it is absent.
+        tokens: length of the prompt that is weighed.
+        members: K.
+        repeat: repeats of each measurement.
+        quick: lengths of a few tokens, one repeat: only to see that everything runs.
+        only: groups to measure, of GROUPS; all if empty.
+
+    Raises:
+        OptionError: a group that does not exist.
+    """
+    if unknown := [name for name in only if name not in GROUPS]:
+        raise OptionError(f"only={unknown[0]!r} is unknown; valid: {', '.join(GROUPS)}")
+    pack, notes = build(models, members, quick)
+    for member in pack:
+        member.end_ids = frozenset()  # every run is to decode the same number of tokens
+    room = min([member.context_window or MEMORY_TOKENS for member in pack]) - 1
+    if quick:
+        tokens, repeat = QUICK_TOKENS, 1
+    tokens = min(tokens, room)
+    memory_tokens = min(room, 2 * QUICK_TOKENS if quick else MEMORY_TOKENS)
+    prompt_tokens = min(room // 2, 16 if quick else DECODE_PROMPT)
+    new_tokens = min(room // 2, 4 if quick else DECODE_TOKENS)
+    setting = {
+        "members": [member.name for member in pack],
+        "dtype": sorted({str(member.model.dtype).removeprefix("torch.") for member in pack}),
+        "device": sorted({str(member.device) for member in pack}),
+        "vocabulary": sorted({member.vocabulary_size for member in pack}),
+        "parameters": [member.model.num_parameters() for member in pack],
+        "tokens": tokens,
+        "memory_tokens": memory_tokens,
+        "decode_prompt": prompt_tokens,
+        "decode_tokens": new_tokens,
+        "repeat": repeat,
+        "quick": quick,
+    }
+    report = Report(machine(), setting, notes=notes)
+    long = min(room - 64, 2 * QUICK_TOKENS if quick else CONTEXT_TOKENS)
+    naive_prompt, naive_tokens, samples = (16, 4, 2) if quick else (min(room // 2, 256), min(room // 2, 64), 4)
+    groups = {
+        "weighting": lambda: figures.weighting(report, pack, text_of(pack, tokens), repeat),
+        "memory": lambda: figures.memory(report, pack, text_of(pack, memory_tokens)),
+        "decoding": lambda: figures.decoding(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "speculation": lambda: speed.speculation(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "prefix": lambda: speed.prefix(report, pack, text_of(pack, long), 1 if quick else min(repeat, 3)),
+        "batches": lambda: speed.batches(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "naive": lambda: speed.naive(report, pack, text_of(pack, naive_prompt), naive_tokens, samples),
+        "modes": lambda: speed.modes(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "start": lambda: figures.start(report, skip=quick),
+    }
+    for name in only or GROUPS:
+        groups[name]()
+    return report

@@ -1,0 +1,180 @@
+"""The figures, one function a group. Each fills in its part of a Report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from statistics import median
+from typing import Any
+
+import torch
+
+from packllm.decode.request import Request
+from packllm.engines.transformers.member import Member, Session
+from packllm.errors import VocabularyError, WeightsError
+from packllm.options import make_options
+from packllm.pack import Pack
+from packllm.weights import find
+from packllm.weights.scoring import prefill, weights_of
+from packllm_eval.bench.measure import bar, peak_mib, ratio, timed
+from packllm_eval.bench.report import Report
+from packllm_eval.bench.subjects import starter_is_here
+
+WEIGHTINGS = ("em", "exact", "opt", "sim", "top1", "map")
+
+
+def weighting(report: Report, members: Sequence[Member], text: str, repeat: int) -> None:
+    """Seconds that each weighting adds to a prefill that scores, over seconds of a bare prefill.
+
+    The log-pool optimisers read the scores out together with what else they need: what reading the scores alone
+    takes is subtracted. All start from the same passes, whose times vary by more than a weighting takes.
+    """
+    options = {name: make_options({"weighting": name}) for name in WEIGHTINGS}
+    encoded = [member.encoder.encode(text) for member in members]
+    spent: dict[str, list[float]] = {}
+
+    def passes() -> tuple[list[Session], list[torch.Tensor | None]]:
+        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
+        return sessions, [prefill(s, [e.positions], True, True)[0] for s, e in zip(sessions, encoded, strict=True)]
+
+    def scores(sessions: Sequence[Session]) -> list[torch.Tensor]:
+        return [s.prefill([e.positions], keep=True)[0] for s, e in zip(sessions, encoded, strict=True)]
+
+    passes()  # the first pass over a new length is slower
+    for _ in bar(range(repeat), "Weighting"):
+        sessions, unread = timed(spent, "prefill", passes)
+        logprobs = timed(spent, "scores", scores, sessions)
+        for name in WEIGHTINGS:
+            with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
+                if find(name).needs_logits:
+                    timed(spent, f"scores_{name}", weights_of, sessions, 0, encoded, unread, options[name])
+                else:
+                    timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
+    added = {name: spent[name] for name in WEIGHTINGS if name in spent}
+    for name in WEIGHTINGS:
+        if whole := spent.get(f"scores_{name}"):
+            added[name] = [a - b for a, b in zip(whole, spent["scores"], strict=True)]
+        report.figures[f"weighting.{name}"] = ratio(added.get(name), spent["prefill"])
+    report.figures["weighting.scoring"] = ratio(spent["scores"], spent["prefill"])
+    report.figures["weighting.exact_over_opt"] = ratio(added.get("exact"), added.get("opt"))
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def memory(report: Report, members: Sequence[Member], text: str) -> None:
+    """MiB that a weighed prefill peaks above a bare one; in both, all caches are held to the end."""
+    variants = ("none", "em", "exact")
+    for variant in variants:  # what is made once, at the first call
+        _prefill(members, text[:100], variant)
+    peaks = {}
+    for variant in bar(variants, "Memory"):
+        peak = peak_mib(members, _prefill, members, text, variant)
+        if peak is None:
+            report.notes.append("memory: not measured, this system does not let a process reset its peak")
+            return
+        peaks[variant] = peak
+    for name in ("em", "exact"):
+        report.figures[f"memory.{name}"] = max(0.0, peaks[name] - peaks["none"])
+
+
+def _prefill(members: Sequence[Member], text: str, weighting: str) -> None:
+    """A request's prefill with a weighting, or with "none" the members' bare prefill."""
+    if weighting != "none":
+        request = Request(members, make_options({"weighting": weighting}), [text])
+        with suppress(WeightsError):
+            request.prefill()
+        request.close()
+        return
+    sessions = []
+    for member in members:
+        sessions.append(member.open([member.encoder.encode(text).ids]))
+        sessions[-1].prefill([[]])
+
+
+def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
+    """Seconds per token after the first, greedy: generate, each member alone, one-hot weights, all fused."""
+    pack = Pack(members, max_tokens=tokens)
+    singles = [Pack([member], max_tokens=tokens) for member in members]
+    even = {member.name: 1 / len(members) for member in members}
+    first = members[0]
+    spent: dict[str, list[float]] = {}
+
+    def note(name: str, seconds: float) -> None:
+        spent.setdefault(name, []).append(seconds)
+
+    pack_step(singles[0], text)
+    _generate_step(first, text, tokens)
+    for _ in bar(range(repeat), "Decoding"):
+        for _ in range(3):  # what should not differ at all takes more pairs to tell
+            note("token_generate", _generate_step(first, text, tokens))
+            note("token_pack_of_one", pack_step(singles[0], text))
+        for at, single in enumerate(singles):
+            note(f"token_alone_{at}", pack_step(single, text))
+            if at == 0:  # next to what it is compared with
+                note("token_one_hot", pack_step(pack, text, weighting={first.name: 1.0}))
+        with suppress(VocabularyError):
+            note("token_fused", pack_step(pack, text, weighting=even, decoding="tokens"))
+    alone = [spent[f"token_alone_{at}"] for at in range(len(members))]
+    spent["token_alone_sum"] = [sum(values) for values in zip(*alone, strict=True)]
+    report.figures["decoding.alone"] = ratio(spent["token_pack_of_one"], spent["token_generate"])
+    report.figures["decoding.one_hot"] = ratio(spent["token_one_hot"], alone[0])
+    report.figures["decoding.fused"] = ratio(spent.get("token_fused"), spent["token_alone_sum"])
+    if len({id(member.engine) for member in members}) == 1:
+        report.figures["decoding.one_batch"] = ratio(spent["token_fused"], alone[0])
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def pack_step(pack: Pack, text: str, **options: Any) -> float:
+    generation = pack.generate(text, **options)
+    timings = generation.timings
+    return (timings["total"] - timings["first_token"]) / (generation.usage.completion_tokens - 1)
+
+
+class _Clock:
+    """A streamer for transformers.generate that notes when tokens arrive; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _generate_step(member: Member, text: str, tokens: int) -> float:
+    ids = torch.tensor([member.encoder.encode(text).ids], device=member.device)
+    settings = member.model.generation_config
+    ends, settings.eos_token_id = settings.eos_token_id, None
+    clock = _Clock()
+    try:
+        with torch.inference_mode():
+            member.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+                streamer=clock,
+            )
+    finally:
+        settings.eos_token_id = ends
+    return (clock.ticks[-1] - clock.ticks[1]) / (len(clock.ticks) - 2)
+
+
+def start(report: Report, skip: bool) -> None:
+    """Seconds that Pack.starter() takes in a new process, and that process as a whole; conversions are done before."""
+    if skip or not starter_is_here():
+        report.notes.append("start: not measured" + ("" if skip else ", the starter pack is absent"))
+        return
+    program = (
+        "import time; from packllm import Pack; t = time.perf_counter(); Pack.starter(); print(time.perf_counter() - t)"
+    )
+    for _ in bar(range(2), "Start"):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+        report.figures["start.process"] = time.perf_counter() - started
+        report.figures["start.load"] = float(done.stdout)

@@ -1,0 +1,67 @@
+"""Time, ratios and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from packllm.engines.transformers.member import Member
+
+
+def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """The items, with a progress bar where stderr is a terminal."""
+    return tqdm(items, desc=title, leave=False, disable=None)
+
+
+def timed(spent: dict[str, list[float]], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function and append the seconds it took to spent[name]."""
+    synchronize()
+    started = time.perf_counter()
+    result = function(*arguments)
+    synchronize()
+    spent.setdefault(name, []).append(time.perf_counter() - started)
+    return result
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def ratio(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> float | None:
+    """Median of the repeats' ratios: each compares two neighbours in time."""
+    if not ours or not theirs:
+        return None
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def peak_mib(members: Sequence[Member], function: Callable[..., None], *arguments: Any) -> float | None:
+    """Most memory held while the function runs: of the GPU where the members are on one, else of the process.
+
+    None where the system cannot tell.
+    """
+    gc.collect()
+    if any(member.device.type == "cuda" for member in members):
+        torch.cuda.reset_peak_memory_stats()
+        function(*arguments)
+        return torch.cuda.max_memory_allocated() / 2**20
+    with suppress(OSError, AttributeError):  # glibc only: give back what earlier figures freed
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size
+    except OSError:
+        return None
+    function(*arguments)
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else None

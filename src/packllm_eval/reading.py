@@ -1,0 +1,303 @@
+"""One text as every member read it: each runs once, and every method reuses what it gave (METHODS §3, §4)."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from packllm.align.words import Scored, common_tokens, common_words, is_word_boundary
+from packllm.chat.prompt import Encoded, Encoder, check
+from packllm.decode.pool import fuse
+from packllm.decode.tokens import drop_small
+from packllm.engines.transformers.member import Member
+from packllm.engines.transformers.prefix import PrefixCache
+from packllm.engines.transformers.session import Session
+from packllm.errors import ContextOverflowError
+from packllm.options import Options
+from packllm.weights import Weights
+from packllm.weights.blocks import grid_losses, margins
+from packllm.weights.scoring import SessionSource, scored, weights_of
+
+ROOM_BYTES = 64 * 2**20
+"""Most bytes of logits that one pass over continuations makes."""
+
+
+class Reading:
+    """A text in pieces, run through every member in one pass each.
+
+    Every piece is tokenised by itself, as Pack.score does with continuations, so what follows a piece cannot
+    change its tokens, and so not the weights that it gives.
+
+    Args:
+        members: the members.
+        pieces: the text's pieces, none of them empty.
+        keep: keep what it takes to give logits again, for weightings and pools that need them.
+        prefixes: earlier readings that this one may start from, and is kept in.
+        room: most bytes that they may hold.
+
+    Attributes:
+        seconds: what each member's pass took.
+
+    Raises:
+        ContextOverflowError: the text does not fit a member.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        pieces: Sequence[str],
+        keep: bool = True,
+        prefixes: PrefixCache | None = None,
+        room: int = 0,
+    ) -> None:
+        self._members = members
+        self._ends = list(accumulate(map(len, pieces)))
+        self._text = "".join(pieces)
+        self._encoded: list[Encoded] = []
+        self._counts: list[list[int]] = []  # scored tokens of each member in the first pieces
+        self._logprobs: list[Tensor] = []
+        self._sessions: list[Session] = []
+        self.seconds: list[float] = []
+        for member in members:
+            encoded, counts = encode_pieces(member.encoder, pieces)
+            if member.context_window and len(encoded.ids) > member.context_window:
+                raise ContextOverflowError(member.name, member.context_window, len(encoded.ids), 0)
+            self._encoded.append(encoded)
+            self._counts.append(counts)
+        try:
+            for member, encoded in zip(members, self._encoded, strict=True):
+                started = time.perf_counter()
+                session = member.open([encoded.ids])
+                self._sessions.append(session)
+                if prefixes is not None:
+                    prefixes.resume(session, [encoded.positions])
+                self._logprobs.append(session.prefill([encoded.positions], keep or prefixes is not None)[0])
+                if prefixes is not None:
+                    prefixes.keep(session, room)
+                self.seconds.append(time.perf_counter() - started)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the caches."""
+        for session in self._sessions:
+            session.close()
+
+    def weights(self, options: Options, members: Sequence[int], pieces: int = 1) -> Weights:
+        """Weights from the first `pieces` alone, over the given members in their order: Pack.weigh's, members
+        below `min_weight` dropped."""
+        tokens = [self._slice(k, 0, pieces) for k in members]
+        weights = weights_of(
+            [self._sessions[k] for k in members],
+            0,
+            [encoded for encoded, _ in tokens],
+            [logprobs for _, logprobs in tokens],
+            options,
+        )
+        return drop_small(weights, options.min_weight)
+
+    def nll(self, chosen: Sequence[tuple[Sequence[int], Weights]], first: int, last: int) -> list[float]:
+        """NLL in nats of the pieces first..last-1 (first ≥ 1), given all before them, under each of several packs.
+
+        Tokens are fused where a pack's members split the text alike, and words otherwise (linear pool).
+
+        Args:
+            chosen: (members, weights over them) of each pack.
+        """
+        running = [_running(members, weights) for members, weights in chosen]
+        results: list[float | None] = [None] * len(chosen)
+        waiting: dict[Hashable, list[int]] = {}  # packs that need normalisers, by what one pass can serve
+        for at, ((_, weights), (members, values)) in enumerate(zip(chosen, running, strict=True)):
+            parts = [scored(*self._slice(k, first, last)) for k in members]
+            common = self._common(members, parts)
+            if weights.pool == "log" and len(members) > 1 and common is not None:
+                sizes = {self._members[k].vocabulary_size for k in members}
+                one = self._members[members[0]].vocabulary.fingerprint
+                waiting.setdefault((one, *sizes) if len(sizes) == 1 else tuple(members), []).append(at)
+                continue
+            results[at] = -mixture(self.spans(first, last), parts, common, values)
+        for packs in waiting.values():
+            union = sorted({k for at in packs for k in running[at][0]})
+            points = [[dict(zip(*running[at], strict=True)).get(k, 0.0) for k in union] for at in packs]
+            for at, total in zip(packs, self._log_pool(union, points, first, last), strict=True):
+                results[at] = total
+        return [result for result in results if result is not None]
+
+    def counts(self, member: int, first: int, last: int) -> int:
+        """Scored tokens of a member in the pieces first..last-1."""
+        counts = self._counts[member]
+        return counts[last] - counts[first]
+
+    def spans(self, first: int, last: int) -> str:
+        """The text of the pieces first..last-1."""
+        return self._text[self._start(first) : self._ends[last - 1]]
+
+    def options(self, texts: Sequence[str], chosen: Sequence[tuple[Sequence[int], Weights]]) -> list[list[float]]:
+        """Log-likelihood in nats of each text as it continues the whole reading, under each of several packs."""
+        running = [_running(members, weights) for members, weights in chosen]
+        results: list[list[float]] = [[] for _ in chosen]
+        used = sorted({k for members, _ in running for k in members})
+        ids = {k: [self._members[k].encoder.continuation(text) for text in texts] for k in used}
+        for at, (text, whole) in enumerate(zip(texts, self._continue(ids), strict=True)):
+            parts = {}
+            for k in used:
+                tokens = ids[k][at]
+                observed = whole[k].gather(-1, torch.tensor(tokens)[:, None])[:, 0].double()
+                starts, ends = offsets(self._members[k].encoder, tokens, text)
+                parts[k] = Scored(tokens, starts, ends, list(range(len(tokens))), observed)
+            for result, (members, values), (_, weights) in zip(results, running, chosen, strict=True):
+                common = self._common(members, [parts[k] for k in members])
+                if weights.pool == "log" and len(members) > 1 and common is not None:
+                    size = min(whole[k].shape[-1] for k in members)
+                    fused = fuse(torch.stack([whole[k][:, :size] for k in members]), values, "log")
+                    target = torch.tensor(ids[members[0]][at])[:, None]
+                    result.append(float(fused.gather(-1, target).double().sum()))
+                    continue
+                result.append(mixture(text, [parts[k] for k in members], common, values))
+        return results
+
+    def _continue(self, ids: dict[int, list[list[int]]]) -> Iterator[dict[int, Tensor]]:
+        """For each of the texts, whose ids every member has, every member's float32 (n, V): what predicts each of the n
+        ids after the reading. Texts, and members of one engine, run as rows of one pass, as many as ROOM_BYTES hold."""
+        longest = max(len(tokens) for texts in ids.values() for tokens in texts)
+        size = max(self._members[k].vocabulary_size for k in ids)
+        step = max(1, ROOM_BYTES // (4 * size * longest * len(ids)))
+        for begin in range(0, len(next(iter(ids.values()))), step):
+            found: dict[int, list[Tensor]] = {}
+            for group in self._alike(ids):
+                found |= self._together({k: ids[k][begin : begin + step] for k in group})
+            for whole in zip(*found.values(), strict=True):
+                yield dict(zip(found, whole, strict=True))
+
+    def _alike(self, members: Iterable[int]) -> list[list[int]]:
+        """Members whose sessions can run as rows of one pass: on one engine, and as far."""
+        groups: dict[Hashable, list[int]] = {}
+        for k in members:
+            session = self._sessions[k]
+            alone = None if session.joinable() else k
+            groups.setdefault((id(session.engine), len(self._encoded[k].ids), alone), []).append(k)
+        return list(groups.values())
+
+    def _together(self, ids: dict[int, list[list[int]]]) -> dict[int, list[Tensor]]:
+        """Of members that _alike put together: what predicts their ids of each text, from one pass."""
+        first = {k: self._sessions[k].logprobs[:1].cpu() for k in ids}
+        width = max(len(tokens) for texts in ids.values() for tokens in texts) - 1
+        if not width:
+            return {k: [first[k]] * len(texts) for k, texts in ids.items()}
+        rows = [tokens[:-1] + [0] * (width + 1 - len(tokens)) for texts in ids.values() for tokens in texts]
+        session = Session.join([self._sessions[k].fork(len(texts)) for k, texts in ids.items()])
+        try:
+            after = iter(session.extend(torch.tensor(rows)).cpu())
+        finally:
+            session.close()
+        return {
+            k: [torch.cat((first[k], next(after)[: len(tokens) - 1])) for tokens in texts] for k, texts in ids.items()
+        }
+
+    def _log_pool(
+        self, members: Sequence[int], values: Sequence[Sequence[float]], first: int, last: int
+    ) -> list[float]:
+        """NLL of the pieces under the log pool with each of several weights; one pass over the logits."""
+        begin = min(self._counts[k][first] for k in members)
+        skip = [self._counts[k][first] - begin for k in members]
+        encoded, total = self._encoded[members[0]], self._counts[members[0]][last] - skip[0]
+        source = SessionSource([self._sessions[k] for k in members], 0, skip, total)
+        targets = torch.tensor([encoded.ids[at] for at in encoded.positions[skip[0] :][:total]])
+        points = torch.tensor(values)
+        everyone = range(len(members))
+        losses = [grid_losses(points.to(m), m) for m in margins(source, targets, everyone, torch.arange(begin, total))]
+        return torch.stack(losses).sum(0).nan_to_num(math.inf).tolist()
+
+    def _common(self, members: Sequence[int], parts: Sequence[Scored]) -> list[Scored] | None:
+        first = self._members[members[0]].vocabulary
+        if not all(self._members[k].vocabulary.same_as(first) for k in members[1:]):
+            return None
+        return common_tokens(parts)
+
+    def _start(self, piece: int) -> int:
+        return self._ends[piece - 1] if piece else 0
+
+    def _slice(self, member: int, first: int, last: int) -> tuple[Encoded, Tensor]:
+        """The scored tokens of the pieces first..last-1, with offsets in those pieces' text."""
+        encoded, counts, begin = self._encoded[member], self._counts[member], self._start(first)
+        part = slice(counts[first], counts[last])
+        return (
+            Encoded(
+                encoded.ids,
+                self.spans(first, last),
+                encoded.positions[part],
+                [start - begin for start in encoded.starts[part]],
+                [end - begin for end in encoded.ends[part]],
+            ),
+            self._logprobs[member][part],
+        )
+
+
+def _running(members: Sequence[int], weights: Weights) -> tuple[list[int], list[float]]:
+    """The members that have weight, and what they have."""
+    kept = [(k, value) for k, value in zip(members, weights.values, strict=True) if value != 0]
+    return [k for k, _ in kept], [value for _, value in kept]
+
+
+def mixture(text: str, parts: Sequence[Scored], common: Sequence[Scored] | None, values: Sequence[float]) -> float:
+    """Log-likelihood in nats under the linear pool: of the common tokens, or else of the words of `text`."""
+    matrix = torch.stack([p.logprobs for p in common]) if common is not None else common_words(text, parts)[0]
+    return float((matrix + torch.tensor(values, dtype=torch.float64).log()[:, None]).logsumexp(0).sum())
+
+
+def encode_pieces(encoder: Encoder, pieces: Sequence[str]) -> tuple[Encoded, list[int]]:
+    """A text's tokens, each piece tokenised by itself, and how many scored ones end within the first 0, 1, ...
+    pieces."""
+    whole = encoder.encode(check(pieces[0], chat_template=False))
+    ids, positions = list(whole.ids), list(whole.positions)
+    starts, ends, counts = list(whole.starts), list(whole.ends), [0, len(whole.positions)]
+    begin = len(pieces[0])
+    for piece in pieces[1:]:
+        more = encoder.continuation(piece)
+        first, last = offsets(encoder, more, piece)
+        positions += range(len(ids), len(ids) + len(more))
+        ids += more
+        starts += [begin + at for at in first]
+        ends += [begin + at for at in last]
+        counts.append(len(positions))
+        begin += len(piece)
+    return Encoded(ids, "".join(pieces), positions, starts, ends), counts
+
+
+def offsets(encoder: Encoder, ids: Sequence[int], text: str) -> tuple[list[int], list[int]]:
+    """Character offsets of a continuation's tokens in its text, from their bytes; bytes of one character share
+    its offsets. A tokenizer that rewrites the text gets one span for all of it."""
+    sizes = [len(encoder.vocabulary.text_bytes(i)) for i in ids]
+    stops = list(accumulate(sizes))
+    if b"".join(map(encoder.vocabulary.text_bytes, ids)) != text.encode():
+        return [0] * len(ids), [len(text)] * len(ids)
+    characters = list(accumulate((len(c.encode()) for c in text), initial=0))  # byte offset of each character
+    starts = [bisect_right(characters, stop - size) - 1 for stop, size in zip(stops, sizes, strict=True)]
+    return starts, [bisect_right(characters, stop - 1) for stop in stops]
+
+
+def cut_after(encoder: Encoder, text: str, tokens: int) -> int:
+    """Where a prompt of `tokens` tokens ends in a text: at the next end of a word, before the space."""
+    ends = encoder.encode(text).ends
+    at = ends[min(tokens, len(ends)) - 1] if ends else 0
+    limit = min(len(text), at + 80)
+    for stop in range(at, limit):
+        if text[stop].isspace() and not text[stop - 1 : stop].isspace():
+            return stop
+    for stop in range(at, limit):  # a script without spaces, or one very long word
+        if is_word_boundary(text, stop):
+            return stop
+    return limit
