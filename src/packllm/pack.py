@@ -23,6 +23,7 @@ from packllm.engines.transformers.member import Member, Session
 from packllm.engines.transformers.prefix import PrefixCache
 from packllm.errors import LoadError, PromptError
 from packllm.options import Options, make_options
+from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
 
@@ -83,7 +84,8 @@ class Pack:
         weighting = make_options(options).weighting  # a misspelling should not wait for gigabytes to load
         if isinstance(weighting, str):
             find(weighting)
-        members = Loader(dtype, device_map, trust_remote_code).members(models)
+        with bars_if_slow():
+            members = Loader(dtype, device_map, trust_remote_code).members(models)
         specs = [os.fspath(m) for m in models if not isinstance(m, Member)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
@@ -188,15 +190,17 @@ class Pack:
             requests.append(request)
         return _chunks(requests, groups)
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+    def generate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
-        return self.generate_batch([prompt], **options)[0]
+        return self.generate_batch([prompt], cancel=cancel, **options)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
+    ) -> list[Generation]:
         """The whole answers to several prompts; arguments and errors as stream_batch()."""
         texts = [""] * len(prompts)
         last: dict[int, Chunk] = {}
-        for index, chunk in self.stream_batch(prompts, **options):
+        for index, chunk in self.stream_batch(prompts, cancel=cancel, **options):
             texts[index] += chunk.text
             last[index] = chunk
         return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
@@ -223,10 +227,12 @@ class Pack:
             request.prefill()
             return request.whole(lambda sessions: list(_scores(request, sessions, continuations, ids)))
 
-    def rerank(self, prompt: Prompt, candidates: Sequence[str], **options: Any) -> list[tuple[str, float]]:
+    def rerank(
+        self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[tuple[str, float]]:
         """Candidates with their fused log-likelihood in nats per byte, best first; ties keep their order.
         Arguments and errors as score()."""
-        scores = self.score(prompt, candidates, **options)
+        scores = self.score(prompt, candidates, cancel=cancel, **options)
         rated = [(text, score / len(text.encode())) for text, score in zip(candidates, scores, strict=True)]
         return sorted(rated, key=lambda pair: -pair[1])
 

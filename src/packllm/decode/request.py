@@ -155,7 +155,7 @@ class Request:
         self.timings["weighting"] = time.perf_counter() - started
 
     def _without_failing(self, work: Callable[[Sequence[int]], T], row: int | None = None) -> T:
-        """What `work` gives of the members that are left (of those that run for a row): again, where one fails in it."""
+        """What `work` gives of the members that are left (that run for a row); again, where one fails in it."""
         while True:
             live = list(self.sessions) if row is None else self.running(row)
             try:
