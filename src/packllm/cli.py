@@ -93,7 +93,7 @@ def _evaluation(part: str) -> Any:
     try:
         return importlib.import_module(f"packllm_eval.{part}")
     except ModuleNotFoundError as error:
-        raise ExtraError("this command", str(error.name), "eval") from error
+        raise ExtraError("this command", str(error.name).partition(".")[0], "eval") from error
 
 
 def _print_version(wanted: bool) -> None:
