@@ -1,11 +1,11 @@
 """packllm for LangChain: several local language models behind one `BaseLLM` and one `BaseChatModel`."""
 
-from packllm.errors import ExtraError
+from importlib.util import find_spec
 
-try:
-    import langchain_core  # noqa: F401
-except ModuleNotFoundError:
-    raise ExtraError("langchain_packllm", "langchain-core", "langchain") from None
+from packllm import ExtraError
+
+if find_spec("langchain_core") is None:
+    raise ExtraError("langchain_packllm", "langchain-core", "langchain")
 
 from langchain_packllm.chat_models import ChatPackLLM
 from langchain_packllm.llms import PackLLM

@@ -1,11 +1,11 @@
 """packllm for LlamaIndex: `PackLLM` answers wherever LlamaIndex takes an LLM."""
 
-from packllm.errors import ExtraError
+from importlib.util import find_spec
 
-try:
-    import llama_index.core  # noqa: F401
-except ModuleNotFoundError:
-    raise ExtraError("llama_index.llms.packllm", "llama-index-core", "llama-index") from None
+from packllm import ExtraError
+
+if find_spec("llama_index.core") is None:
+    raise ExtraError("llama_index.llms.packllm", "llama-index-core", "llama-index")
 
 from llama_index.llms.packllm.base import PackLLM
 
