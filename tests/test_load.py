@@ -8,15 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-import gguf
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from packllm import Member, Pack
-from packllm.engines import load
-from packllm.engines.load import Loader, cache_folder, converted
+from packllm import Pack
+from packllm.engines.load import Loader
 from packllm.engines.transformers.lora import merge
 from packllm.errors import LoadError, OptionError, PackError
 
@@ -245,161 +243,6 @@ def test_a_spoilt_adapter(base, adapted, tmp_path):
 def test_an_adapter_that_is_not_there(base):
     assert "model './no/adapter' does not exist" in refused(f"{base}+./no/adapter")
     assert refused(f"{base}+nothing").startswith("cannot load adapter 'nothing': ")
-
-
-# GGUF
-
-
-def write_gguf(member: Member, path: Path) -> None:
-    """A tiny Llama in llama.cpp's format, float32."""
-    config, weights = member.model.config, member.model.state_dict()
-    tokenizer = json.loads(member.tokenizer.backend_tokenizer.to_str())
-    pieces = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
-    special = {t["content"] for t in tokenizer["added_tokens"]}
-    tokens = sorted(pieces, key=pieces.get)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
-    writer.add_eos_token_id(2)
-    writer.add_bos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in weights.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:  # llama.cpp turns the halves of a head into pairs
-            weight = weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file(make_member, tmp_path, cache):
-    member = make_member("llama", 3)
-    path = tmp_path / "tiny.v1.gguf"
-    write_gguf(member, path)
-    loaded = Loader().members([path, f"again={path}"])[0]
-    assert loaded.name == "tiny.v1"
-    assert (logits(loaded.model) - logits(member.model)).abs().max() < 1e-4
-    text = "The quick brown fox\n\n日本 😀"
-    assert loaded.encoder.plain(text) == member.encoder.plain(text)
-    (folder,) = (cache / "gguf").iterdir()  # one folder, no drafts
-    assert (folder / "model.safetensors").exists()
-    assert converted(path) == folder
-
-
-@pytest.mark.parametrize("content", [b"no model at all", b"GGUF", b"GGUF\x03\x00\x00\x00", b""])
-def test_not_a_gguf_file(tmp_path, cache, content):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
-    assert refused(path).startswith(f"cannot read {str(path)!r}: ")
-    assert list((cache / "gguf").iterdir()) == []
-
-
-@pytest.fixture
-def conversions(monkeypatch) -> list[Path]:
-    """Stands in for the conversion, which takes long: writes one file, and notes where."""
-    drafts: list[Path] = []
-
-    def convert(path: Path, folder: Path) -> None:
-        assert folder.is_dir()
-        drafts.append(folder)
-        (folder / "content").write_bytes(path.read_bytes())
-
-    monkeypatch.setattr(load, "_convert", convert)
-    return drafts
-
-
-def test_a_file_is_converted_once(tmp_path, cache, conversions):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-    folder = converted(path)
-    assert folder.parent == cache / "gguf" == cache_folder() / "gguf"
-    assert (folder / "content").read_bytes() == b"one"
-    assert conversions[0] != folder  # made elsewhere, then renamed
-    assert converted(path) == folder
-    assert len(conversions) == 1
-    assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_another_content_is_another_folder(tmp_path, conversions):
-    path = tmp_path / "m.gguf"
-    folders = set()
-    for content in (
-        b"one",
-        b"two",
-        bytes(3 * 2**20),
-        bytes(3 * 2**20 + 1),
-        b"x" + bytes(3 * 2**20 - 1),
-        bytes(3 * 2**20 - 1) + b"x",
-    ):
-        path.write_bytes(content)
-        folders.add(converted(path))
-    assert len(folders) == len(conversions) == 6
-
-
-def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-
-    def fail(path: Path, folder: Path) -> None:
-        (folder / "half").write_text("half")
-        raise LoadError("disk full")
-
-    monkeypatch.setattr(load, "_convert", fail)
-    with pytest.raises(LoadError, match="disk full"):
-        converted(path)
-    assert list((cache / "gguf").iterdir()) == []
-    monkeypatch.setattr(load, "_convert", lambda path, folder: (folder / "whole").write_text("whole"))
-    assert os.listdir(converted(path)) == ["whole"]
-
-
-def test_a_full_disk_is_told_as_it_is(tmp_path, cache, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-
-    def fail(path: Path, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(load, "_convert", fail)
-    with pytest.raises(OSError, match="No space left"):
-        converted(path)
-    assert list((cache / "gguf").iterdir()) == []
-
-
-def test_another_process_that_was_faster_wins(tmp_path, cache, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-    theirs = cache / "gguf" / f"m-{load._file_key(path)}"
-
-    def convert(path: Path, folder: Path) -> None:
-        (folder / "ours").write_text("")
-        theirs.mkdir()
-        (theirs / "theirs").write_text("")
-
-    monkeypatch.setattr(load, "_convert", convert)
-    assert converted(path) == theirs
-    assert os.listdir(theirs) == ["theirs"]
-    assert list(theirs.parent.iterdir()) == [theirs]
-
-
-def test_the_cache_folder(monkeypatch):
-    monkeypatch.setenv("PACKLLM_CACHE", "/somewhere")
-    assert cache_folder() == Path("/somewhere")
-    monkeypatch.delenv("PACKLLM_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "packllm"
 
 
 @pytest.mark.parametrize(

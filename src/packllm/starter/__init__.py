@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from packllm.engines.load import converted
+from packllm.engines.transformers.gguf import converted
 
 EXPERTS = ("medicine", "law", "databases")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
