@@ -22,7 +22,7 @@ from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.precision import fastest
 from packllm.errors import LoadError, OptionError, loading
 
-__all__ = ["Loader", "as_list", "is_spec"]
+__all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -134,10 +134,10 @@ class Loader:
         factors = adapter.factors()
         base = self._base(spec)
         tokenizer, encoder = base.tokenizer, base.encoder
-        if adapter.brings_tokenizer():
-            with loading(f"the tokenizer of {adapter.what}"):
-                tokenizer = files.read_tokenizer(adapter.folder, base.model.config)
-                encoder = Encoder(tokenizer)
+        with loading(f"the tokenizer of {adapter.what}"):
+            own = files.own_tokenizer(adapter.folder, base.tokenizer, base.model.config)
+            if own is not None:
+                tokenizer, encoder = own, Encoder(own)
         with loading(adapter.what):
             if factors is None or not shared or not encoder.vocabulary.same_as(base.encoder.vocabulary):
                 return Member(lora.merge(base.model, adapter), tokenizer, spec.name, encoder)
@@ -178,6 +178,16 @@ def as_list(models: Any) -> list[Any]:
     if not (listed := list(models)):
         raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
     return listed
+
+
+def without_secrets(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """model_kwargs as they may be written down: without the hub's token, and settings of quantisation as dicts."""
+    kept = {
+        name: word.to_dict() if hasattr(word, "to_dict") else word
+        for name, word in (model_kwargs or {}).items()
+        if name != "token"
+    }
+    return kept or None
 
 
 def is_spec(model: Any) -> bool:

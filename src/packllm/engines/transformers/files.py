@@ -3,6 +3,7 @@ what its config claims is held against its weights before anything is built."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -102,11 +103,25 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
     return model, tokenizer
 
 
-def read_tokenizer(folder: Path, config: Any) -> Any:
-    """The tokenizer that an adapter's folder brings; `config` is its base's."""
+def own_tokenizer(folder: Path, tokenizer: Any, config: Any) -> Any | None:
+    """The tokenizer that an adapter's folder brings, or its base's with the chat template that the folder brings; None
+    where it brings neither. `config` is the base's."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    if (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    template: Any = None
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "tokenizer_config.json").is_file():
+        template = _json(folder / "tokenizer_config.json").get("chat_template")
+    if not template:
+        return None
+    if isinstance(template, list):  # named ones
+        template = {one["name"]: one["template"] for one in template}
+    named = copy.copy(tokenizer)
+    named.chat_template = template
+    return named
 
 
 def check_decoder(config: Any, what: str) -> None:

@@ -104,9 +104,6 @@ class Adapter:
         check_finite({f"{name}.lora_B.weight": up * scale}, self.what)
         return down, up * scale
 
-    def brings_tokenizer(self) -> bool:
-        return (self.folder / "tokenizer.json").is_file()
-
 
 def open_adapter(adapter: str, hub: Mapping[str, Any] | None = None) -> Adapter:
     """The files of an adapter, read.

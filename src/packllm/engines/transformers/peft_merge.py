@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ def merge_with_peft(base: Any, adapter: Adapter) -> Any:
         config = _bounded(adapter)
         model = _prepared(base, adapter)
         tuned: Any = PeftModel.from_pretrained(model, adapter.folder, config=config, is_trainable=False)
-        embeddings = _saved_embeddings(model, adapter)
-        _check_all_used(adapter, get_peft_model_state_dict(tuned, save_embedding_layers=bool(embeddings)))
+        _check_all_used(adapter, get_peft_model_state_dict(tuned, save_embedding_layers=False), tuned.state_dict())
         if not hasattr(tuned, "merge_and_unload"):
             kind = adapter.config.get("peft_type")
             raise refused(adapter.what, f"it is of the kind {kind}, which adds to the prompt and cannot be merged")
@@ -91,7 +91,8 @@ def _prepared(base: Any, adapter: Adapter) -> Any:
     if rows and rows != {embedding.weight.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:  # merging would change both
+    tied = head is not None and head.weight is embedding.weight
+    if tied and not adapter.config.get("trainable_token_indices"):  # those change both; else merging one would too
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
         model.config.tie_word_embeddings = False
@@ -110,14 +111,21 @@ def _saved_embeddings(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def _check_all_used(adapter: Adapter, used: dict[str, Tensor]) -> None:
+def _check_all_used(adapter: Adapter, trained: Mapping[str, Tensor], everything: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter of which peft left something out.
+
+    Args:
+        trained: what peft would save of the model that it made.
+        everything: all weights of that model; whole embeddings may have gone there.
+    """
     for name, tensor in adapter.tensors.items():
-        if name not in used:
-            raise refused(adapter.what, f"it holds {name}, which changes nothing in its base; is it of another model?")
-        if used[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, the base takes {tuple(used[name].shape)}"
+        used = trained.get(name, everything.get(name))
+        if used is None:
+            raise refused(adapter.what, f"it holds {name}, which its base lacks; is it of another model?")
+        if used.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, the base takes {tuple(used.shape)}"
             raise refused(adapter.what, f"{name} is of size {shapes}")
-        if not torch.allclose(used[name].float().cpu(), tensor.float(), rtol=1e-2, atol=1e-2):
+        if not torch.allclose(used.float().cpu(), tensor.float(), rtol=1e-2, atol=1e-2):
             raise refused(adapter.what, f"{name} is not taken over as it is")
-    if missing := sorted(used.keys() - adapter.tensors.keys()):
+    if missing := sorted(trained.keys() - adapter.tensors.keys()):
         raise refused(adapter.what, f"it lacks {missing[0]}")
