@@ -172,9 +172,9 @@ def test_nothing_beside_the_file_is_read(tiny, tmp_path, monkeypatch):
 def test_it_is_written_tensor_by_tensor(tiny, tmp_path, monkeypatch):
     each, alive, most = conversion._tensors, [], 0
 
-    def watched(path, model):
+    def watched(path, table):
         nonlocal most
-        for name, tensor in each(path, model):
+        for name, tensor in each(path, table):
             alive.append(weakref.ref(tensor))
             yield name, tensor
             del tensor

@@ -50,17 +50,14 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
             ValidationError: a field is unknown (the valid ones are named) or out of range; nothing was loaded.
             OptionError: both or neither of models and pack, or words about loading beside a pack.
         """
-        loading = {
-            "dtype": dtype,
-            "device_map": device_map,
-            "trust_remote_code": trust_remote_code,
-            "model_kwargs": model_kwargs,
-        }
+        loading = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        if model_kwargs is not None:
+            loading["model_kwargs"] = model_kwargs
         if (models is None) == (pack is None):
             raise packllm.OptionError(f"{type(self).__name__} takes exactly one of models=[...] and pack=Pack")
         if pack is not None:
-            if loading != {"dtype": "auto", "device_map": "auto", "trust_remote_code": False, "model_kwargs": None}:
-                raise packllm.OptionError(f"{', '.join(loading)} go with models; a pack is loaded already")
+            if loading != {"dtype": "auto", "device_map": "auto", "trust_remote_code": False}:
+                raise packllm.OptionError(f"{', '.join(LOADING)} go with models; a pack is loaded already")
             # The fields hold what is in force: `llm.temperature` is true, and configurable_fields, which
             # builds a new object from all fields of the old one, gets the same model.
             fields = {**pack.options.model_dump(), **fields}

@@ -83,16 +83,15 @@ class Pack:
             LoadError: a model that cannot be loaded.
             OptionError: an unknown or invalid option.
         """
-        weighting = make_options(
-            options, beside=LOADING
-        ).weighting  # misspelt, it should not wait for gigabytes
+        weighting = make_options(options, beside=LOADING).weighting  # misspelt, it should not wait for gigabytes
         if isinstance(weighting, str):
             find(weighting)
         models = as_list(models)
         members = Loader(dtype, device_map, trust_remote_code, model_kwargs).members(models)
         specs = [os.fspath(m) for m in models if is_spec(m)]
-        words = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        recipe = {"models": specs, **words, "model_kwargs": without_secrets(model_kwargs)}
+        recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        if further := without_secrets(model_kwargs):
+            recipe["model_kwargs"] = further
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
     @classmethod

@@ -137,7 +137,7 @@ class Loader:
         with loading(f"the tokenizer of {adapter.what}"):
             own = files.own_tokenizer(adapter.folder, base.tokenizer, base.model.config)
             if own is not None:
-                tokenizer, encoder = own, Encoder(own)
+                tokenizer, encoder = own, _encoder(own)
         with loading(adapter.what):
             if factors is None or not shared or not encoder.vocabulary.same_as(base.encoder.vocabulary):
                 return Member(lora.merge(base.model, adapter), tokenizer, spec.name, encoder)
@@ -160,7 +160,7 @@ class Loader:
                     raise
                 raise LoadError(f"{error} (the base of adapter {spec.adapter!r})") from error
             with loading(f"model {spec.base!r}"):
-                encoder = Encoder(tokenizer)
+                encoder = _encoder(tokenizer)
                 self._bases[spec.key] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
         return self._bases[spec.key]
 
@@ -223,7 +223,14 @@ def _member_of(model: Any, at: int) -> Member:
         files.check_decoder(loaded.config, what)
         files.check_finite(dict(loaded.named_parameters()), what)
         name = _name(str(getattr(loaded.config, "name_or_path", "") or type(loaded).__name__))
-        return Member(loaded, tokenizer, name)
+        return Member(loaded, tokenizer, name, _encoder(tokenizer))
+
+
+def _encoder(tokenizer: Any) -> Encoder:
+    """Of a tokenizer that works: what is odd in it shows when it is used, and is better said at loading."""
+    encoder = Encoder(tokenizer)
+    encoder.encode("a")
+    return encoder
 
 
 @dataclass(frozen=True)

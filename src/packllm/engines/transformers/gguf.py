@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -268,9 +269,13 @@ def _convert(path: Path, folder: Path) -> None:
             _write_each(path, model, folder / "model.safetensors")
         except _UnknownNames as error:
             log.info("%s is converted in memory, not tensor by tensor: %s", path.name, error)
-            model = AutoModelForCausalLM.from_pretrained(empty, dtype=torch.float32, **words)
-            model._weight_conversions = None  # those of the GGUF file, which cannot be turned round
-            model.save_pretrained(folder, state_dict=model.state_dict())
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                empty, dtype=torch.float32, output_loading_info=True, **words
+            )
+            if missing := sorted(loaded[1]["missing_keys"]):
+                raise LoadError(f"{what}: it lacks the tensor of {missing[0]}") from None
+            model.load_state_dict(loaded[0].state_dict(), assign=True)  # the loaded one counts as quantised
+            model.save_pretrained(folder)
         settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
         clean = type(model.config).from_dict({**settings, "architectures": [type(model).__name__], "dtype": "float32"})
         clean.save_pretrained(folder)
@@ -304,11 +309,12 @@ def _write_each(path: Path, model: Any, file: Path) -> None:
     Args:
         model: the model without memory, which tells names and shapes.
     """
+    table = _table(path, model)
     places, header = _layout(model)
     written: set[str] = set()
     with open(file, "wb") as out:
         out.write(header)
-        for name, tensor in _tensors(path, model):
+        for name, tensor in _tensors(path, table):
             if name not in places:
                 continue
             shape, offset = places[name]
@@ -318,6 +324,8 @@ def _write_each(path: Path, model: Any, file: Path) -> None:
             out.write(memoryview(tensor.float().contiguous().numpy()).cast("B"))
             written.add(name)
     if missing := sorted(places.keys() - written):
+        if missing[0] in table.names.values():
+            raise LoadError(f"cannot read {str(path)!r}: it lacks the tensor of {missing[0]}")
         raise _UnknownNames(f"no tensor for {missing[0]}")
 
 
@@ -334,15 +342,30 @@ def _layout(model: Any) -> tuple[dict[str, tuple[tuple[int, ...], int]], bytes]:
     return places, struct.pack("<Q", len(text)) + text
 
 
-def _tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(transformers' name, float32 tensor) of each tensor of a file, by transformers' own tables."""
+@dataclass(frozen=True)
+class _Table:
+    """How transformers reads the tensors of one file.
+
+    Attributes:
+        reader: of the gguf package, over the mapped file.
+        names: transformers' name by the file's.
+        processor: turns a tensor into transformers' form.
+        parsed: what transformers reads of the header; processors put experts together in its "tensors".
+    """
+
+    reader: Any
+    names: dict[str, str]
+    processor: Any
+    parsed: dict[str, Any]
+
+
+def _table(path: Path, model: Any) -> _Table:
     try:
-        from gguf import GGUFReader, dequantize
+        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
         from transformers.modeling_gguf_pytorch_utils import (
             GGUF_SUPPORTED_ARCHITECTURES,
             TENSOR_PROCESSORS,
             TensorProcessor,
-            get_gguf_hf_weights_map,
             load_gguf_checkpoint,
             read_field,
         )
@@ -350,25 +373,47 @@ def _tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
         raise _UnknownNames(str(error)) from error
     reader = GGUFReader(path)
     architecture = read_field(reader, "general.architecture")[0]
-    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+    kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES or not kinds:
         raise _UnknownNames(f"architecture {architecture!r}")
-    parsed = load_gguf_checkpoint(path, return_tensors=False)
-    parsed["tensors"] = {}
+    parsed = {**load_gguf_checkpoint(path, return_tensors=False), "tensors": {}}
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
-    names = get_gguf_hf_weights_map(model, processor)
-    ordered = sorted(reader.tensors, key=lambda tensor: _block(tensor.name))
+    told = get_tensor_name_map(kinds[0], model.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for full in model.state_dict():
+        full = processor.preprocess_name(full)
+        name, dot, last = full.rpartition(".")
+        stem, suffix = (name, dot + last) if last in ("weight", "bias") else (full, "")
+        # Some files are of the body alone, whose names lack the first part.
+        parts = stem.split(".")
+        found = next((own for at in range(len(parts)) if (own := told.get_name(".".join(parts[at:])))), None)
+        if found:
+            names.setdefault(found + suffix, full)
+        else:
+            processor.perform_fallback_tensor_mapping(names, suffix, "", full)
+    return _Table(reader, names, processor, parsed)
+
+
+def _tensors(path: Path, table: _Table) -> Iterator[tuple[str, Tensor]]:
+    """(transformers' name, float32 tensor) of each tensor of a file."""
+    from gguf import dequantize
+
+    made = table.parsed["tensors"]
+    ordered = sorted(table.reader.tensors, key=lambda tensor: _block(tensor.name))
     block: list[str] = []
     for tensor in tqdm(ordered, desc=f"Converting {path.name} (once)", unit="tensor", disable=None, delay=1):
         if _block(tensor.name) != block:  # experts are put together by the processor, within their block
-            yield from _emptied(parsed["tensors"])
+            yield from _emptied(made)
             block = _block(tensor.name)
-        numbers = dequantize(tensor.data, tensor.tensor_type)
-        result = processor.process(
-            weights=numbers, name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed
+        result = table.processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=table.names,
+            parsed_parameters=table.parsed,
         )
-        if result.name in names:
-            yield names[result.name], torch.from_numpy(numpy.require(result.weights, numpy.float32, ["C", "W"]))
-    yield from _emptied(parsed["tensors"])
+        if result.name in table.names:
+            yield table.names[result.name], torch.from_numpy(numpy.require(result.weights, numpy.float32, ["C", "W"]))
+    yield from _emptied(made)
 
 
 def _block(name: str) -> list[str]:
