@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 
 from packllm import LoadError, Pack, PackError
+from packllm.errors import DataError
+from packllm_eval.rows import read_documents, read_questions
 
 ODD = [
     None,
@@ -275,3 +277,30 @@ def test_what_names_no_model(models):
         Pack.load(models)
     with pytest.raises(LoadError, match=r"models\[0\]"):
         Pack.load([models])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"text": ' + b"[" * 50_000,
+        b'{"text": "a", "domain": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
+        b'{"question": ' + b"[" * 50_000 + b"]" * 50_000 + b', "answer": 1}',
+        b'{"text": [[["a"]]]}',
+        b'{"text": {"text": "a"}}',
+        b'{"text": 1' + b"0" * 5000 + b"}",
+        b'{"text": "\\ud800"}',
+        b"\xff\xfe",
+        b"null",
+        b"NaN",
+    ],
+    ids=lambda line: line[:14].decode("latin1"),
+)
+@pytest.mark.parametrize("read", [read_documents, read_questions])
+def test_odd_rows_are_refused_by_line(tmp_path, caplog, line, read):
+    good = b'{"text": "a", "question": "b", "choices": ["c", "d"], "answer": 0}'
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    with pytest.raises(DataError, match=r"rows.jsonl line 2: .*; mend it, or skip bad rows"):
+        read(file)
+    assert len(read(file, bad="skip")) == 2

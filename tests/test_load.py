@@ -334,7 +334,7 @@ def test_an_adapters_tensors_are_held_against_its_base(base, adapted, tmp_path, 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern holds '(a+)+$', too intricate"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern holds the pattern '(a+)+$', too intricate"),
         ({"alpha_pattern": {"(.*.*)*x": 3}}, "too intricate"),
         ({"rank_pattern": {"(x|x)(x|x)(x|x)(x|x)y": 3}}, "rank_pattern holds"),
         ({"alpha_pattern": {"a?" * 40 + "a" * 40: 3}}, "too intricate"),

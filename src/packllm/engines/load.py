@@ -218,7 +218,7 @@ def _member_of(model: Any, at: int) -> Member:
     loaded, tokenizer = parts
     what = f"models[{at}], a {type(loaded).__name__}"
     with loading(what):
-        if not hasattr(loaded, "config") or not hasattr(tokenizer, "encode"):
+        if not hasattr(loaded, "config") or isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
             raise LoadError(f"{what} with a {type(tokenizer).__name__} is no transformers model and its tokenizer")
         files.check_decoder(loaded.config, what)
         files.check_finite(dict(loaded.named_parameters()), what)

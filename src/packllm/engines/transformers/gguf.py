@@ -321,7 +321,7 @@ def _write_each(path: Path, model: Any, file: Path) -> None:
             if tuple(tensor.shape) != shape:
                 raise LoadError(f"cannot read {str(path)!r}: {name} is {tuple(tensor.shape)}, by its header {shape}")
             out.seek(len(header) + offset)
-            out.write(memoryview(tensor.float().contiguous().numpy()).cast("B"))
+            out.write(tensor.float().contiguous().numpy().data.cast("B"))
             written.add(name)
     if missing := sorted(places.keys() - written):
         if missing[0] in table.names.values():

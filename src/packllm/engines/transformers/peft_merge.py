@@ -16,6 +16,7 @@ from packllm.engines.transformers.lora import Adapter, check_pattern, setting_of
 from packllm.errors import loading, refused
 
 _MODULE = re.compile(r"base_model\.model\.(.+)\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b.*")
+_AGAIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.weight")  # peft saves enlarged embeddings twice
 _FULL = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
 
 
@@ -59,7 +60,7 @@ def _bounded(adapter: Adapter) -> Any:
     """Its config for peft, with the modules by their names: peft matches patterns of strangers without a bound."""
     from peft import PeftConfig
 
-    config: Any = PeftConfig.from_pretrained(adapter.folder)
+    config: Any = PeftConfig.from_pretrained(str(adapter.folder))
     names = sorted({found[1] for key in adapter.tensors if (found := _MODULE.fullmatch(key))})
     if adapter.config.get("peft_type") == "LORA" and names and not adapter.config.get("target_parameters"):
         config.target_modules = set(names)
@@ -119,6 +120,10 @@ def _check_all_used(adapter: Adapter, trained: Mapping[str, Tensor], everything:
         everything: all weights of that model; whole embeddings may have gone there.
     """
     for name, tensor in adapter.tensors.items():
+        again = _AGAIN.fullmatch(name)
+        whole = adapter.tensors.get(f"{again[1]}.weight") if again else None
+        if again and whole is not None and (again[2] == "original_module" or torch.equal(whole, tensor)):
+            continue
         used = trained.get(name, everything.get(name))
         if used is None:
             raise refused(adapter.what, f"it holds {name}, which its base lacks; is it of another model?")
