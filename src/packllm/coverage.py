@@ -16,7 +16,7 @@ from rich.text import Text
 from packllm.align.mined import ROLE, alignment
 from packllm.align.vocabulary import Vocabulary
 from packllm.chat.prompt import Encoder
-from packllm.engines.load import converted
+from packllm.engines.transformers.gguf import converted
 from packllm.errors import LoadError
 
 BAR = 30  # characters of a share of 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -91,3 +92,37 @@ class ExtraError(PackError, ImportError):
     def __init__(self, what: str, library: str, extra: str) -> None:
         self.extra = extra
         super().__init__(f"{what} needs {library}; install packllm[{extra}]")
+
+
+@contextmanager
+def loading(what: str, remedy: str = "") -> Iterator[None]:
+    """Whatever the libraries below raise while this is open becomes a LoadError that names `what`; theirs is its
+    `__cause__`. Errors of this package pass as they are, and so do MemoryError, KeyboardInterrupt and the like."""
+    try:
+        yield
+    except (PackError, MemoryError):
+        raise
+    except BaseException as error:
+        # pyo3 turns panics of Rust code (tokenizers, safetensors) into a BaseException of its own.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise LoadError(f"cannot load {what}: {told(error)}{remedy}") from error
+
+
+def refused(what: str, reason: str) -> LoadError:
+    """A LoadError of `what`, for a reason found here."""
+    return LoadError(f"cannot load {what}: {reason}")
+
+
+def told(error: BaseException) -> str:
+    """What an exception says, in one line; a bare key or index with the name of its kind."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = text if len(text) <= 500 else f"{text[:500]} ..."
+    bare = isinstance(error, LookupError | AttributeError | TypeError | ArithmeticError) or len(text) < 12
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if bare else text
+
+
+def guess(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean 'weighting'?" for a misspelt name, "." where nothing is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

