@@ -41,7 +41,14 @@ def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
                     yield r, chunk
                 row.done = True
         ensemble = Ensemble(request.sessions, rows, request.failures)
-        answers = {r: _answer(request, r, row, ensemble.running(r)) for r, row in enumerate(rows) if not row.done}
+        answers = {}
+        for r, row in enumerate(rows):
+            if not row.done:
+                try:
+                    answers[r] = _answer(request, r, row, ensemble.running(r))
+                except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
+                    yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
+                    raise
         for r, token in _tokens(request, ensemble, rows):
             request.timings.setdefault("first_token", time.perf_counter() - started)
             text, reason = answers[r].push(token)
@@ -68,14 +75,18 @@ def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterat
 
 
 def _answer(request: Request, index: int, row: Row, running: Sequence[int]) -> Answer:
-    top = max(running, key=lambda k: row.weights.values[k])
     ends = frozenset().union(*(request.members[k].end_ids for k in running))
+    top = _top(row, running)
     vocabulary, prompt = request.members[top].vocabulary, request.usage(index, top)
     if request.grammar is None:
         return Answer(TextStream(vocabulary, request.options.stop), ends, row.limit, prompt)
     constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
     row.sample = constraint.wrap(row.sample)
     return Answer(TextStream(vocabulary), ends, row.limit, prompt, constraint)
+
+
+def _top(row: Row, running: Sequence[int]) -> int:
+    return max(running, key=lambda k: row.weights.values[k])
 
 
 def _by_segments(request: Request, index: int) -> bool:
@@ -94,7 +105,7 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
     options, running = request.options, request.running(index)
     if options.scoring == "mixture" and min(row.weights.values) < 0:
         raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
-    top = max(running, key=lambda k: row.weights.values[k])
+    top = _top(row, running)
 
     def writers(which: Sequence[int], row: Row) -> Writers:
         def open_at(k: int) -> Writer:
@@ -158,14 +169,15 @@ class Answer:
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that one more token makes sure, and why the answer ends with it, if it does."""
+        cut: FinishReason = "length" if self._constraint is not None and self._constraint.cut else "stop"
         if token in self._ends:
-            return self._text.finish(), "stop"
+            return self._text.finish(), cut
         self.count += 1
         text = self._text.push(token)
         if self._text.stopped:
             return text, "stop"
         if self._constraint is not None and self._constraint.complete:
-            return text + self._text.finish(), "length" if self._constraint.cut else "stop"
+            return text + self._text.finish(), cut
         if self.count < self._limit:
             return text, None
         text += self._text.finish()

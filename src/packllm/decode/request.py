@@ -18,7 +18,7 @@ from packllm.decode.devices import across_devices
 from packllm.decode.failures import Failures, blamed
 from packllm.decode.lazy import check_lazy
 from packllm.decode.mined import MinedMember, translated
-from packllm.decode.structured import make_grammar
+from packllm.decode.grammar import make_grammar
 from packllm.decode.tokens import drop_small
 from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.prefix import PrefixCache
