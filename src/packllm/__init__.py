@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         OptionError,
         PackError,
         PromptError,
+        StructureError,
         VocabularyError,
         WeightsError,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "PackError",
     "ParsedAnswer",
     "PromptError",
+    "StructureError",
     "ToolCall",
     "ToolStream",
     "Usage",

@@ -78,6 +78,21 @@ def blamed_on(*names: str) -> Iterator[None]:
         raise MemberError("+".join(dict.fromkeys(names)), f"{type(error).__name__}: {error}") from error
 
 
+class StructureError(PackError):
+    """An answer violates its JSON schema in what no grammar can guarantee, and so did one drawn anew.
+
+    Attributes:
+        text: the answer.
+    """
+
+    def __init__(self, text: str, reason: str) -> None:
+        self.text = text
+        super().__init__(
+            f"the answer violates what a grammar cannot guarantee of its schema ({reason}), and so did another one; "
+            f"ask again with another seed, or with a schema without uniqueItems, not, if, contains and the like"
+        )
+
+
 class DataError(PackError, ValueError):
     """Data cannot be used: a malformed row, an answer out of range, fewer documents than asked for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from threading import Event
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from packllm import starter
 from packllm.chat.prompt import Prompt, check
-from packllm.decode import answer
+from packllm.decode import answer, verdict
 from packllm.decode.cancel import Stop, Stream
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
@@ -210,7 +210,11 @@ class Pack:
             request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
-        return _chunks(requests, groups)
+
+        def anew(at: int) -> Generator[tuple[int, Chunk], None, None]:
+            return answer.chunks(self._request([prompts[at]], verdict.drawn_anew(checked), stop))
+
+        return _chunks(requests, groups, anew)
 
     def generate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
@@ -304,11 +308,16 @@ def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
-def _chunks(requests: Sequence[Request], groups: Sequence[list[int]]) -> Generator[tuple[int, Chunk], None, None]:
+def _chunks(
+    requests: Sequence[Request], groups: Sequence[list[int]], anew: Callable[[int], Generator]
+) -> Generator[tuple[int, Chunk], None, None]:
     for request, group in zip(requests, groups, strict=True):
         with closing(answer.chunks(request)) as chunks:
-            for row, chunk in chunks:
-                yield group[row], chunk
+            given = ((group[row], chunk) for row, chunk in chunks)
+            if request.grammar is None or request.grammar.exact:
+                yield from given
+            else:
+                yield from verdict.judged(given, request.options, anew)
 
 
 def _only(chunks: Generator[tuple[int, Chunk], None, None]) -> Generator[Chunk, None, None]:

@@ -23,6 +23,7 @@ import numpy as np
 from packllm.decode.matcher import Matcher
 from packllm.decode.patterns import lacking
 
+
 @dataclass(frozen=True)
 class Hints:
     """What is known of a grammar beside what its matcher tells of the next byte.
@@ -159,12 +160,22 @@ def shortest(
         tails: by number of open brackets: what may follow the end of a value there, known from before.
     """
     # First by length. A long way, which would have all shorter ones tried before it, is then gone straight.
-    near = _search(matcher, place, spelled, hints, tails, 1)
-    return _search(matcher, place, spelled, hints, tails, 0) if near is None else near
+    for weight in (1, 0):
+        most = _MOST_PLACES[weight] // (6 if tails else 1)  # a token that leads too far is not worth more
+        found = _search(matcher, place, spelled, hints, tails, weight, most)
+        if found is not None:
+            return found
+    return None
 
 
 def _search(
-    matcher: Matcher, place: Place, spelled: np.ndarray, hints: Hints, tails: Mapping[int, bytes], weight: int
+    matcher: Matcher,
+    place: Place,
+    spelled: np.ndarray,
+    hints: Hints,
+    tails: Mapping[int, bytes],
+    weight: int,
+    most: int,
 ) -> bytes | None:
     order = count()
     alike: Counter[tuple] = Counter()
@@ -175,7 +186,9 @@ def _search(
     def push(cost: int, text: bytes, matcher: Matcher | None, piece: bytes, place: Place) -> None:
         heapq.heappush(heap, (cost, (weight - 1) * len(text), next(order), text, matcher, piece, place))
 
-    for _ in range(_MOST_PLACES[weight]):
+    hinted = 6 if place.escaped else 0  # bytes: where the hints are asked for again
+    common = max(map(len, tails.values()), default=0)  # to come in any case, so that it tells no place from another
+    for _ in range(most):
         if not heap:
             return None
         cost, _, _, text, at, piece, place = heapq.heappop(heap)
@@ -183,6 +196,10 @@ def _search(
             return text
         at = at.fork()
         at.consume(piece)
+        tail = None if place.quoted else tails.get(len(place.stack))
+        if tail is not None and at.ends_by(tail):
+            push(cost + weight * (len(tail) - common), text + tail, None, b"", place)
+            continue
         piece = at.forced()
         if piece:
             if not spelled[list(piece)].all():
@@ -196,13 +213,10 @@ def _search(
             continue
         if mask[-1]:
             push(cost, text, None, b"", place)
-        tail = None if place.quoted else tails.get(len(place.stack))
-        if tail is not None and at.ends_by(tail):
-            push(cost + weight * len(tail), text + tail, None, b"", place)
         closers = mask[_CLOSERS].any()
         endable = bool(mask[-1] or (mask[_QUOTE] if place.quoted else closers or mask[_COMMA]))
         tried = [bytes([byte]) for byte in _tried(np.flatnonzero(mask[:-1] & spelled))]
-        if place.quoted and not endable and (not text or place.leaf == b'"'):
+        if place.quoted and not endable and (place.leaf == b'"' or len(text) <= hinted):
             tried += [piece for piece in hints.pieces(place) if at.follows(piece)]
         for piece in tried:
             ends = b'"' in piece if place.quoted else piece in b"}]" or (piece == b"," and not closers)
@@ -235,4 +249,3 @@ def tails_of(way: bytes, place: Place) -> dict[int, bytes]:
 def spelled_bytes(ids: Mapping[bytes, int]) -> np.ndarray:
     """bool (256,): which bytes are tokens by themselves."""
     return np.array([bytes([byte]) in ids for byte in range(256)])
-

@@ -34,6 +34,7 @@ _IPV6 = "(?:" + "|".join(
     ]
 ) + ")"  # fmt: skip
 
+
 def _ipv4_network() -> str:
     """An address and a prefix that leaves none of its bits out."""
     kinds = []

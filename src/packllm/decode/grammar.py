@@ -29,8 +29,12 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
-_OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_OF_STRINGS = ("minLength", "maxLength", "pattern")
+_BEYOND = {  # what no grammar follows, or not always
+    *("uniqueItems", "not", "if", "contains", "propertyNames", "minProperties", "maxProperties", "dependentRequired"),
+    *("dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"),
+}
+_BESIDE_REF = ("$ref",)  # stands for all keywords beside one
+_LADDER = ((), _BESIDE_REF, ("patternProperties", "additionalProperties"))  # what is left out if need be
 _EXACT = 2**53  # larger integers are rounded by llguidance, which counts in doubles
 
 
@@ -41,10 +45,12 @@ class Grammar:
     Attributes:
         lark: the grammar, in llguidance's Lark.
         hints: what a search for the shortest answer is told of it.
+        exact: whether it says all that the schemas say; else answers are to be held against them (verdict.py).
     """
 
     lark: str
     hints: Hints
+    exact: bool
 
 
 def make_grammar(options: Options) -> Grammar | None:
@@ -67,16 +73,17 @@ def make_grammar(options: Options) -> Grammar | None:
     for i, tool in enumerate(tools):
         name = tool["function"]["name"]
         parameters = {"type": "object", "properties": {}, **(tool["function"].get("parameters") or {})}
-        parts.append(_prepared(f"parameters of the tool {name!r}", json.dumps(parameters)))
+        parts.append(_followed(f"parameters of the tool {name!r}", json.dumps(parameters)))
         before = json.dumps(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', ensure_ascii=False)
-        rules += [f'call_{i}: {before} arguments_{i} "}}"', f"arguments_{i}: %json {parts[-1][0]}"]
+        rules += [f'call_{i}: {before} arguments_{i} "}}"', f"arguments_{i}: {parts[-1].lark}"]
     if options.json_schema is not None:
         starts.append("json")
-        parts.append(_prepared("json_schema", json.dumps(options.json_schema)))
-        rules.append(f"json: %json {parts[-1][0]}")
-    hints = [hints for _, hints in parts]
-    names, patterns = ({text: None for h in hints for text in texts(h)} for texts in (_names, _patterns))
-    return Grammar("\n".join(["start: " + " | ".join(starts), *rules]), Hints(tuple(names), tuple(patterns)))
+        parts.append(_followed("json_schema", json.dumps(options.json_schema)))
+        rules.append(f"json: {parts[-1].lark}")
+    names = dict.fromkeys(name for part in parts for name in part.hints.names)
+    patterns = dict.fromkeys(pattern for part in parts for pattern in part.hints.patterns)
+    hints = Hints(tuple(names), tuple(patterns))
+    return Grammar("\n".join(["start: " + " | ".join(starts), *rules]), hints, all(part.exact for part in parts))
 
 
 def demanded_tools(options: Options) -> Sequence[Schema]:
@@ -88,29 +95,21 @@ def demanded_tools(options: Options) -> Sequence[Schema]:
     return [tool for tool in options.tools if tool["function"]["name"] == options.tool_choice]
 
 
-def _names(hints: Hints) -> tuple[str, ...]:
-    return hints.names
-
-
-def _patterns(hints: Hints) -> tuple[str, ...]:
-    return hints.patterns
-
-
 @lru_cache(256)
-def _prepared(what: str, given: str) -> tuple[str, Hints]:
-    """A schema as llguidance can follow it, as JSON, and its hints."""
-    try:
-        schema = json.loads(given)
-        attempts = [_Preparation(schema, closed=True), _Preparation(schema, closed=False)]
-    except RecursionError:
-        raise OptionError(f"{what} cannot be guaranteed: it is nested too deep") from None
+def _followed(what: str, given: str) -> Grammar:
+    """The grammar of JSON of one schema, as the right side of a rule."""
     said: str | None = ""
-    for attempt in attempts:  # closed objects may be none that satisfies all parts of a composition
-        for without in ((), ("patternProperties", "additionalProperties")):
-            text = json.dumps({**attempt.without(without), "x-guidance": _MANNER})
-            said = matcher.refusal(f"start: %json {text}")
-            if said is None:
-                return text, attempt.hints
+    try:
+        for closed in (True, False):  # closed objects may be none that satisfies all parts of a composition
+            for without in _LADDER:
+                prepared = _Preparation(json.loads(given), closed, without)
+                lark = "%json " + json.dumps({**prepared.schema, "x-guidance": _MANNER})
+                said, left_out = matcher.checked(f"start: {lark}")
+                if said is None:
+                    exact = prepared.exact and not any(note.startswith("oneOf") for note in left_out)
+                    return Grammar(lark, prepared.hints, exact)
+    except RecursionError:
+        said = "it is nested too deep"
     raise OptionError(
         f"{what} cannot be guaranteed: {said}. Say it with the keywords that a grammar can follow (type, properties, "
         f"required, items, enum, const, anyOf, pattern, minimum, ...), or go without the guarantee and parse the text"
@@ -118,32 +117,37 @@ def _prepared(what: str, given: str) -> tuple[str, Hints]:
 
 
 class _Preparation:
-    """A copy of a schema, changed in place, so that references by place stay right.
+    """A schema as llguidance can follow it. It is changed in place, so that references by place stay right.
 
     Args:
-        schema: JSON.
+        schema: JSON, which becomes this object's.
         closed: whether objects get no properties beside those that they name, where they do not ask for them: a small
             model would invent some. Parts of a composition stay open, for one part may allow what another names.
+        without: keywords to leave out.
+
+    Attributes:
+        schema: what is left of it.
+        hints: names and patterns in it.
+        exact: whether nothing was left out that answers are held to.
     """
 
-    def __init__(self, schema: Schema, closed: bool) -> None:
-        self._root = copy.deepcopy(dict(schema))
+    def __init__(self, schema: dict[str, Any], closed: bool, without: Sequence[str]) -> None:
+        self.schema, self.exact = schema, True
         self._names: dict[str, None] = {}
         self._patterns: dict[str, None] = {}
         self._seen: dict[int, dict[str, Any]] = {}
         self._parts: set[int] = set()
-        self._visit(self._root, part=False)
+        self._visit(schema, part=False)
         for node in self._seen.values():
             if closed and id(node) not in self._parts and _closable(node):
                 node["additionalProperties"] = False
+            for keyword in (
+                without if without != _BESIDE_REF else node.keys() - _NOTES - {"$ref", "$defs", "definitions"}
+            ):
+                if keyword in node and (without != _BESIDE_REF or "$ref" in node):
+                    del node[keyword]
+                    self.exact = False
         self.hints = Hints(tuple(self._names), tuple(self._patterns))
-
-    def without(self, keywords: Sequence[str]) -> dict[str, Any]:
-        """The schema without some keywords, wherever they are."""
-        for node in self._seen.values():
-            for keyword in keywords:
-                node.pop(keyword, None)
-        return self._root
 
     def _visit(self, node: Any, part: bool) -> None:
         """Prepare a schema and all within it; a part is one of several that have to hold of the same value."""
@@ -154,16 +158,16 @@ class _Preparation:
         if part:
             self._parts.add(id(node))
         if fresh:
-            _simplify(node)
+            self.exact &= _simplify(node)
             self._names |= dict.fromkeys(name for name in node.get("required", ()) if isinstance(name, str))
-            if isinstance(node.get("pattern"), str):
-                self._patterns[node["pattern"]] = None
+            patterns = [node.get("pattern"), *(node.get("patternProperties") or ())]
+            self._patterns |= dict.fromkeys(pattern for pattern in patterns if isinstance(pattern, str))
         joined = part or _joins(node)
         for keyword, inner in _inner(node):
             within = keyword in ("allOf", "$ref") or (keyword in ("anyOf", "oneOf"))
             self._visit(inner, (joined and within) or part or keyword == "allOf")
         if isinstance(node.get("$ref"), str):
-            self._visit(_at(self._root, node["$ref"]), joined)
+            self._visit(_at(self.schema, node["$ref"]), joined)
 
 
 def _inner(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -212,27 +216,37 @@ def _at(root: Any, reference: str) -> Any:
 # What llguidance would refuse, or understands otherwise, in the words that it follows
 
 
-def _simplify(node: dict[str, Any]) -> None:
+def _simplify(node: dict[str, Any]) -> bool:
+    """Whether what is left says as much."""
+    before = len(node.keys() & _BEYOND)
+    if "discriminator" in node and "oneOf" in node:  # it tells them apart
+        node["anyOf"] = node.pop("oneOf")
     if isinstance(node.get("format"), str):
         _simplify_format(node)
-    if isinstance(node.get("propertyNames"), dict):
-        _simplify_names(node)
-    if isinstance(node.get("pattern"), str) and _refused({"type": "string", "pattern": node["pattern"]}):
-        del node["pattern"]
-    if any(keyword in node for keyword in _OF_STRINGS):
-        _drop(node, "string", _OF_STRINGS)
+    if isinstance(node.get("propertyNames"), dict) and _simplify_names(node):
+        before -= 1
+    dropped = _drop(node, "string", ("minLength", "maxLength", "pattern"))
     for keyword in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
         if _number(node.get(keyword)) and not -(2**63) < node[keyword] < 2**63:
             del node[keyword]
-    if any(keyword in node for keyword in _OF_NUMBERS):
-        _drop(node, "number", _OF_NUMBERS)
-        _drop(node, "integer", _OF_NUMBERS)
+            dropped = True
+    _simplify_zero(node)
+    numeric = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+    dropped |= any(_large(node.get(keyword)) for keyword in numeric)
+    dropped |= _drop(node, "integer", numeric)
+    if node.get("type") != "integer":
+        dropped |= _drop(node, "number", numeric)
+    if "json-schema.org" not in str(node.get("$schema", "json-schema.org")):
+        del node["$schema"]
     if _large(node.get("const")):
         del node["const"]
         node.setdefault("type", "integer")
+        dropped = True
     if isinstance(node.get("enum"), list) and any(map(_large, node["enum"])):
         small = [value for value in node.pop("enum") if not _large(value)]
         node.setdefault("allOf", []).append({"anyOf": [*([{"enum": small}] if small else ()), {"type": "integer"}]})
+        dropped = True
+    return not before and not dropped
 
 
 def _simplify_format(node: dict[str, Any]) -> None:
@@ -245,43 +259,54 @@ def _simplify_format(node: dict[str, Any]) -> None:
         node["pattern"] = f"^(?:{pattern})$"
 
 
-def _simplify_names(node: dict[str, Any]) -> None:
-    """Names of a map: its choice of them as properties, their pattern as patternProperties."""
+def _simplify_names(node: dict[str, Any]) -> bool:
+    """Names of a map: its choice of them as properties, their pattern as patternProperties; whether that says all."""
     names, value = node["propertyNames"], node.get("additionalProperties", True)
     if node.keys() & {"properties", "patternProperties"} or value is False:
-        return
+        return False
     if isinstance(names.get("enum"), list) and all(isinstance(name, str) for name in names["enum"]):
         node["properties"] = {name: copy.deepcopy(value) for name in names["enum"]}
         node["additionalProperties"] = False
-        return
+        return names.keys() <= _NOTES | {"enum", "type"}
     pattern = FORMATS.get(names.get("format", ""))
     pattern = names.get("pattern") if pattern is None else f"^(?:{pattern})$"
-    if isinstance(pattern, str) and not _refused({"type": "string", "pattern": pattern}):
-        node["patternProperties"] = {pattern: value}
-        node["additionalProperties"] = False
+    if not isinstance(pattern, str) or _refused({"type": "string", "pattern": pattern}):
+        return False
+    node["patternProperties"] = {pattern: value}
+    node["additionalProperties"] = False
+    return names.keys() <= _NOTES | {"format", "pattern", "type"}
 
 
-def _drop(node: dict[str, Any], type_: str, keywords: Sequence[str]) -> None:
-    """Leave out those keywords of a type that cannot be followed by themselves, or together."""
+def _simplify_zero(node: dict[str, Any]) -> None:
+    """llguidance counts 0 as more than 0 if the other bound is below 1."""
+    for keyword, other, bound in (("exclusiveMinimum", "aximum", 1e-9), ("exclusiveMaximum", "inimum", -1e-9)):
+        ends = [node.get("m" + other), node.get("exclusiveM" + other)]
+        if _number(node.get(keyword)) and node[keyword] == 0 and any(_number(end) and abs(end) < 1 for end in ends):
+            del node[keyword]
+            node[keyword.replace("exclusiveM", "m")] = bound
+
+
+def _drop(node: dict[str, Any], type_: str, keywords: Sequence[str]) -> bool:
+    """Leave out those keywords of a type that cannot be followed by themselves, or together; whether there are any."""
     given = {keyword: node[keyword] for keyword in keywords if keyword in node}
-    for keyword in given:
-        if _refused({"type": type_, keyword: given[keyword]}):
-            del node[keyword]
-    given = {keyword: node[keyword] for keyword in given if keyword in node}
-    if given and _refused({"type": type_, **given}):
-        for keyword in given:
-            del node[keyword]
+    alone = {keyword for keyword in given if _refused({"type": type_, keyword: given[keyword]})}
+    together = given.keys() - alone
+    if together and _refused({"type": type_, **{keyword: given[keyword] for keyword in together}}):
+        alone = set(given)
+    for keyword in alone:
+        del node[keyword]
+    return bool(alone)
 
 
 def _refused(schema: Schema) -> bool:
     """Whether llguidance cannot follow a schema. That nothing satisfies it is something else."""
     said = _refusal(json.dumps(schema))
-    return said is not None and "Unsatisfiable" not in said
+    return said is not None and "nsatisfiable" not in said
 
 
 @lru_cache(1024)
 def _refusal(schema: str) -> str | None:
-    return matcher.refusal(f"start: %json {json.dumps({**json.loads(schema), 'x-guidance': _MANNER})}")
+    return matcher.checked(f"start: %json {json.dumps({**json.loads(schema), 'x-guidance': _MANNER})}")[0]
 
 
 def _number(value: Any) -> bool:

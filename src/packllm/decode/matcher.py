@@ -29,13 +29,13 @@ Result = TypeVar("Result")
 MOST_SAID = 200  # of what the library says: it quotes the whole grammar
 
 
-def refusal(grammar: str) -> str | None:
-    """Why a grammar in llguidance's Lark cannot be followed; None if it can."""
+def checked(grammar: str) -> tuple[str | None, list[str]]:
+    """Why a grammar in llguidance's Lark cannot be followed, None if it can; and what of it was left out."""
     try:
         failed, said = _guarded(llguidance.LLMatcher.validate_grammar_with_warnings, grammar)
     except OptionError as error:
-        return str(error)
-    return shortened(said[0]) if failed else None
+        return str(error), []
+    return (shortened(said[0]), []) if failed else (None, said)
 
 
 def shortened(said: str) -> str:

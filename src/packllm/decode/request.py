@@ -16,9 +16,9 @@ from packllm.chat.prompt import Encoded, Prompt
 from packllm.decode.cancel import Stop
 from packllm.decode.devices import across_devices
 from packllm.decode.failures import Failures, blamed
+from packllm.decode.grammar import make_grammar
 from packllm.decode.lazy import check_lazy
 from packllm.decode.mined import MinedMember, translated
-from packllm.decode.grammar import make_grammar
 from packllm.decode.tokens import drop_small
 from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.prefix import PrefixCache

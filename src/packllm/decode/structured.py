@@ -23,7 +23,7 @@ from packllm.decode.sampling import Sampler
 from packllm.errors import OptionError
 
 _LEAST_LOGPROB = -1e30  # a token that the members rule out but the grammar demands can still be chosen
-_TRIES = 16  # tokens that may prove too long before the shortest way is taken
+_TRIES = 64  # tokens that may prove too long before the shortest way is taken
 
 
 class Constraint:
@@ -67,16 +67,17 @@ class Constraint:
 
         def constrained(logprobs: Tensor) -> int:
             logprobs = logprobs.clamp(min=_LEAST_LOGPROB).masked_fill(~self._allowed(logprobs), -torch.inf)
+            too_long: set[tuple] = set()  # places, as they look
             for _ in range(_TRIES):
                 token = sample(logprobs)
-                if token in self._ends or self._take(token):
+                if token in self._ends or self._take(token, too_long):
                     return token
                 self.cut = True
                 logprobs[token] = -torch.inf
                 if not logprobs.isfinite().any():
                     break
             token = self._way.first()
-            self._take(token)
+            self._take(token, set())
             return token
 
         return constrained
@@ -92,14 +93,19 @@ class Constraint:
             raise OptionError("the form of the answer cannot be followed: no token may come next; use a simpler schema")
         return allowed.to(logprobs.device)
 
-    def _take(self, token: int) -> bool:
-        """Go on by a token that the grammar allows, if that leaves room for the rest of an answer."""
+    def _take(self, token: int, too_long: set[tuple]) -> bool:
+        """Go on by a token that the grammar allows, if that leaves room for the rest of an answer.
+
+        What does not fit is not searched again for other tokens that lead to a place that looks like it.
+        """
         text = self._tokens[token]
         before = self._place
         self._bytes.consume(text)
         self._place = before.after(text)
-        way = self._way_after(text, before)
+        looks = (self._bytes.mask().tobytes(), self._place.looks) if too_long else ()
+        way = None if looks in too_long else self._way_after(text, before)
         if way is None:
+            too_long.add((self._bytes.mask().tobytes(), self._place.looks))
             self._bytes.back(len(text))
             self._place = before
             return False
