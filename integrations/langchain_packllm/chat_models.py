@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from operator import itemgetter
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.output_parsers import (
-    BaseOutputParser,
-    JsonOutputKeyToolsParser,
-    JsonOutputParser,
-    PydanticOutputParser,
-    PydanticToolsParser,
-)
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
 
 import packllm
 from langchain_packllm.base import PackModel
 from langchain_packllm.cancel import Cancelled
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
+from langchain_packllm.structured import schema_of, structured_output, tool_of
 
-METHODS = ("json_schema", "function_calling", "json_mode")
 _FOR_TRACES = ("ls_structured_output_format", "structured_output_format", "stream")  # no options of an answer
 
 
@@ -113,7 +103,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             kwargs: options of the calls.
         """
         if tools:
-            kwargs["tools"] = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+            kwargs["tools"] = [tool_of(tool, strict) for tool in tools]
         if isinstance(tool_choice, bool):
             tool_choice = "any" if tool_choice else "none"
         if isinstance(tool_choice, dict):
@@ -121,7 +111,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
         if tool_choice is not None and (tools or tool_choice not in ("auto", "none")):
             kwargs["tool_choice"] = tool_choice
         if response_format is not None:
-            kwargs["json_schema"] = _schema_of(response_format)
+            kwargs["json_schema"] = schema_of(response_format)
         return self.bind(**kwargs)
 
     def with_structured_output(
@@ -136,31 +126,15 @@ class ChatPackLLM(PackModel, BaseChatModel):
         """This model with answers of a schema; they always parse.
 
         Args:
-            schema: pydantic class, TypedDict, JSON schema or OpenAI function.
+            schema: pydantic class, dataclass, enumeration, TypedDict, JSON schema (any, it is passed through) or
+                OpenAI function.
             method: "json_schema": the answer is JSON of the schema; "function_calling": it is a call of a tool with
                 such arguments; "json_mode": as json_schema.
             include_raw: give {"raw": message, "parsed": ..., "parsing_error": ...}.
             strict: in the tool's description, for function_calling; the form is guaranteed in any case.
             kwargs: options of the calls.
         """
-        if method not in METHODS:
-            raise packllm.OptionError(f"method={method!r} is none of {', '.join(METHODS)}")
-        as_class: Any = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
-        traced = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
-        parser: Any
-        if method == "function_calling":
-            tool = convert_to_openai_tool(schema)
-            name = tool["function"]["name"]
-            llm = self.bind_tools([schema], tool_choice=name, strict=strict, **traced, **kwargs)
-            parser = (
-                PydanticToolsParser(tools=[as_class], first_tool_only=True)
-                if as_class
-                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
-            )
-        else:
-            llm = self.bind(json_schema=_schema_of(schema), **traced, **kwargs)
-            parser = PydanticOutputParser(pydantic_object=as_class) if as_class else JsonOutputParser()
-        return _with_raw(llm, parser) if include_raw else llm | parser
+        return structured_output(self.bind, schema, method, include_raw, strict, kwargs)
 
     def _request(self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
         """The options of a call, and the tools whose calls are to be read out of the answer."""
@@ -269,18 +243,3 @@ def _chunk(part: str | packllm.CallPart) -> ChatGenerationChunk:
     if isinstance(part, str):
         return ChatGenerationChunk(message=AIMessageChunk(content=part))
     return ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[call_chunk(part)]))
-
-
-def _schema_of(given: Any) -> dict[str, Any]:
-    """The JSON schema of a class, an OpenAI function, or OpenAI's response_format."""
-    if isinstance(given, Mapping) and given.get("type") == "json_schema":
-        return dict(given["json_schema"]["schema"])
-    if isinstance(given, Mapping) and given.get("type") == "json_object":
-        return {"type": "object"}
-    return convert_to_json_schema(given)
-
-
-def _with_raw(llm: Runnable[LanguageModelInput, AIMessage], parser: BaseOutputParser) -> Runnable:
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-    failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")

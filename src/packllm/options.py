@@ -80,7 +80,12 @@ class OptionFields(BaseModel):
     any and a name need the extra `structured`."""
     json_schema: dict[str, Any] | None = None
     """The answer is JSON of this schema, or, with tools and tool_choice auto, a call. Needs the extra `structured`.
-    Strings in `stop` do not cut an answer whose form is guaranteed."""
+    It is whole and valid for every max_tokens: shortly before the limit only tokens are taken that leave room for the
+    rest, and where one had to give way, the answer ends by "length". Where not even the shortest answer fits, an
+    OptionError says how many tokens that takes, before any is decoded. Strings in `stop` do not cut such an answer.
+    Formats are exact (a date exists); unknown ones are notes. What no grammar can say (uniqueItems, not, if, contains,
+    bounds beyond 64 bits ...) is checked once the answer is whole: it is held back until then, streams give it in one
+    piece; one that violates its schema is drawn anew, once and at random, and then StructureError is raised."""
     batch_size: Count = Field(8, ge=1)
     """Most prompts that generate_batch decodes together."""
     prefix_cache_mb: Count = Field(1024, ge=0)

@@ -72,10 +72,8 @@ def make_grammar(options: Options) -> Grammar | None:
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, tool in enumerate(tools):
         name = tool["function"]["name"]
-        parameters = {"type": "object", "properties": {}, **(tool["function"].get("parameters") or {})}
-        parts.append(_followed(f"parameters of the tool {name!r}", json.dumps(parameters)))
-        before = json.dumps(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', ensure_ascii=False)
-        rules += [f'call_{i}: {before} arguments_{i} "}}"', f"arguments_{i}: {parts[-1].lark}"]
+        parts.append(_followed(f"parameters of the tool {name!r}", json.dumps(_call_schema(tool["function"]))))
+        rules.append(f"call_{i}: {parts[-1].lark}")
     if options.json_schema is not None:
         starts.append("json")
         parts.append(_followed("json_schema", json.dumps(options.json_schema)))
@@ -84,6 +82,25 @@ def make_grammar(options: Options) -> Grammar | None:
     patterns = dict.fromkeys(pattern for part in parts for pattern in part.hints.patterns)
     hints = Hints(tuple(names), tuple(patterns))
     return Grammar("\n".join(["start: " + " | ".join(starts), *rules]), hints, all(part.exact for part in parts))
+
+
+def _call_schema(function: Schema) -> Schema:
+    """The schema of a call. What refers to a place in the parameters finds it where they are now."""
+    parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
+    properties = {"name": {"const": function["name"]}, "arguments": _moved(parameters, "/properties/arguments")}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+
+
+def _moved(value: Any, to: str) -> Any:
+    if isinstance(value, list):
+        return [_moved(inner, to) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: inner if key in ("const", "enum", "default") else _moved(inner, to) for key, inner in value.items()}
+    reference = value.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = "#" + to + reference[1:]
+    return moved
 
 
 def demanded_tools(options: Options) -> Sequence[Schema]:
