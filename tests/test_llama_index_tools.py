@@ -658,7 +658,7 @@ def test_tool_names_that_collide(llm):
 
 
 def test_schemas_that_cannot_be_guaranteed(llm):
-    schema = {"type": "object", "properties": {"a": {"not": {"type": "integer"}}}, "required": ["a"]}
+    schema = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
     with pytest.raises(OptionError, match="json_schema"):
         llm.chat([ChatMessage("x")], json_schema=schema)
 

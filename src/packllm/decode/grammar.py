@@ -97,6 +97,9 @@ def _moved(value: Any, to: str) -> Any:
     if not isinstance(value, dict):
         return value
     moved = {key: inner if key in ("const", "enum", "default") else _moved(inner, to) for key, inner in value.items()}
+    for key in _MAPS:
+        if isinstance(value.get(key), dict):
+            moved[key] = {name: _moved(inner, to) for name, inner in value[key].items()}
     reference = value.get("$ref")
     if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         moved["$ref"] = "#" + to + reference[1:]
