@@ -58,7 +58,7 @@ PLACES = [
     (record(id={"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}), {"id": 2**63 - 1}),
     (record(n={"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, z=INT), {"n": 0.25, "z": 1}),
     ({"$defs": {"B": record(id=INT)}, "allOf": [{"$ref": "#/$defs/B"}, record(n=TEXT)]}, {"id": 7, "n": "x"}),
-    ({"$defs": {"B": record(id=INT)}, "$ref": "#/$defs/B", "properties": {"n": INT}, "required": ["n"]}, {"n": 7, "id": 81}),
+    ({"$defs": {"B": record(id=INT)}, "$ref": "#/$defs/B", "properties": {"n": INT}, "required": ["n"]}, {"id": 81, "n": 7}),
     ({"type": "object", "properties": {"a": INT}, "required": ["a", "b"]}, {"a": 12, "b": "undescribed"}),
     ({"type": "object", "properties": {"a": INT, "b": {"$ref": "#/properties/a"}}}, {"a": 12, "b": 34}),
 ]  # fmt: skip
@@ -128,7 +128,7 @@ def nested(inner):
     return objects | arrays
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.recursive(LEAVES, nested, max_leaves=4), st.floats(0, 1))
 def test_wanted_values_of_any_schema_whole_and_cut(wanting, wanted, share):
     schema, value = wanted
@@ -161,11 +161,11 @@ def test_twice_the_answer_costs_twice_the_work(wanting, monkeypatch):
         monkeypatch.setattr(Matcher, name, counted(name))
     schema = {"type": "array", "items": record(a=INT, b=TEXT)}
     calls = []
-    for size in (10, 20, 40):
+    for size in (5, 10, 20):
         counts["calls"] = 0
         wanting.ask(json.dumps([{"a": 12, "b": "word"}] * size), json_schema=schema, max_tokens=2000)
         calls.append(counts["calls"])
-    assert calls[1] - calls[0] > 100
+    assert calls[1] - calls[0] > 50
     assert calls[2] - calls[1] < 2.4 * (calls[1] - calls[0])
 
 
