@@ -89,7 +89,7 @@ def structured_output(
         name = tool["function"]["name"]
         llm = bind(tools=[tool], tool_choice=name, **traced, **kwargs)
         parser = (
-            PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
+            PydanticToolsParser(tools=[schema], first_tool_only=True)
             if isinstance(schema, type) and is_basemodel_subclass(schema)
             else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
         )

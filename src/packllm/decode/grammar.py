@@ -300,7 +300,7 @@ def _simplify_names(node: dict[str, Any]) -> bool:
 def _simplify_zero(node: dict[str, Any]) -> None:
     """llguidance counts 0 as more than 0 if the other bound is below 1."""
     for keyword, other, bound in (("exclusiveMinimum", "aximum", 1e-9), ("exclusiveMaximum", "inimum", -1e-9)):
-        ends = [node.get("m" + other), node.get("exclusiveM" + other)]
+        ends: list[Any] = [node.get("m" + other), node.get("exclusiveM" + other)]
         if _number(node.get(keyword)) and node[keyword] == 0 and any(_number(end) and abs(end) < 1 for end in ends):
             del node[keyword]
             node[keyword.replace("exclusiveM", "m")] = bound

@@ -19,13 +19,11 @@ from packllm.errors import ExtraError, StructureError
 from packllm.options import Options
 from packllm.results import Chunk
 
-jsonschema: Any
-referencing: Any
 try:
     import jsonschema
-    import referencing.exceptions as referencing
+    import referencing.exceptions
 except ImportError:  # the extra is not installed
-    jsonschema = referencing = None
+    jsonschema = None
 
 Chunks = Iterator[tuple[int, Chunk]]
 _MOST_SAID = 200
@@ -86,7 +84,7 @@ def _fault(value: Any, schema: dict[str, Any]) -> str | None:
     validator = _extended(jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator))(schema)
     try:
         error = jsonschema.exceptions.best_match(validator.iter_errors(value))
-    except (re.error, RecursionError, referencing.Unresolvable):
+    except (re.error, RecursionError, referencing.exceptions.Unresolvable):
         return None  # a pattern of another flavour, or what jsonschema cannot follow: the grammar alone guarantees
     return None if error is None else f"at {error.json_path}: {error.message}"[:_MOST_SAID]
 
