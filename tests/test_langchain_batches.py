@@ -20,10 +20,14 @@ QUESTIONS = ["What is insulin?", "Once upon a time", "SELECT 1", "日本", "The 
 
 
 class Watched(Pack):
-    """A pack that notes how many prompts it was given at a time."""
+    """A pack that notes how many prompts a batch was of."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sizes: list[int] = []
 
     def stream_batch(self, prompts: Any, **options: Any) -> Any:
-        self.__dict__.setdefault("sizes", []).append(len(prompts))
+        self.sizes.append(len(prompts))
         return super().stream_batch(prompts, **options)
 
 

@@ -205,7 +205,7 @@ class Pack:
         """
         if isinstance(prompt, str):
             return len(self.tokenize(prompt))
-        encoded = self._request([prompt], self.check(**options)).encoded[0]
+        encoded = self._request([prompt], self.check(**options), Stop()).encoded[0]
         return len(encoded[min(encoded)].ids)
 
     # Requests
