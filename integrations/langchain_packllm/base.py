@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 import packllm
 
@@ -23,6 +23,11 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
 
     pack: packllm.Pack = Field(default=cast(packllm.Pack, None), exclude=True, repr=False)
     """The pack that answers, given or loaded from `models`; `pack.close()` frees it."""
+
+    max_retries: int | None = Field(default=None, exclude=True, repr=False)
+    """Accepted, as LangChain's models do, and without effect: a local member that fails would fail again."""
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """Accepted, as LangChain's models do, and without effect: local members ask for none. It is never written down."""
 
     def __init__(
         self,

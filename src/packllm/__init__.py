@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
+    from packllm.chat.calls import ToolStream, parse_tool_calls
+    from packllm.chat.reasoning import ReasoningPart
+    from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall
     from packllm.engines.transformers.member import Member
     from packllm.errors import (
+        AnswerTimeout,
         CancelledError,
         ContextOverflowError,
         DataError,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerTimeout",
     "CallPart",
     "CancelledError",
     "Chunk",
@@ -50,6 +54,7 @@ __all__ = [
     "PackError",
     "ParsedAnswer",
     "PromptError",
+    "ReasoningPart",
     "StructureError",
     "ToolCall",
     "ToolStream",
@@ -61,7 +66,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall", "ToolStream", "parse_tool_calls"),
+    "chat.calls": ("ToolStream", "parse_tool_calls"),
+    "chat.reasoning": ("ReasoningPart",),
+    "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall"),
     "engines.transformers.member": ("Member",),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),

@@ -7,6 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: at most 200 characters, and none of what it cannot say of itself."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 class PackError(Exception):
     """Base of all errors of this package."""
 
@@ -35,6 +44,20 @@ class ContextOverflowError(PromptError):
         super().__init__(
             f"prompt of {prompt_tokens} tokens plus max_tokens={max_tokens} exceeds the context window of "
             f"{limit} tokens of member {member!r}; shorten the prompt, lower max_tokens, or leave that member out"
+        )
+
+
+class AnswerTimeout(PackError, TimeoutError):
+    """An answer took longer than the option timeout allows.
+
+    Attributes:
+        seconds: the time it had.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(
+            f"the answer was not whole after timeout={seconds:g} seconds; allow more time, lower max_tokens, or stream"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from packllm.chat.tools import check_tools
-from packllm.errors import OptionError, guess
+from packllm.errors import OptionError, guess, shown
 
 
 def _no_bool(value: Any) -> Any:
@@ -71,6 +71,9 @@ class OptionFields(BaseModel):
     """Wrap a prompt given as text into each member's chat template, as one user message."""
     score_on: str | None = Field(None, min_length=1)
     """Part of the prompt to score (say, the question); None: all of the user's text."""
+    timeout: Number | None = Field(None, gt=0.0)
+    """Seconds that an answer may take, from reading its prompt on; AnswerTimeout if it is not whole by then. Looked at
+    after each pass, so a pass under way is finished. None: as long as it takes."""
     on_member_error: Literal["raise", "drop"] = "raise"
     """A failing member ends the request (raise), or the others go on without it (drop)."""
     tools: tuple[dict[str, Any], ...] = ()
@@ -122,18 +125,21 @@ def make_options(values: Mapping[str, Any], beside: Sequence[str] = ()) -> Optio
         valid = [*Options.model_fields, *beside]
         raise OptionError(f"unknown option {unknown[0]!r}{guess(unknown[0], valid)} Valid options: {', '.join(valid)}")
     values = dict(values)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
-    elif values.get("stop") is None:
+    stop, choice = values.get("stop"), values.get("tool_choice")
+    if isinstance(stop, str):
+        values["stop"] = (stop,)
+    elif stop is None:
         values.pop("stop", None)
     if values.get("tools", ()) is None:
         values.pop("tools")
-    if values.get("tool_choice") == "required":  # OpenAI's word
+    if isinstance(choice, str) and choice == "required":  # OpenAI's word
         values["tool_choice"] = "any"
     try:
         options = Options(**values)
     except ValidationError as error:
         raise OptionError(_describe(error)) from None
+    except (RecursionError, TypeError, ValueError) as error:  # values whose own methods fail
+        raise OptionError(f"options cannot be read: {error}") from error
     check_tools(options.tools, options.tool_choice, options.json_schema)
     return options
 
@@ -143,7 +149,7 @@ def _describe(error: ValidationError) -> str:
     name = str(errors[0]["loc"][0])
     first = [one for one in errors if one["loc"][0] == name][-1]  # of several types, the last tells most
     message = first["msg"].removeprefix("Value error, ")
-    described = f"{name}={first['input']!r}: {message[:1].lower()}{message[1:]}"
+    described = f"{name}={shown(first['input'])}: {message[:1].lower()}{message[1:]}"
     if name == "stop":
         return f"{described}; stop takes non-empty strings, an empty one would end every text at once"
     if name == "weighting":

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property, partial
 from threading import Event
 from typing import Any
 
@@ -21,7 +22,7 @@ from packllm.decode.score import continuation_logprobs
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.transformers.member import Member, Session
 from packllm.engines.transformers.prefix import PrefixCache
-from packllm.errors import LoadError, PromptError
+from packllm.errors import LoadError, PackError, PromptError, shown
 from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
@@ -118,6 +119,23 @@ class Pack:
                 raise
             raise LoadError(f"the starter's base is not installed; {starter.WEIGHTS} ({error})") from error
 
+    def __copy__(self) -> Pack:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
+        """The same pack: models are not copied."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled is what it was loaded from, which is loaded again.
+
+        Raises:
+            PackError: it is of Member objects, which no words make again.
+        """
+        if self.recipe is None:
+            raise PackError("a pack of Member objects cannot be pickled; load it by names or folders: Pack.load([...])")
+        return partial(type(self).load, **self.recipe, **self.options.model_dump(exclude_unset=True)), ()
+
     def __repr__(self) -> str:
         return f"Pack({', '.join(member.name for member in self.members)})"
 
@@ -155,13 +173,40 @@ class Pack:
         """Whether every member brings a chat template."""
         return all(member.encoder.template for member in self.members)
 
+    @cached_property
+    def template_tokens(self) -> int:
+        """Most tokens that a member's chat template writes around a user's message, or around a system's and a
+        user's; a system message of its own is among them."""
+        user = {"role": "user", "content": "a"}
+        return max(
+            self._template_tokens(member, dialogue)
+            for member in self.members
+            for dialogue in ([user], [{"role": "system", "content": "a"}, user])
+        )
+
+    @staticmethod
+    def _template_tokens(member: Member, dialogue: list[dict[str, Any]]) -> int:
+        try:
+            whole = len(member.encoder.encode(dialogue).ids)
+        except PromptError:  # a template may refuse a system's message
+            return 0
+        return whole - len(dialogue) * len(member.encoder.plain("a"))
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text` in the first member's tokenizer, without BOS; special tokens spelled in it are text."""
         return self.members[0].encoder.plain(text)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of `text` in the first member's tokenizer."""
-        return len(self.tokenize(text))
+    def count_tokens(self, prompt: Prompt, **options: Any) -> int:
+        """Tokens in the first member's tokenizer: of a text by itself, or of messages as that member reads them, with
+        its chat template and the tools among the options.
+
+        Raises:
+            OptionError, PromptError: as stream().
+        """
+        if isinstance(prompt, str):
+            return len(self.tokenize(prompt))
+        encoded = self._request([prompt], self.check(**options), Stop()).encoded[0]
+        return len(encoded[min(encoded)].ids)
 
     # Requests
 
@@ -202,6 +247,8 @@ class Pack:
         self, prompts: Sequence[Prompt], options: dict[str, Any], stop: Stop
     ) -> Generator[tuple[int, Chunk], None, None]:
         checked = self.check(**options)
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+            raise PromptError(f"prompts must be a list of prompts, not {shown(prompts)}")
         size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
         groups = _grouped(prompts, size)
         requests = []
@@ -224,12 +271,10 @@ class Pack:
         self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
     ) -> list[Generation]:
         """The whole answers to several prompts; arguments and errors as stream_batch()."""
-        texts = [""] * len(prompts)
-        last: dict[int, Chunk] = {}
+        chunks: dict[int, list[Chunk]] = {}
         for index, chunk in self.stream_batch(prompts, cancel=cancel, **options):
-            texts[index] += chunk.text
-            last[index] = chunk
-        return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
+            chunks.setdefault(index, []).append(chunk)
+        return [Generation.from_chunks(chunks[index]) for index in range(len(chunks))]
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -241,8 +286,9 @@ class Pack:
         own ids: no token crosses the boundary. All are scored by the same members: where one fails and is done
         without, all are scored again. Other arguments and errors as stream().
         """
-        if isinstance(continuations, str) or not all(continuations):
-            raise PromptError("continuations must be a list of non-empty strings")
+        texts = continuations if isinstance(continuations, list | tuple) else ()
+        if not isinstance(continuations, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+            raise PromptError(f"continuations must be a list of non-empty strings, not {shown(continuations)}")
         for text in continuations:
             check(text, chat_template=False)
         with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:

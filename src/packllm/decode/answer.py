@@ -7,11 +7,15 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
+from torch import Tensor
+
+from packllm.chat.marks import CALL_MARKS
+from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.failures import without
 from packllm.decode.lazy import lazy_ids
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
-from packllm.decode.sampling import make_sampler
+from packllm.decode.sampling import Sampler, make_sampler
 from packllm.decode.segments import Writers
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
@@ -21,12 +25,68 @@ from packllm.decode.writer import Writer
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
 
+_LONGEST_OPENING = 48
+"""Tokens at the end of a prompt that may spell the opening of reasoning."""
+
 
 def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
-    """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished.
+    """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished. What is reasoned
+    before the answer of a conversation comes apart from its text.
 
     Closing the iterator frees the caches; at most the step under way is finished.
+
+    Raises:
+        AnswerTimeout: see Request.check_time.
     """
+    thoughts: dict[int, ReasoningStream] = {}
+    with closing(_pieces(request)) as pieces:
+        for r, chunk in pieces:
+            if _reasons(request, r):
+                if r not in thoughts:
+                    thoughts[r] = ReasoningStream(_opened(request, r))
+                last = chunk.finish_reason is not None
+                reasoning, text = thoughts[r].feed(chunk.text, last)
+                if not (reasoning or text or last):
+                    continue
+                chunk = replace(chunk, text=text, reasoning=reasoning)
+            yield r, chunk
+
+
+def _reasons(request: Request, index: int) -> bool:
+    """Whether an answer may begin with reasoning: in a conversation, where no form is guaranteed."""
+    return request.conversations[index] and request.grammar is None
+
+
+def _opened(request: Request, index: int) -> str | None:
+    """What closes the reasoning that the top member's prompt has opened."""
+    top = _speaker(request, index)
+    tokens = request.members[top].encoder.vocabulary.tokens
+    end = b"".join(tokens[i] for i in request.encoded[index][top].ids[-_LONGEST_OPENING:])
+    return opened_by(end.decode(errors="replace"))
+
+
+def _speaker(request: Request, index: int) -> int:
+    """The member whose tokens and template count: the one of the largest weight."""
+    return max(request.running(index), key=lambda k: request.weights[index].values[k])
+
+
+def _shown(request: Request, index: int) -> frozenset[str]:
+    """Control tokens that are text in an answer, to be taken out of it again: the marks of reasoning and of calls that
+    the top member's template knows."""
+    if not _reasons(request, index):
+        return frozenset()
+    member = request.members[_speaker(request, index)]
+    template = member.encoder.template or ""
+    marks = set(marks_in(template))
+    if request.options.offered_tools:
+        marks |= {mark for mark in CALL_MARKS if mark in template}
+    vocabulary = member.vocabulary
+    spelled = {vocabulary.tokens[i].decode(errors="replace") for i in vocabulary.control} if marks else set()
+    return frozenset(spelling for spelling in spelled if spelling and any(spelling in mark for mark in marks))
+
+
+def _pieces(request: Request) -> Generator[tuple[int, Chunk], None, None]:
+    """As chunks(), with all that is written as text."""
     started, options = time.perf_counter(), request.options
     try:
         request.prefill()
@@ -50,6 +110,7 @@ def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
                     yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
                     raise
         for r, token in _tokens(request, ensemble, rows):
+            request.check_time()
             request.timings.setdefault("first_token", time.perf_counter() - started)
             text, reason = answers[r].push(token)
             rows[r].done = reason is not None
@@ -75,11 +136,12 @@ def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterat
 
 
 def _answer(request: Request, index: int, row: Row, running: Sequence[int]) -> Answer:
+    shown = _shown(request, index)
     ends = frozenset().union(*(request.members[k].end_ids for k in running))
     top = _top(row, running)
     vocabulary, prompt = request.members[top].vocabulary, request.usage(index, top)
     if request.grammar is None:
-        return Answer(TextStream(vocabulary, request.options.stop), ends, row.limit, prompt)
+        return Answer(TextStream(vocabulary, request.options.stop, shown), ends, row.limit, prompt)
     constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
     row.sample = constraint.wrap(row.sample)
     return Answer(TextStream(vocabulary), ends, row.limit, prompt, constraint)
@@ -106,10 +168,12 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
     if options.scoring == "mixture" and min(row.weights.values) < 0:
         raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
     top = _top(row, running)
+    row.sample = _in_time(request, row.sample)
 
     def writers(which: Sequence[int], row: Row) -> Writers:
         def open_at(k: int) -> Writer:
-            return Writer(request.sessions[k].take([index]), len(request.encoded[index][k].ids))
+            length = len(request.encoded[index][k].ids)
+            return Writer(request.sessions[k].take([index]), length, options.stop)
 
         made = request.failures.each(open_at, which, row)
         return Writers(made, row, options.scoring, options.align, request.failures)
@@ -136,6 +200,16 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
                 yield last(text, reason, count)
             elif text:
                 yield Chunk(text, row.weights)
+
+
+def _in_time(request: Request, sample: Sampler) -> Sampler:
+    """The sampler, for as long as there is time: it chooses every token that any member writes."""
+
+    def timed(logprobs: Tensor) -> int:
+        request.check_time()
+        return sample(logprobs)
+
+    return timed
 
 
 class Answer:

@@ -23,7 +23,14 @@ from packllm.decode.tokens import drop_small
 from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.prefix import PrefixCache
 from packllm.engines.transformers.session import Session
-from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError, WeightsError
+from packllm.errors import (
+    AnswerTimeout,
+    ContextOverflowError,
+    MemberError,
+    OptionError,
+    VocabularyError,
+    WeightsError,
+)
 from packllm.options import Options
 from packllm.results import Usage
 from packllm.weights import Weights, find
@@ -50,6 +57,7 @@ class Request:
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
         timings: seconds spent so far: prefill, weighting.
         failures: what becomes of a member that fails.
+        conversations: whether each prompt is messages, not text.
         grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
             every token of the answer once and in order.
     """
@@ -71,6 +79,7 @@ class Request:
             self.options = options.model_copy(update={"weighting": given})
         if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
+        self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
         told = options.offered_tools, options.json_schema
         self.encoded: list[dict[int, Encoded]] = [
@@ -82,6 +91,7 @@ class Request:
         self.failures = Failures(names, self._candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
+        self._started = time.perf_counter()
         self._prefixes = prefixes if options.prefix_cache_mb and len(prompts) == 1 else None
         self._cached: dict[int, int] = {}  # tokens of the prompt that were not read again, by member
 
@@ -139,8 +149,9 @@ class Request:
 
         Raises:
             MemberError: a member fails, and on_member_error is "raise" or it is the last one.
+            AnswerTimeout: see check_time.
         """
-        started = time.perf_counter()
+        started = self._started = time.perf_counter()
         keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
         logprobs = self._score(self._candidates, keep)
         if self.options.decoding == "mined" and not self.one_vocabulary(list(self.sessions)):
@@ -153,6 +164,13 @@ class Request:
         for session in self.sessions.values():
             session.release()
         self.timings["weighting"] = time.perf_counter() - started
+        self.check_time()
+
+    def check_time(self) -> None:
+        """AnswerTimeout if more time has passed since prefill() began than the option timeout allows."""
+        timeout = self.options.timeout
+        if timeout is not None and time.perf_counter() - self._started > timeout:
+            raise AnswerTimeout(timeout)
 
     def _without_failing(self, work: Callable[[Sequence[int]], T], row: int | None = None) -> T:
         """What `work` gives of the members that are left (that run for a row); again, where one fails in it."""
@@ -209,6 +227,7 @@ class Request:
         # Late scores do not do where they tell which vocabulary is the reference.
         late = keep and (self.options.decoding != "mined" or self.one_vocabulary(self._candidates))
         while sharing:
+            self.check_time()
             try:
                 self._read_together(sharing, keep, late, logprobs)
                 return

@@ -49,16 +49,19 @@ class Writer:
     Args:
         session: a prefilled session of one row; the writer closes it.
         prompt_tokens: length of its prompt.
+        stop: stop strings; those that are control tokens end its text.
 
     Attributes:
         room: tokens that still fit the member's context window.
     """
 
-    def __init__(self, session: Session, prompt_tokens: int) -> None:
+    def __init__(self, session: Session, prompt_tokens: int, stop: Sequence[str] = ()) -> None:
         self.member = session.member
         window = self.member.context_window
         self.room: float = math.inf if window is None else window - prompt_tokens
-        self._end_ids = sorted(i for i in self.member.end_ids if i < self.member.vocabulary_size)
+        tokens, stops = self.member.vocabulary.tokens, {text.encode() for text in stop}
+        self._ends = self.member.end_ids | {i for i in self.member.vocabulary.control if tokens[i] in stops}
+        self._end_ids = sorted(i for i in self._ends if i < self.member.vocabulary_size)
         self._rolls_back = session.rewindable()
         if self._rolls_back:
             session.record()
@@ -132,7 +135,7 @@ class Writer:
         self._feed(len(self._tokens))
         here = self._after[-1]
         token = sample(here)
-        if token in self.member.end_ids:
+        if token in self._ends:
             self._ended = True
             return
         self._tokens.append(token)

@@ -32,7 +32,8 @@ from llama_index.llms.packllm.tool_calls import ToolCalling
 from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
-Reply = Callable[[str, dict[str, Any], bool], Response]  # piece of text, raw, whether it is the last -> response
+# Piece of text, raw, whether it is the last, piece of reasoning -> response.
+Reply = Callable[[str, dict[str, Any], bool, str], Response]
 
 LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs")
 Prompt = str | list[dict[str, Any]]
@@ -99,7 +100,14 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
     @property
     def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans with.
+
+        context_window leaves out what the members' chat templates write around a system's and a user's message, for
+        LlamaIndex fills the window with text, counted without them.
+        """
         window = self._pack.context_window or DEFAULT_CONTEXT_WINDOW
+        if self._pack.context_window and self._pack.has_chat_template:
+            window = max(1, window - self._pack.template_tokens)
         return LLMMetadata(
             context_window=window,
             # Prompts are cut to window - num_output, so the default must leave a small window some room.
@@ -146,7 +154,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
     def _answer(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Response:
         generation = self._pack.generate(prompt, **options)
-        response = reply(generation.text, _raw(generation), True)
+        response = reply(generation.text, _raw(generation), True, generation.reasoning)
         response.delta = None
         return response
 
@@ -167,11 +175,17 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return off_the_loop(_responses(reply, chunks), chunks)
 
     def _chat_request(
-        self, messages: Sequence[ChatMessage], *, allow_parallel_tool_calls: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        allow_parallel_tool_calls: bool = True,
+        parallel_tool_calls: bool = True,
+        **kwargs: Any,
     ) -> tuple[ChatReply, Prompt, dict[str, Any]]:
         """What makes responses of the pieces, the prompt in the pack's words, the options to send with it."""
         options = self._call_options(kwargs)
-        reply = ChatReply(self._pack.check(**options).offered_tools, allow_parallel_tool_calls)
+        parallel = allow_parallel_tool_calls and parallel_tool_calls  # LlamaIndex's word and OpenAI's
+        reply = ChatReply(self._pack.check(**options).offered_tools, parallel)
         if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
             return reply, [from_message(message) for message in messages], options
         return reply, self.messages_to_prompt(messages), self._as_it_is(options)
@@ -223,10 +237,10 @@ def _raw(generation: Generation) -> dict[str, Any]:
 
 
 def _responses(reply: Reply[Response], chunks: Generator[Chunk, None, None]) -> Generator[Response]:
-    text = ""
+    so_far: list[Chunk] = []
     with closing(chunks):
         for chunk in chunks:
-            text += chunk.text
+            so_far.append(chunk)
             last = chunk.finish_reason is not None
-            raw = _raw(Generation.from_last(text, chunk)) if last else {"packllm": chunk.weights.as_dict()}
-            yield reply(chunk.text, raw, last)
+            raw = _raw(Generation.from_chunks(so_far)) if last else {"packllm": chunk.weights.as_dict()}
+            yield reply(chunk.text, raw, last, chunk.reasoning)
