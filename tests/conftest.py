@@ -180,8 +180,9 @@ def members(make_member) -> list[Member]:
 
 @pytest.fixture
 def make_pack(members):
-    """make_pack(**options): a pack of three tiny members with one vocabulary and a chat template."""
-    return lambda **options: Pack(members, **options)
+    """make_pack(**options): a pack of three tiny members with one vocabulary and a chat template. Text is continued
+    as it is, unless asked otherwise."""
+    return lambda **options: Pack(members, **{"chat_template": False, **options})
 
 
 @pytest.fixture

@@ -152,17 +152,13 @@ CONTENTS = st.lists(FRAGMENTS | st.text(st.characters(codec="utf-8"), max_size=4
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONTENTS}), min_size=1, max_size=4
 )
-# Trimmed contents, a message left out, one moved into another: what templates do.
+# Trimmed contents, one moved into another: what templates do.
 TRIMMING = TEMPLATE.replace("message['content']", "message['content'] | trim")
-DROPPING = TEMPLATE.replace(
-    "{% for message in messages %}", "{% for message in messages if message['role'] != 'assistant' %}"
-)
 _encoders = {
     name: Encoder(tokenizer)
     for name, tokenizer in {
         "chatml": byte_level_tokenizer(),
         "trimming": with_template(TRIMMING),
-        "dropping": with_template(DROPPING),
         "folding": with_template(MISTRAL, sentencepiece_tokenizer()),
         "plain": sentencepiece_tokenizer(),
     }.items()
@@ -176,7 +172,7 @@ def test_no_message_text_becomes_a_control_token(messages, name):
     encoded = encoder.encode(messages)
     clean = [{**message, "content": "x"} for message in messages]
     assert controls(encoder, encoded.ids) == controls(encoder, encoder.encode(clean).ids)
-    if name in ("chatml", "trimming", "dropping"):
+    if name in ("chatml", "trimming"):
         assert spelled(encoder, encoded.ids) == rendered(encoder._tokenizer, messages)
     assert encoded.text == "".join(m["content"] for m in messages if m["role"] == "user")
     assert encoded.starts == sorted(encoded.starts)
@@ -185,7 +181,7 @@ def test_no_message_text_becomes_a_control_token(messages, name):
         assert 0 <= start < end <= len(encoded.text)
         token = encoder.vocabulary.tokens[encoded.ids[at]]
         assert encoded.ids[at] not in encoder.vocabulary.control
-        if name in ("chatml", "trimming", "dropping"):
+        if name in ("chatml", "trimming"):
             assert token in encoded.text[start:end].encode()  # all of it, or some bytes of one character
 
 
@@ -207,14 +203,16 @@ def test_no_plain_text_becomes_a_control_token(text, name):
 @given(messages=MESSAGES)
 def test_harmless_messages_get_the_tokenizers_own_ids(messages):
     messages = [{**m, "content": m["content"].replace("|", "").replace("<", "")} for m in messages]
-    # A template that trims several contents as one is followed unless one of them is blank.
-    blank = any(not m["content"].strip() for m in messages)
-    for name in ("chatml", "trimming", "dropping", *(() if blank else ("folding",))):
+    shown_by = {"chatml": messages, "trimming": messages}
+    # The folding template leaves out results, and system messages but the first.
+    shown_by["folding"] = [{**m, "role": "assistant" if m["role"] == "assistant" else "user"} for m in messages]
+    for name, given_ in shown_by.items():
         encoder = _encoders[name]
-        assert encoder.encode(messages).ids == own_ids(encoder._tokenizer, messages)
+        assert encoder.encode(given_).ids == own_ids(encoder._tokenizer, given_)
 
 
-def test_a_non_special_token_that_the_template_uses_is_control():
+def test_an_added_token_is_control_whatever_its_flag():
+    # As Qwen's: tags of tools and of the middle that is filled in are added, and not special.
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken("<tool>")])
     think, tool = tokenizer.convert_tokens_to_ids(["<think>", "<tool>"])
@@ -223,8 +221,23 @@ def test_a_non_special_token_that_the_template_uses_is_control():
     ids = encoder.encode(user("a<think>b<tool>c")).ids
     assert ids.count(think) == 1
     assert ids[-1] == think
-    assert ids.count(tool) == 1  # not special, and no part of the template's control: the tokenizer's own way
+    assert tool not in ids
     assert spelled(encoder, ids) == rendered(tokenizer, user("a<think>b<tool>c"))
+    assert not {think, tool} & {*encoder.encode("a<think>b<tool>c").ids, *encoder.continuation("<tool><think>")}
+
+
+def test_an_added_token_of_another_named_template_is_control():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool_call>")])
+    tools = TEMPLATE.replace("assistant\n", "assistant\n<tool_call>")
+    tokenizer.chat_template = {
+        "default": TEMPLATE,
+        "tool_use": "{% for t in tools %}{{ t | tojson }}{% endfor %}" + tools,
+    }
+    encoder, call = Encoder(tokenizer), tokenizer.convert_tokens_to_ids("<tool_call>")
+    offered = [{"type": "function", "function": {"name": "<tool_call>", "parameters": {}}}]
+    assert call not in encoder.encode(user("<tool_call>")).ids
+    assert encoder.encode(user("<tool_call>"), tools=offered).ids.count(call) == 1
 
 
 def test_added_white_space_stays_text_though_the_template_writes_it():
@@ -297,7 +310,7 @@ def test_only_the_users_words_are_scored(byte_tokenizer):
 
 def test_the_scored_text_does_not_depend_on_the_template(byte_tokenizer):
     padded = [*DIALOGUE, {"role": "user", "content": " \n padded \t"}]
-    texts = {Encoder(t).encode(padded).text for t in (byte_tokenizer, with_template(TRIMMING), with_template(DROPPING))}
+    texts = {Encoder(t).encode(padded).text for t in (byte_tokenizer, with_template(TRIMMING))}
     assert texts == {DIALOGUE[1]["content"] + DIALOGUE[3]["content"] + " \n padded \t"}
 
 
@@ -330,17 +343,24 @@ def test_a_rewritten_content_is_not_scored():
     assert scored_text(encoded) == "UP"
 
 
-@pytest.mark.parametrize(
-    ("loop", "kept"), [("messages[-1:]", "second"), ("messages[:1]", "first"), ("messages | reverse", "first")]
-)
-def test_messages_that_the_template_leaves_out_or_moves(loop, kept):
-    tokenizer = with_template(TEMPLATE.replace("in messages", f"in {loop}"))
+def test_messages_that_the_template_moves():
+    tokenizer = with_template(TEMPLATE.replace("in messages", "in messages | reverse"))
     messages = [*user("first"), *user("second")]
     encoded = Encoder(tokenizer).encode(messages)
     assert encoded.ids == own_ids(tokenizer, messages)
     assert encoded.text == "firstsecond"  # as for every other member
-    assert scored_text(encoded) == kept  # in order: a prefill reads forwards
+    assert scored_text(encoded) == "first"  # in order: a prefill reads forwards
     assert encoded.positions == sorted(encoded.positions)
+
+
+@pytest.mark.parametrize("loop", ["messages[-1:]", "messages[:1]"])
+def test_messages_that_the_template_leaves_out_are_told(loop):
+    encoder = Encoder(with_template(TEMPLATE.replace("in messages", f"in {loop}")))
+    encoded = encoder.encode([*user("first"), *user("second")])
+    assert "first\n\nsecond" in spelled(encoder, encoded.ids)
+    assert scored_text(encoded) == "firstsecond"
+    with pytest.raises(PromptError, match=r"leaves out message \d"):
+        encoder.encode([*user("first"), {"role": "assistant", "content": "yes"}, *user("second")])
 
 
 def test_reasoning_that_the_template_drops_is_dropped():
@@ -476,11 +496,15 @@ def test_a_template_without_system_messages_gets_them_with_the_users_words():
     assert encoded.text == encoder.encode(DIALOGUE[1:]).text  # the system's words are not scored
 
 
-def test_a_prompt_of_which_nothing_is_left_is_refused():
+def test_a_role_that_the_template_leaves_out_is_told_by_another():
     encoder = Encoder(with_template("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"))
+    answer = {"role": "assistant", "content": "Paris."}
+    assert spelled(encoder, encoder.encode([DIALOGUE[0]]).ids) == "Answer briefly."
+    assert spelled(encoder, encoder.encode([DIALOGUE[0], *user("Why?")]).ids) == "Answer briefly.\n\nWhy?"
+    with pytest.raises(PromptError, match=r"leaves out message 1 \(assistant\)"):
+        encoder.encode([*user("x"), answer, *user("y")])
     with pytest.raises(PromptError, match="comes to no tokens"):
-        encoder.encode([{"role": "system", "content": "Answer briefly."}])
-    assert encoder.encode(user("x")).ids
+        encoder.encode(user(""))
 
 
 def test_a_tokenizer_without_backend_is_refused():

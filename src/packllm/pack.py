@@ -153,7 +153,8 @@ class Pack:
         """The answer piece by piece. Closing the iterator stops the work and frees the caches.
 
         Args:
-            prompt: text to continue, or a list of {"role", "content"} messages to answer.
+            prompt: a list of {"role", "content"} messages to answer, or text: it is answered too, as a user's message,
+                where all members have a chat template, else continued (see the option chat_template).
             options: see Options; over the pack's defaults. Checked now, not at the first next().
 
         Raises:
@@ -194,13 +195,16 @@ class Pack:
         else by the words that end at token boundaries of all of them.
 
         Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
-        own ids: no token crosses the boundary.
+        own ids: no token crosses the boundary. A prompt given as text is taken as it is, unless chat_template=True.
         """
         if isinstance(continuations, str) or not all(continuations):
             raise PromptError("continuations must be a list of non-empty strings")
         for text in continuations:
             check(text, chat_template=False)
-        request = self._request([prompt], self.check(**options))
+        checked = self.check(**options)
+        if checked.chat_template is None:
+            checked = checked.model_copy(update={"chat_template": False})
+        request = self._request([prompt], checked)
         ids = {k: [self.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]}
         request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
         try:
@@ -242,7 +246,8 @@ class Pack:
     def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
-        checked = [check(prompt, options.chat_template) for prompt in prompts]
+        wrapped = self.has_chat_template if options.chat_template is None else options.chat_template
+        checked = [check(prompt, wrapped) for prompt in prompts]
         return Request(self.members, options, checked, self.prefixes)
 
 
