@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from packllm import starter
+from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer
 from packllm.decode.request import Request
@@ -243,11 +244,16 @@ class Pack:
         else:
             find(options.weighting)
 
+    def _wraps(self, prompt: Prompt, options: Options) -> bool:
+        """Whether a prompt that is text goes through the chat templates."""
+        if options.chat_template is None:
+            return self.has_chat_template and not isinstance(prompt, Formatted)
+        return options.chat_template
+
     def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
-        wrapped = self.has_chat_template if options.chat_template is None else options.chat_template
-        checked = [check(prompt, wrapped) for prompt in prompts]
+        checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
         return Request(self.members, options, checked, self.prefixes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from packllm.align.vocabulary import Vocabulary, tokenizer_json
+from packllm.chat.formatted import Formatted
 from packllm.chat.messages import ROLES, Message, Prompt, check, check_unicode
 from packllm.chat.rendering import PLAIN_TEMPLATE, Renderer, cut
 from packllm.chat.traced import ASTRAY, TEMPLATE, Traced, content, runs_of
@@ -125,10 +127,6 @@ class Encoder:
         """The id of the control token that is spelled `text`, None if there is none."""
         return self._ids_of_control.get(text)
 
-    def spelled_controls(self, text: str) -> list[str]:
-        """Control tokens that a text spells, each once."""
-        return list(dict.fromkeys(self._find_control.findall(text)))
-
     def encode(
         self,
         prompt: Prompt,
@@ -158,9 +156,10 @@ class Encoder:
             TooLong: the prompt has more than twice as many tokens as the window.
         """
         if isinstance(prompt, str):
-            text = prompt if isinstance(prompt, Traced) else content(prompt, 0)
-            words = dict(enumerate(getattr(prompt, "contents", None) or [str(prompt)]))
+            text = prompt if isinstance(prompt, Formatted) else content(prompt, 0)
+            words = prompt.words if isinstance(prompt, Formatted) else {0: prompt}
             prefix = self._prefix
+            self._warn(prompt)
         else:
             prefix = [] if self.template else self._prefix  # a chat template writes its own BOS
             text = self._renderer.render(prompt, tools, json_schema, template_kwargs)
@@ -180,6 +179,15 @@ class Encoder:
             raise PromptError("prompt comes to no tokens: the chat template or the tokenizer leaves nothing of it")
         scored = "".join(words[place.source][place.start : place.stop] for place in places)
         return Encoded(ids, scored, *_positions(encoding.offsets, _spans(places, runs), len(prefix)))
+
+    def _warn(self, prompt: str) -> None:
+        """Say it where control tokens that were probably meant are taken as text."""
+        if isinstance(prompt, Formatted) and not prompt.vouched and (found := self._find_control.search(prompt)):
+            warnings.warn(
+                f"the formatted prompt spells the control token {found[0]!r}, which is encoded as plain text: what is "
+                f"the user's in it cannot be told. Give messages, so that the chat template writes control tokens",
+                stacklevel=2,
+            )
 
     def _spelling(self, token_id: int) -> str:
         return self.vocabulary.tokens[token_id].decode(errors="replace")

@@ -26,9 +26,10 @@ from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.lora import merge, read
 from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.precision import fastest
-from packllm.errors import LoadError, OptionError
+from packllm.errors import LoadError, OptionError, PackError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -82,16 +83,38 @@ class Loader:
         base = self._base(spec.base)
         if spec.adapter is None:
             return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine)
-        factors = read(spec.adapter) if shared else None
+        tokenizer, encoder = self._spoken(spec.adapter, base)
+        factors = read(spec.adapter) if shared and encoder.vocabulary.same_as(base.encoder.vocabulary) else None
         if factors is None:
-            return Member(merge(base.model, spec.adapter), base.tokenizer, spec.name, base.encoder)
+            return Member(merge(base.model, spec.adapter), tokenizer, spec.name, encoder)
         if base.engine.adapters is None:
             base.engine.adapters = Adapters(base.model)
         try:
             adapter = base.engine.adapters.attach(factors)
         except (ValueError, AttributeError) as error:
             raise LoadError(f"cannot load adapter {spec.adapter!r}: {_first_line(error)}") from error
-        return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine, adapter=adapter)
+        return Member(base.model, tokenizer, spec.name, encoder, engine=base.engine, adapter=adapter)
+
+    def _spoken(self, adapter: str, base: _Base) -> tuple[Any, Encoder]:
+        """The tokenizer and template that an adapter was trained with, where it brings them; else the base's."""
+        folder = Path(adapter)
+        if not folder.is_dir() or not any((folder / name).exists() for name in _TOKENIZER_FILES):
+            return base.tokenizer, base.encoder
+        from transformers import AutoTokenizer
+
+        try:
+            if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self._trust)
+            else:
+                tokenizer = copy.deepcopy(base.tokenizer)
+                tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = base.tokenizer.chat_template
+            return tokenizer, Encoder(tokenizer)
+        except PackError as error:
+            raise LoadError(f"cannot use the tokenizer of adapter {adapter!r}: {error}") from error
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            raise LoadError(f"cannot read the tokenizer of adapter {adapter!r}: {_first_line(error)}") from error
 
     def _base(self, spec: str) -> _Base:
         if spec not in self._bases:
