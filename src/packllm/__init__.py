@@ -3,6 +3,7 @@
 Pack is the way in: Pack.load([...]) or Pack.starter(), then stream, generate, weigh, score or rerank.
 """
 
+from packllm.chat.formatted import Formatted
 from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
 from packllm.engines.transformers.member import Member
 from packllm.errors import (
@@ -28,6 +29,7 @@ __all__ = [
     "Chunk",
     "ContextOverflowError",
     "ExtraError",
+    "Formatted",
     "Generation",
     "InvalidToolCall",
     "LoadError",

@@ -8,6 +8,7 @@ message, tools, calls), is put to it another way: the ways go from what the temp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ PLAIN_TEMPLATE = (
 
 TOOL_NAMES = ("xml_tools", "json_tools", "custom_tools", "available_tools", "functions", "python_tools")
 """Other names under which templates take tools."""
+
+_COMMAND = re.compile(r"/(no_?)?think\b")  # what some templates obey, and leave out
 
 SHOWN = 200  # most characters of anything that an error quotes
 
@@ -164,15 +167,17 @@ class _Given:
 
     Attributes:
         messages, tools, variables: copies, of plain types, with traced strings.
-        calls: sources of the calls, with their names.
-        named: sources of the tools, with their names.
+        calls: sources of the calls of each message that makes some. A template that shows the first alone is let.
+        offered: sources of the tools.
+        named: names of tools and of what is called, by source.
         size: characters in all of it.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     variables: dict[str, Any]
-    calls: dict[int, str] = field(default_factory=dict)
+    calls: list[list[int]] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
     named: dict[int, str] = field(default_factory=dict)
     size: int = 0
 
@@ -191,15 +196,15 @@ class _Given:
                     fields[key] = content(value, i)
                     given.size += len(value)
                 elif key == "tool_calls" and value:
-                    fields[key] = []
-                    for call in value:
-                        fields[key].append(given._plain(call, source))
-                        given.calls[source] = call["function"]["name"]
-                        source += 1
+                    given.calls.append(list(range(source, source + len(value))))
+                    given.named |= {source + j: call["function"]["name"] for j, call in enumerate(value)}
+                    fields[key] = [given._plain(call, source + j) for j, call in enumerate(value)]
+                    source += len(value)
                 else:
                     fields[key] = kept.get(key, value)
             given.messages.append(fields)
         for tool in tools:
+            given.offered.append(source)
             given.named[source] = tool.get("function", tool).get("name", "")
             given.tools.append(given._plain(tool, source))
             source += 1
@@ -233,12 +238,10 @@ class _Given:
             for i, message in enumerate(self.messages)
             if i not in seen and (words := _words(message))
         ]
-        names = {**self.calls, **(self.named if tools else {})}
-        missing += [
-            (f"the tool {cut(name)!r}", [json.dumps(name, ensure_ascii=False), repr(name)])
-            for source, name in names.items()
-            if source not in seen
-        ]
+        for sources in [*self.calls, *([source] for source in self.offered if tools)]:
+            if not seen.intersection(sources):
+                name = self.named[sources[0]]
+                missing.append((f"the tool {cut(name)!r}", [json.dumps(name, ensure_ascii=False), repr(name)]))
         if not missing:
             return None
         rest = _unplaced(text).replace(said or "\0", "")
@@ -247,7 +250,7 @@ class _Given:
 
 def _words(message: Message) -> str:
     """What of a message must be shown."""
-    words = str.__str__(message.get("content") or "").strip()
+    words = _COMMAND.sub("", str.__str__(message.get("content") or "")).strip()
     by_design = message["role"] == "assistant" and (message.get("tool_calls") or "</think>" in words)
     return "" if by_design else words
 

@@ -28,7 +28,7 @@ from packllm.chat.traced import Traced, formatted, joined, leaves, own, placed, 
 
 WORK = 2**24  # characters that any template may make
 WORK_PER_CHARACTER = 256  # and so many more for each one that it is given
-STEP = 16  # what a turn of a loop or a call counts, in characters
+STEP, CALL = 16, 128  # what a turn of a loop and a call count, in characters
 LONGEST = 2**20  # characters of a template's source
 
 
@@ -124,7 +124,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return joined(kept)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # the names that jinja gives
-        __self.charge(STEP)
+        __self.charge(CALL)
         text = getattr(__obj, "__self__", None)
         if isinstance(text, str):
             args = __self._before(__obj.__name__, text, args)

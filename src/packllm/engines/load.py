@@ -97,8 +97,8 @@ class Loader:
 
     def _spoken(self, adapter: str, base: _Base) -> tuple[Any, Encoder]:
         """The tokenizer and template that an adapter was trained with, where it brings them; else the base's."""
-        folder = Path(adapter)
-        if not folder.is_dir() or not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        folder = Path(adapter) if Path(adapter).is_dir() else _tokenizer_folder(adapter)
+        if folder is None or not any((folder / name).exists() for name in _TOKENIZER_FILES):
             return base.tokenizer, base.encoder
         from transformers import AutoTokenizer
 
@@ -181,6 +181,16 @@ def _split(spec: str) -> tuple[str, str | None]:
         if part is not None and part.endswith(".gguf") and not os.path.exists(part):
             raise LoadError(f"model file {part!r} does not exist")
     return parts
+
+
+def _tokenizer_folder(adapter: str) -> Path | None:
+    """Where the hub's copy of an adapter's tokenizer is; None if it cannot be had, as offline."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[*_TOKENIZER_FILES, "special_tokens_map.json"]))
+    except (OSError, ValueError):
+        return None
 
 
 def _name(path: str) -> str:

@@ -30,8 +30,7 @@ from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_m
 from llama_index.llms.packllm.streams import off_the_loop, streaming
 from llama_index.llms.packllm.structured import StructuredOutput
 from llama_index.llms.packllm.tool_calls import ToolCalling
-from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError
-from packllm.chat.formatted import Formatted
+from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
 Reply = Callable[[str, dict[str, Any], bool], Response]  # piece of text, raw, whether it is the last -> response
