@@ -332,9 +332,8 @@ def test_tools_under_another_name(name):
 
 
 def test_documents_reach_templates_with_and_without_a_place_for_them():
-    shows = (
-        "{% for d in documents or [] %}<doc>{{ d.text }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
+    words = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    shows = "{% for d in documents or [] %}<doc>{{ d.text }}{% endfor %}" + words
     documents = {"documents": [{"title": "t", "text": "The code is 4711. <doc>"}]}
     messages = [{"role": "user", "content": "hi"}]
     encoder = Encoder(bytes_tokenizer(shows, ["<doc>"]))
