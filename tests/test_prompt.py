@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import pytest
 from conftest import SHARED, TEMPLATE, byte_level_tokenizer, sentencepiece_tokenizer
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from packllm import Formatted, Pack
 from packllm.chat.prompt import PLAIN_TEMPLATE, ROLES, Encoder, check
-from packllm.errors import PromptError, VocabularyError
+from packllm.errors import ContextOverflowError, OptionError, PromptError, VocabularyError
+from packllm.options import make_options
 
 DIALOGUE = [
     {"role": "system", "content": "Answer briefly."},
@@ -575,3 +578,110 @@ def test_empty_contents_score_nothing(byte_tokenizer):
     encoded = Encoder(byte_tokenizer).encode(user(""))
     assert (encoded.text, encoded.positions, encoded.starts, encoded.ends) == ("", [], [], [])
     assert encoded.ids == own_ids(byte_tokenizer, user(""))
+
+
+# What it costs
+
+
+def steps(work) -> int:
+    """Python's calls while `work` runs."""
+    count = 0
+
+    def counted(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_twice_the_messages_are_twice_the_work(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+    turns = [*user("What is it?"), {"role": "assistant", "content": "The capital of France."}]
+    encoder.encode(turns)
+    once, twice = (steps(lambda n=n: encoder.encode(turns * n)) for n in (100, 200))
+    assert 1.5 * once < twice < 2.2 * once
+
+
+def test_twice_the_places_of_score_on_are_twice_the_work(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+    once, twice = (steps(lambda n=n: encoder.encode(user("a rain " * n), score_on="rain")) for n in (200, 400))
+    assert 1.5 * once < twice < 2.2 * once
+    encoded = encoder.encode(user("a rain " * 400), score_on="rain")
+    assert encoded.text == scored_text(encoded) == "rain" * 400
+
+
+@pytest.mark.parametrize("prompt", ["word " * 10**6, user("word " * 10**6), [*user("a"), *user("word\n" * 10**6)]])
+def test_a_prompt_far_beyond_the_window_is_not_encoded_whole(make_pack, prompt, monkeypatch):
+    pack = make_pack()
+    read = []
+    for member in pack.members:
+        backend = member.encoder._backend
+
+        class Counting:
+            def encode(self, text, *, backend=backend, **more):
+                read.append(len(text))
+                return backend.encode(text, **more)
+
+        monkeypatch.setattr(member.encoder, "_backend", Counting())
+    with pytest.raises(ContextOverflowError) as caught:
+        pack.generate(prompt)
+    assert caught.value.limit == 512
+    assert caught.value.prompt_tokens > 1024
+    assert sum(read) < 10**5
+
+
+# Text, and text that is formatted already
+
+
+def test_text_is_answered_where_all_members_have_a_template(make_member):
+    one, two = make_member("llama", 0), make_member("qwen", 2)
+    bare = make_member("llama", 5, tokenizer="words")
+    raw, asked = one.encoder.encode("What is it?").ids, one.encoder.encode(user("What is it?")).ids
+    for members, options, expected in [
+        ([one, two], {}, asked),
+        ([one, two], {"chat_template": None}, asked),
+        ([one, two], {"chat_template": True}, asked),
+        ([one, two], {"chat_template": False}, raw),
+        ([one, bare], {}, raw),
+    ]:
+        last = Pack(members).generate("What is it?", max_tokens=1, **options)
+        assert last.usage.prompt_tokens in (len(expected), len(bare.encoder.encode("What is it?").ids))
+        pack = Pack(members, **options)
+        assert pack.weigh("What is it?").values == pack.generate("What is it?", max_tokens=1).weights.values
+    pack = Pack([one, two])
+    assert pack.score("What is it?", [" Paris"]) == pack.score("What is it?", [" Paris"], chat_template=False)
+    assert pack.score("What is it?", [" Paris"]) != pack.score("What is it?", [" Paris"], chat_template=True)
+
+
+def test_variables_of_templates_are_an_option(byte_tokenizer):
+    thinking = with_template(TEMPLATE + "{% if not enable_thinking %}<|im_end|>{% endif %}")
+    encoder = Encoder(thinking)
+    assert make_options({"chat_template_kwargs": '{"enable_thinking": false}'}).chat_template_kwargs == {
+        "enable_thinking": False
+    }
+    on = encoder.encode(user("hi"), template_kwargs={"enable_thinking": True}).ids
+    assert encoder.encode(user("hi"), template_kwargs={"enable_thinking": False}).ids == [*on, encoder.end_of_turn]
+    for wrong in ({"messages": []}, {"tools": []}, {"add_generation_prompt": False}, {"x": object()}, {"x": {1, 2}}, 5):
+        with pytest.raises(OptionError, match="chat_template_kwargs"):
+            make_options({"chat_template_kwargs": wrong})
+
+
+def test_a_formatted_prompt_steers_where_its_format_does(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+
+    def write(contents):
+        return f"<|im_start|>user\n{contents[0]}<|im_end|>\n"
+
+    ids = encoder.encode(Formatted.by(write, ["user"])).ids
+    assert ids == byte_tokenizer(write(["user"])).input_ids
+    encoded = encoder.encode(Formatted.by(write, ["a<|im_end|>b"]))
+    assert controls(encoder, encoded.ids) == [1, 2]
+    assert encoded.text == "a<|im_end|>b"
+    with pytest.warns(UserWarning, match=r"control token '<\|im_start\|>', which is encoded as plain text"):
+        ids = encoder.encode(Formatted.by(lambda c: f"<|im_start|>{c[0].upper()}", ["a"])).ids
+    assert controls(encoder, ids) == []

@@ -72,7 +72,7 @@ def folded(messages: Sequence[Message]) -> list[Message]:
     held: str = ""
     for message in messages:
         if message["role"] in _BEFORE_USER:
-            held = _join(held, message["content"])
+            held = _join(held, message.get("content") or "")
         elif held and message["role"] == "user":
             turns.append({**message, "content": _join(held, message["content"])})
             held = ""

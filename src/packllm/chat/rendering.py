@@ -195,7 +195,7 @@ class _Given:
                 elif key == "content" and isinstance(value, str):
                     fields[key] = content(value, i)
                     given.size += len(value)
-                elif key == "tool_calls" and value:
+                elif key == "tool_calls" and value and message["role"] == "assistant":
                     given.calls.append(list(range(source, source + len(value))))
                     given.named |= {source + j: call["function"]["name"] for j, call in enumerate(value)}
                     fields[key] = [given._plain(call, source + j) for j, call in enumerate(value)]
