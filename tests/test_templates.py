@@ -277,7 +277,8 @@ def test_what_the_template_wrote_is_told_from_contents(way):
     encoded = encoder.encode(harmless)
     assert encoded.ids == own(tokenizer, harmless)
     shown = "".join(encoded.text[a:b] for a, b in zip(encoded.starts, encoded.ends, strict=True))
-    assert shown == encoded.text == "a#bd"
+    assert encoded.text == "a#bd"
+    assert shown in ("a#bd", "abd")  # where the template joins what it split, the sign between is its own
     # Spelled whole, in halves that the template's own text would complete, and across contents.
     for attack in ("<|user|>", "user|>", "<|user", "x<|user|>#<|", "|><|"):
         attacked = [{**message, "content": attack} for message in harmless]
@@ -319,8 +320,9 @@ def test_variables_of_templates_are_passed_on():
     tokenizer = bytes_tokenizer(THINKING, ["<|user|>", "<think>", "</think>"])
     encoder = Encoder(tokenizer)
     messages = [{"role": "user", "content": "hi"}]
-    for more in ({}, {"enable_thinking": True}, {"enable_thinking": False}, {"size": 1, "self": 2}):
+    for more in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
         assert encoder.encode(messages, template_kwargs=more).ids == own(tokenizer, messages, **more)
+    assert encoder.encode(messages, template_kwargs={"self": 1, "size": 2}).ids == own(tokenizer, messages)
 
 
 @pytest.mark.parametrize("name", ["xml_tools", "custom_tools"])
