@@ -81,24 +81,32 @@ def folded(messages: Sequence[Message]) -> list[Message]:
     return [*turns, {"role": _USER, "content": held}] if held else turns
 
 
-def written_out(messages: Sequence[Message]) -> list[Message]:
-    """The messages with calls written as text and results as the user's messages."""
-    names: dict[str, str] = {}
+def written_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages with calls written as text; results stay what they are."""
     written: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
         if calls:
-            names |= {call.get("id"): call["function"]["name"] for call in calls}
             content = message.get("content") or ""
             for call in calls:
                 content = _join(content, _json(call["function"]), "\n")
-            written.append({"role": _ASSISTANT, "content": content})
-        elif message["role"] == "tool":
+            message = {"role": _ASSISTANT, "content": content}
+        written.append(message)
+    return written
+
+
+def written_out(messages: Sequence[Message]) -> list[Message]:
+    """The messages with calls written as text and results as the user's messages."""
+    names: dict[str, str] = {}  # of the calls so far: some number them anew at each turn
+    written: list[Message] = []
+    for message, kept in zip(messages, written_calls(messages), strict=True):
+        if message["role"] == "assistant":
+            names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""))
             of = " of " + name if name else ""
-            written.append({"role": _USER, "content": "Result" + of + ": " + message["content"]})
-        else:
-            written.append(message)
+            kept = {"role": _USER, "content": "Result" + of + ": " + message["content"]}
+        written.append(kept)
     return written
 
 

@@ -136,6 +136,9 @@ class Renderer:
             for names in native:
                 yield shape, names, form
         if given.tools:
+            if given.calls:
+                for names in native:
+                    yield convention.written_calls, names, form
             for shape in shapes:
                 yield shape, {}, words
         yield convention.written_out, {}, words

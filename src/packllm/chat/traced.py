@@ -96,22 +96,22 @@ class Traced(str):
 
     # What takes it apart
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(str.split(self, sep, maxsplit), sep)
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(str.rsplit(self, sep, maxsplit), sep)
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         whole = self._located(str.splitlines(self, True), "")
         return (
             whole if keepends else [line[: len(bare)] for line, bare in zip(whole, str.splitlines(self), strict=True)]
         )
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         return tuple(self._located(list(str.partition(self, sep)), ""))  # type: ignore[return-value]
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         return tuple(self._located(list(str.rpartition(self, sep)), ""))  # type: ignore[return-value]
 
     def _located(self, parts: list[str], between: str | None) -> list[str]:
