@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, byte_level_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tools import tool
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from packllm import Pack
 from packllm.chat.prompt import Encoder, check
 from packllm.errors import LoadError, PromptError
 
@@ -369,3 +372,26 @@ def test_calls_are_written_where_a_template_knows_tools_but_no_calls():
     text = spelled(encoder, encoder.encode(messages, tools=TOOLS).ids)
     written = '<user>q<assistant>{"name": "f", "arguments": {"x": 1}}<tool>r'
     assert text == json.dumps(TOOLS, ensure_ascii=False) + written
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["sharing its base", "alone"])
+def test_an_adapter_brings_the_template_it_was_trained_with(make_member, tmp_path, beside):
+    peft = pytest.importorskip("peft")
+    member = make_member("llama", 0)
+    model, bare = copy.deepcopy(member.model), byte_level_tokenizer()
+    bare.chat_template = None
+    base, chat, plain = (str(tmp_path / name) for name in ("base", "chat", "plain"))
+    model.save_pretrained(base)
+    bare.save_pretrained(base)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for folder in (chat, plain):
+        tuned.save_pretrained(folder)
+    (Path(chat) / "chat_template.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    pack = Pack.load([f"{base}+{chat}", f"{base}+{plain}"] if beside else [f"{base}+{chat}"])
+    first = pack.members[0].encoder
+    ids = first.encode([{"role": "user", "content": "hi"}]).ids
+    assert ids == bare("<|im_start|>hi").input_ids
+    assert [m.encoder.template is not None for m in pack.members] == [True, False][: len(pack.members)]
+    assert pack.generate("hi", max_tokens=2).usage.prompt_tokens == (
+        len(ids) if not beside else len(bare("hi").input_ids)
+    )

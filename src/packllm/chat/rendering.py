@@ -191,7 +191,7 @@ class _Given:
         source = len(messages)
         for i, message in enumerate(messages):
             kept = given._plain({k: v for k, v in message.items() if k not in ("role", "content", "tool_calls")})
-            fields = {}
+            fields: dict[str, Any] = {}
             for key, value in message.items():  # in the caller's order: templates may show it
                 if key == "role":
                     fields[key] = own(value) if value in (*ROLES, "developer") else str(value)

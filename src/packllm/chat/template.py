@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -116,7 +116,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # What jinja calls
 
-    def concat(self, pieces: Iterable[str]) -> Traced:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> Traced:
         kept = []
         for piece in pieces:
             self.charge(len(piece) + 1)
@@ -206,17 +206,17 @@ class _Tracing(NodeTransformer):
         tree.set_environment(self._environment)
         return tree
 
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Expr:
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
         return self._constant(node.data, node)
 
-    def visit_Const(self, node: nodes.Const) -> nodes.Expr:
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
         return self._constant(node.value, node) if isinstance(node.value, str) else node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return self._call("joined", nodes.List(node.nodes), node)
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         node.node = self.visit(node.node)
         if not isinstance(node.arg, nodes.Const):  # a key goes nowhere
             node.arg = self.visit(node.arg)
@@ -227,19 +227,21 @@ class _Tracing(NodeTransformer):
         node.iter = self._call("counted", node.iter, node)
         return node
 
-    def _constant(self, text: str, at: nodes.Node) -> nodes.Expr:
+    def _constant(self, text: str, at: nodes.Node) -> nodes.Node:
         self._environment.constants.append(own(text))
         place = nodes.Const(len(self._environment.constants) - 1)
         return nodes.Getitem(nodes.EnvironmentAttribute("constants"), place, "load").set_lineno(at.lineno)
 
-    def _call(self, name: str, argument: nodes.Expr, at: nodes.Node) -> nodes.Expr:
-        return nodes.Call(nodes.EnvironmentAttribute(name), [argument], [], None, None).set_lineno(at.lineno)
+    def _call(self, name: str, argument: nodes.Node, at: nodes.Node) -> nodes.Node:
+        return nodes.Call(nodes.EnvironmentAttribute(name), [cast(nodes.Expr, argument)], [], None, None).set_lineno(
+            at.lineno
+        )
 
 
 class _Generation(Extension):
     """{% generation %} marks what an assistant wrote; it shows its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
