@@ -123,9 +123,9 @@ class Vocabulary:
             used[token["id"]] = True
         special = {}
         for role in ("bos", "eos", "pad", "unk"):
-            token_id = getattr(tokenizer, f"{role}_token_id", None)
-            if token_id is not None:
-                special[role] = int(token_id)
+            role_id = getattr(tokenizer, f"{role}_token_id", None)
+            if role_id is not None:
+                special[role] = int(role_id)
         control = {token["id"] for token in added.values() if token["special"]} | set(special.values())
         fallback = {i: tokens[i] for piece, i in ids.items() if _BYTE_TOKEN.fullmatch(piece) and len(tokens[i]) == 1}
         spelled = {tokens[i] for i in ids.values() if i not in fallback}

@@ -167,7 +167,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         reply = ChatReply(self._pack.check(**options).offered_tools, allow_parallel_tool_calls)
         if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
             return reply, [from_message(message) for message in messages], options
-        return reply, self._formatted_messages(messages), self._as_it_is(options)
+        return reply, _formatted(messages, self.messages_to_prompt), self._as_it_is(options)
 
     def _text_request(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         options = self._call_options(kwargs)
@@ -177,21 +177,6 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
             return prompt, options
         write = self.completion_to_prompt
         return Formatted.by(lambda texts: write(texts[0]), [prompt]), options
-
-    def _formatted_messages(self, messages: Sequence[ChatMessage]) -> Formatted:
-        write = self.messages_to_prompt
-        users = [at for at, message in enumerate(messages) if message.role == MessageRole.USER]
-        texts = [message.content for message in messages]
-        if any(text is None for text in texts):
-            return Formatted.whole(write(messages))
-
-        def written(contents: list[str]) -> str:
-            pairs = zip(messages, contents, strict=True)
-            return write(
-                [m if m.content == c else m.model_copy(update={"blocks": [TextBlock(text=c)]}) for m, c in pairs]
-            )
-
-        return Formatted.by(written, [text or "" for text in texts], users)
 
     def _call_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._own_options()} | kwargs
@@ -225,6 +210,20 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         memo = {} if memo is None else memo
         memo[id(self._pack)] = self._pack  # copies share the loaded models
         return super().__deepcopy__(memo)
+
+
+def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMessage]], str]) -> Formatted:
+    """The messages as a formatter writes them."""
+    users = [at for at, message in enumerate(messages) if message.role == MessageRole.USER]
+    texts = [message.content for message in messages]
+    if any(text is None for text in texts):
+        return Formatted.whole(write(messages))
+
+    def written(contents: list[str]) -> str:
+        pairs = zip(messages, contents, strict=True)
+        return write([m if m.content == c else m.model_copy(update={"blocks": [TextBlock(text=c)]}) for m, c in pairs])
+
+    return Formatted.by(written, [text or "" for text in texts], users)
 
 
 def _raw(generation: Generation) -> dict[str, Any]:
