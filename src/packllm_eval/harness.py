@@ -66,8 +66,11 @@ class PackLM(LM):
         elif models or options:
             raise OptionError("give either pack or models with options, not both")
         self.pack = pack
-        # A context that is text is continued, not answered, unless the pack is told otherwise.
-        self._as_text = {"chat_template": bool(pack.options.chat_template)}
+
+    @property
+    def _as_text(self) -> dict[str, bool]:
+        """A context that is text is continued, not answered, unless the pack is told otherwise."""
+        return {"chat_template": bool(self.pack.options.chat_template)}
 
     @property
     def tokenizer_name(self) -> str:
