@@ -8,10 +8,11 @@ import naive
 import peft
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from packllm import Generation, Pack
+from packllm import Generation
 from packllm.engines.load import Loader
 from packllm.engines.transformers.session import Session
 from packllm.pack import _grouped

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
+from conftest import TextPack as Pack
 
-from packllm import Member, MemberError, Pack
+from packllm import Member, MemberError
 from packllm.decode.devices import across_devices
 from packllm.engines.transformers.engine import Engine
 

@@ -14,13 +14,14 @@ import naive
 import pytest
 import torch
 from conftest import SHARED, byte_level_tokenizer
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import packllm.align
-from packllm import Member, Pack, weights
+from packllm import Member, weights
 from packllm.align import Vocabulary, mined
 from packllm.align.mined import NONE, ROLE, alignment, nearest
 from packllm.decode.mined import translated

@@ -11,11 +11,12 @@ import naive
 import peft
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3NextConfig
 
-from packllm import Member, MemberError, OptionError, Pack
+from packllm import Member, MemberError, OptionError
 from packllm.engines.transformers.prefix import MINIMUM, PrefixCache
 from packllm.engines.transformers.session import Session
 

@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import TextPack as Pack
 
-from packllm import Member, MemberError, Pack
+from packllm import Member, MemberError
 from packllm.engines.transformers.session import Session
 from packllm.options import make_options
 from packllm.weights.scoring import OneHeadSource, SessionSource, prefill, weights_of

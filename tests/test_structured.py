@@ -7,11 +7,12 @@ import json
 import jsonschema
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tools import tool
 
-from packllm import ExtraError, OptionError, Pack, VocabularyError, parse_tool_calls
+from packllm import ExtraError, OptionError, VocabularyError, parse_tool_calls
 from packllm.align.vocabulary import Vocabulary
 from packllm.decode import matcher
 from packllm.decode.grammar import make_grammar

@@ -325,7 +325,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
         self, messages: list[BaseMessage], tools: Sequence[dict[str, Any] | type | Callable | BaseTool] | None = None
     ) -> int:
         """Tokens of the prompt that the messages and tools make, as the pack's first member reads it."""
-        offered = [convert_to_openai_tool(tool) for tool in tools or ()]
+        offered = [tool_of(tool, None) for tool in tools or ()]
         options = self._options(None, {"tools": offered} if offered else {})
         return self.pack.count_tokens(pack_messages(messages), **options)
 

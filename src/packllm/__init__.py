@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from packllm.chat.calls import ToolStream, parse_tool_calls
+    from packllm.chat.formatted import Formatted
     from packllm.chat.reasoning import ReasoningPart
     from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall
     from packllm.engines.transformers.member import Member
@@ -42,6 +43,7 @@ __all__ = [
     "ContextOverflowError",
     "DataError",
     "ExtraError",
+    "Formatted",
     "Generation",
     "InvalidToolCall",
     "LoadError",
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "chat.formatted": ("Formatted",),
     "chat.calls": ("ToolStream", "parse_tool_calls"),
     "chat.reasoning": ("ReasoningPart",),
     "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall"),

@@ -152,7 +152,7 @@ def ask(
     packllm ask - -m ./base -m ./base+./law-adapter -w exact < question.txt
     """
     named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
-    options = _options(weighting, option, named)
+    options = _options(weighting, option, named) | ({"chat_template": False} if raw else {})
     text = _with_context(_text(question), file or [])
     pack = _load(model, options)
     prompt = text if raw else [{"role": "user", "content": text}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,24 @@ def _no_bool(value: Any) -> Any:
         raise ValueError("expected a number, not a boolean")
     return value
 
+
+def _template_kwargs(value: Any) -> Any:
+    if isinstance(value, str):  # as a shell gives it
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        taken = next((name for name in TEMPLATE_OWN if name in value), None)
+        if taken:
+            raise ValueError(f"{taken!r} is what the pack itself gives to templates; leave it out")
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"expected JSON: {error}") from None
+        value = dict(value)
+    return value
+
+
+TEMPLATE_OWN = ("messages", "tools", "add_generation_prompt")
+"""Variables of chat templates that are not a caller's."""
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
@@ -67,8 +86,12 @@ class OptionFields(BaseModel):
     perplexity: average perplexity per token, every member counting alike (the paper's)."""
     align: bool = True
     """`cool`: segments end at word boundaries of all tokenizers (False: of their author's alone)."""
-    chat_template: bool = False
-    """Wrap a prompt given as text into each member's chat template, as one user message."""
+    chat_template: bool | None = None
+    """Whether a prompt given as text goes into each member's chat template, as one user message, to be answered. None:
+    it does where all members have a template; False: the text is continued as it is. (`score` and `rerank` take None as
+    False.)"""
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_template_kwargs)] = None
+    """More variables of the chat templates, such as {"enable_thinking": False} or documents; JSON-safe."""
     score_on: str | None = Field(None, min_length=1)
     """Part of the prompt to score (say, the question); None: all of the user's text."""
     timeout: Number | None = Field(None, gt=0.0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from packllm import starter
+from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer, verdict
 from packllm.decode.cancel import Stop, Stream
@@ -223,7 +224,8 @@ class Pack:
         Closing the iterator, from any thread, stops the work before its next forward pass and frees the caches.
 
         Args:
-            prompt: text to continue, or a list of {"role", "content"} messages to answer.
+            prompt: a list of {"role", "content"} messages to answer, or text: it is answered too, as a user's message,
+                where all members have a chat template, else continued (see the option chat_template).
             cancel: once it is set, the work stops before its next forward pass with a CancelledError.
             options: see Options; over the pack's defaults. Checked now, not at the first next().
 
@@ -283,15 +285,19 @@ class Pack:
         else by the words that end at token boundaries of all of them.
 
         Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
-        own ids: no token crosses the boundary. All are scored by the same members: where one fails and is done
-        without, all are scored again. Other arguments and errors as stream().
+        own ids: no token crosses the boundary. A prompt given as text is taken as it is, unless chat_template=True.
+        All are scored by the same members: where one fails and is done without, all are scored again. Other arguments
+        and errors as stream().
         """
         texts = continuations if isinstance(continuations, list | tuple) else ()
         if not isinstance(continuations, list | tuple) or not all(isinstance(text, str) and text for text in texts):
             raise PromptError(f"continuations must be a list of non-empty strings, not {shown(continuations)}")
         for text in continuations:
             check(text, chat_template=False)
-        with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:
+        checked = self.check(**options)
+        if checked.chat_template is None:
+            checked = checked.model_copy(update={"chat_template": False})
+        with closing(self._request([prompt], checked, Stop(cancel))) as request:
             ids = {
                 k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
             }
@@ -324,10 +330,16 @@ class Pack:
         else:
             find(options.weighting)
 
+    def _wraps(self, prompt: Prompt, options: Options) -> bool:
+        """Whether a prompt that is text goes through the chat templates."""
+        if options.chat_template is None:
+            return self.has_chat_template and not isinstance(prompt, Formatted)
+        return options.chat_template
+
     def _request(self, prompts: Sequence[Prompt], options: Options, stop: Stop) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
-        checked = [check(prompt, options.chat_template) for prompt in prompts]
+        checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
         return Request(self.members, options, checked, self.prefixes, stop)
 
 

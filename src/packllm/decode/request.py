@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from packllm.chat.prompt import Encoded, Prompt
+from packllm.chat.prompt import Encoded, Prompt, TooLong
 from packllm.decode.cancel import Stop
 from packllm.decode.devices import across_devices
 from packllm.decode.failures import Failures, blamed
@@ -81,10 +81,8 @@ class Request:
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
-        told = options.offered_tools, options.json_schema
         self.encoded: list[dict[int, Encoded]] = [
-            {k: members[k].encoder.encode(prompt, options.score_on, *told) for k in self._candidates}
-            for prompt in prompts
+            {k: self._encode(members[k], prompt) for k in self._candidates} for prompt in prompts
         ]
         self.sessions: dict[int, Session] = {}
         names = [member.name for member in members]
@@ -94,6 +92,15 @@ class Request:
         self._started = time.perf_counter()
         self._prefixes = prefixes if options.prefix_cache_mb and len(prompts) == 1 else None
         self._cached: dict[int, int] = {}  # tokens of the prompt that were not read again, by member
+
+    def _encode(self, member: Member, prompt: Prompt) -> Encoded:
+        asked = self.options
+        told = asked.offered_tools, asked.json_schema, asked.chat_template_kwargs
+        try:
+            return member.encoder.encode(prompt, asked.score_on, *told, window=member.context_window)
+        except TooLong as error:
+            window = member.context_window or 0
+            raise ContextOverflowError(member.name, window, error.tokens, asked.max_tokens or 1) from None
 
     def check_decoding(self) -> None:
         """VocabularyError if the way of decoding asked for cannot serve the members that may run, OptionError if

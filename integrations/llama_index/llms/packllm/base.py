@@ -19,6 +19,8 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
+    MessageRole,
+    TextBlock,
 )
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms import CustomLLM
@@ -29,7 +31,7 @@ from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_m
 from llama_index.llms.packllm.streams import off_the_loop, streaming
 from llama_index.llms.packllm.structured import StructuredOutput
 from llama_index.llms.packllm.tool_calls import ToolCalling
-from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError
+from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
 # Piece of text, raw, whether it is the last, piece of reasoning -> response.
@@ -188,13 +190,16 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         reply = ChatReply(self._pack.check(**options).offered_tools, parallel)
         if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
             return reply, [from_message(message) for message in messages], options
-        return reply, self.messages_to_prompt(messages), self._as_it_is(options)
+        return reply, _formatted(messages, self.messages_to_prompt), self._as_it_is(options)
 
     def _text_request(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         options = self._call_options(kwargs)
         if formatted:
-            return prompt, self._as_it_is(options)
-        return self.completion_to_prompt(prompt) if self.completion_to_prompt else prompt, options
+            return Formatted.whole(prompt), self._as_it_is(options)
+        if self.completion_to_prompt is None:
+            return prompt, options
+        write = self.completion_to_prompt
+        return Formatted.by(lambda texts: write(texts[0]), [prompt]), options
 
     def _call_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._own_options()} | kwargs
@@ -228,6 +233,20 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         memo = {} if memo is None else memo
         memo[id(self._pack)] = self._pack  # copies share the loaded models
         return super().__deepcopy__(memo)
+
+
+def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMessage]], str]) -> Formatted:
+    """The messages as a formatter writes them."""
+    users = [at for at, message in enumerate(messages) if message.role == MessageRole.USER]
+    texts = [message.content for message in messages]
+    if any(text is None for text in texts):
+        return Formatted.whole(write(messages))
+
+    def written(contents: list[str]) -> str:
+        pairs = zip(messages, contents, strict=True)
+        return write([m if m.content == c else m.model_copy(update={"blocks": [TextBlock(text=c)]}) for m, c in pairs])
+
+    return Formatted.by(written, [text or "" for text in texts], users)
 
 
 def _raw(generation: Generation) -> dict[str, Any]:
