@@ -7,15 +7,13 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from torch import Tensor
-
 from packllm.chat.marks import CALL_MARKS
 from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.failures import without
 from packllm.decode.lazy import lazy_ids
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
-from packllm.decode.sampling import Sampler, make_sampler
+from packllm.decode.sampling import make_sampler
 from packllm.decode.segments import Writers
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
@@ -168,7 +166,6 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
     if options.scoring == "mixture" and min(row.weights.values) < 0:
         raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
     top = _top(row, running)
-    row.sample = _in_time(request, row.sample)
 
     def writers(which: Sequence[int], row: Row) -> Writers:
         def open_at(k: int) -> Writer:
@@ -200,16 +197,6 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
                 yield last(text, reason, count)
             elif text:
                 yield Chunk(text, row.weights)
-
-
-def _in_time(request: Request, sample: Sampler) -> Sampler:
-    """The sampler, for as long as there is time: it chooses every token that any member writes."""
-
-    def timed(logprobs: Tensor) -> int:
-        request.check_time()
-        return sample(logprobs)
-
-    return timed
 
 
 class Answer:

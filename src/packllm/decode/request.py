@@ -173,6 +173,11 @@ class Request:
         self.timings["weighting"] = time.perf_counter() - started
         self.check_time()
 
+    def check(self) -> None:
+        """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
+        self._stop.check()
+        self.check_time()
+
     def check_time(self) -> None:
         """AnswerTimeout if more time has passed since prefill() began than the option timeout allows."""
         timeout = self.options.timeout
@@ -252,7 +257,7 @@ class Request:
             session = self.members[sharing[0]].open(rows)
         else:
             session = Session([self.members[k] for k in sharing for _ in self.encoded], rows)
-        session.gate = self._stop.check
+        session.gate = self.check
         prefixes = None if isinstance(session.member, MinedMember) else self._prefixes
         try:
             with blamed(session):
