@@ -202,7 +202,9 @@ class Pack:
         self, prompts: Sequence[Prompt], options: dict[str, Any], stop: Stop
     ) -> Generator[tuple[int, Chunk], None, None]:
         checked = self.check(**options)
-        size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
+        alone = checked.decoding == "mined"  # each prompt has a vocabulary of its own
+        alone |= not all(member.engine.architecture.padded for member in self.members)
+        size = 1 if alone else checked.batch_size
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:

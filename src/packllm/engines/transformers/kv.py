@@ -63,9 +63,17 @@ def new(config: Any) -> DynamicCache:
     return cache
 
 
-def is_full(cache: DynamicCache) -> bool:
-    """Whether every layer attends to all that was read."""
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
+def text() -> DynamicCache:
+    """An empty cache for a model that carries no state: it holds the ids that were read, as keys of width 1."""
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer()]
+    return cache
+
+
+def append_text(cache: DynamicCache, tokens: Tensor) -> Tensor:
+    """Append int64 (B, n) ids to a cache of text; all ids of it, (B, N)."""
+    ids = tokens[:, None, :, None]
+    return cache.update(ids, ids[..., :0], 0)[0][:, 0, :, 0]
 
 
 def is_plain(cache: DynamicCache) -> bool:

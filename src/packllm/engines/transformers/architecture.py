@@ -1,0 +1,286 @@
+"""What an architecture needs of whoever runs it.
+
+Nothing here is a list of names. The signature says which argument carries what was read so far (its name differs
+between versions of transformers too); a few tokens, read in several ways at load, say which of them give what one
+fresh pass gives. An architecture is then run in the fastest way that does; one without such a way is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from packllm.engines.transformers import kv
+from packllm.errors import LoadError
+
+log = logging.getLogger("packllm")
+
+CARRIERS = ("cache", "past_key_values", "cache_params")
+"""Arguments that take a transformers Cache, the newest name first."""
+
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
+"""How far logits of the same text may lie apart, as a share of their spread: in float32, and in half precision. A
+state that is lost moves them by about their spread."""
+
+_known: dict[str, Architecture] = {}
+"""By class and configuration: the weights play no part, so models of one kind are tried once."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model can be run.
+
+    Attributes:
+        carrier: the argument that takes the cache; None: none does, or what it carries is wrong. The text is then
+            read again from its start at every pass.
+        positions: whether rows with gaps are told their position ids.
+        padded: whether rows of different lengths, padded on the left, give together what each gives alone.
+        blocks: whether several tokens may follow others in one pass: some recurrent layers begin a block from an empty
+            state. They are read one by one then.
+        croppable: whether the cache, where it says that it can drop its last tokens, then is as if it had never
+            read them.
+        ragged: whether rows may drop different numbers of tokens, which leaves gaps: not where a window is measured
+            in columns.
+        steady: whether a token is read the same however long the text is: not so where rotary positions are scaled
+            by its length. A row then depends on those beside it, and a token on those drafted after it.
+        whole: whether logits are the head applied to the body's output: some models cap or scale them after.
+    """
+
+    carrier: str | None
+    positions: bool = True
+    padded: bool = True
+    blocks: bool = True
+    croppable: bool = True
+    ragged: bool = True
+    steady: bool = True
+    whole: bool = False
+
+    @classmethod
+    def of(cls, model: Any, vocabulary_size: int, fill: int = 0) -> Architecture:
+        """What a model needs: looked up, or tried on eight tokens.
+
+        Args:
+            model: a transformers causal LM in evaluation mode.
+            vocabulary_size: ids that it and its tokenizer both have.
+            fill: the id that rows are padded with.
+
+        Raises:
+            LoadError: it does not run on tokens alone, or reads what comes later.
+        """
+        kind = f"{type(model).__name__} {model.config.to_json_string()} {model.dtype} {vocabulary_size} {fill}"
+        if kind not in _known:
+            _known[kind] = _tried(model, vocabulary_size, fill)
+        return _known[kind]
+
+    def new_cache(self, config: Any) -> DynamicCache:
+        """An empty cache for a model of this configuration."""
+        return kv.new(config) if self.carrier else kv.text()
+
+    def read(
+        self,
+        function: Callable[..., Any],
+        tokens: Tensor,
+        cache: DynamicCache,
+        seen: int,
+        mask: Tensor | None = None,
+        run: Callable[..., Any] = lambda function, **inputs: function(**inputs),
+    ) -> Tensor:
+        """What a model, or its body, makes of tokens that come after those in a cache, which takes them in.
+
+        Args:
+            function: the model or its body.
+            tokens: int64 (B, n).
+            cache: from new_cache.
+            seen: N, tokens in the cache.
+            mask: int64 (B, N + n), 0 at columns that a row does not have; None: it has all.
+            run: calls the function.
+
+        Returns:
+            (B, n, V) logits, or (B, n, d) what the body gives.
+        """
+        count = tokens.shape[1]
+        if self.carrier and seen and count > 1 and not self.blocks:
+            masks = [None if mask is None else mask[:, : seen + at + 1] for at in range(count)]
+            steps = zip(tokens.split(1, 1), range(seen, seen + count), masks, strict=True)
+            return torch.cat([self.read(function, token, cache, n, part, run) for token, n, part in steps], 1)
+        inputs: dict[str, Any] = {"use_cache": False}
+        if self.carrier:
+            inputs = {"use_cache": True, self.carrier: cache}
+        else:
+            tokens = kv.append_text(cache, tokens)
+        if mask is not None:
+            inputs["attention_mask"] = mask
+            if self.positions:
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = run(function, input_ids=tokens, **inputs)
+        states = output.logits if "logits" in output else output.last_hidden_state
+        return states[:, -count:]
+
+
+def _tried(model: Any, vocabulary_size: int, fill: int) -> Architecture:
+    """The first way of running a model that gives what fresh passes give."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LoadError(f"{name} is an encoder-decoder, which continues no text of its own; give a decoder-only model")
+    trial = _Trial(model, vocabulary_size, fill)
+    for architecture in _candidates(model):
+        if trial.holds(architecture):
+            if architecture.carrier is None:
+                log.warning("%s: its state cannot be carried; every token reads the text from its start again", name)
+            return replace(architecture, whole=trial.head_is_whole(architecture))
+    raise LoadError(
+        f"{name} reads what comes later, as encoders do: its logits change with the tokens after them. "
+        f"Give a causal model (for BERT and its like, one trained with is_decoder=True)"
+    )
+
+
+def _candidates(model: Any) -> Iterator[Architecture]:
+    """Ways that a model may be run, what costs least first."""
+    parameters = inspect.signature(model.forward).parameters
+    config = model.config.get_text_config(decoder=True)
+    steady, windows = _is_steady(config), _has_windows(config)
+    masks, positions = "attention_mask" in parameters, "position_ids" in parameters
+    told = [True, False] if positions else [False]  # some count positions by themselves, from another number
+    rows = [(True, each) for each in told] if masks and steady else []
+    for carrier in (*(name for name in CARRIERS if name in parameters), None):
+        for padded, tells in (*rows, (False, positions)):
+            for blocks, croppable in itertools.product((True, False), (True, False) if steady else (False,)):
+                for ragged in (True, False) if padded and tells and croppable and not windows else (False,):
+                    yield Architecture(carrier, tells, padded, blocks, croppable, ragged, steady)
+
+
+def _is_steady(config: Any) -> bool:
+    scaling = json.dumps(getattr(config, "rope_parameters", None), default=str)
+    return "dynamic" not in scaling and "longrope" not in scaling
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layer may see only the tokens nearby, which eight tokens cannot show."""
+    if kinds := getattr(config, "layer_types", None):
+        return any(kind != "full_attention" for kind in kinds)
+    near = re.compile("window|chunk(?!_size_feed)|local(?!_expert)")
+    return any(value and near.search(key) for key, value in config.to_dict().items())
+
+
+PLAIN, WITH_BLOCKS, WITH_CROPS, WITH_GAPS = 3, 4, 5, 6
+"""How many claims of an Architecture, in order, have played a part by each stage of a trial: what fails there fails
+for all that make the same."""
+
+
+class _Trial:
+    """A few tokens of a model, read in one fresh pass, for other ways of reading them to be held against."""
+
+    COUNT = 8
+    GAP = 2
+    """Columns of padding before the second row."""
+
+    def __init__(self, model: Any, vocabulary_size: int, fill: int) -> None:
+        self._model, self._fill = model, fill
+        # Ordinary ids: control tokens, which some models treat apart, come first or last.
+        steps = torch.arange(self.COUNT) * max(1, vocabulary_size // (3 * self.COUNT))
+        self._ids = ((vocabulary_size // 3 + steps) % vocabulary_size).to(model.device)
+        try:
+            self._fresh = self._read_fresh()
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LoadError(f"{type(model).__name__} does not run on tokens alone: {first}") from error
+        self._failed: list[tuple[Any, ...]] = []
+        self._claims = PLAIN
+
+    @torch.inference_mode()
+    def _read_fresh(self) -> Tensor:
+        return self._model(input_ids=self._ids[None], use_cache=False).logits[0].float()
+
+    def holds(self, architecture: Architecture) -> bool:
+        """Whether the model, run so, gives what a fresh pass gives: read in parts, cropped, beside a row that is
+        padded, and while another text is read."""
+        claims = astuple(architecture)
+        if any(claims[: len(failed)] == failed for failed in self._failed):
+            return False
+        self._claims = PLAIN
+        try:
+            right = self._read_in_parts(architecture)
+        except Exception as error:
+            log.debug("%s does not run as %s: %s", type(self._model).__name__, architecture, error)
+            right = False
+        if not right:
+            self._failed.append(claims[: self._claims])
+        return right
+
+    @torch.inference_mode()
+    def _read_in_parts(self, architecture: Architecture) -> bool:
+        ids, gap, cache = self._ids, self.GAP, architecture.new_cache(self._model.config)
+        rows, mask = ids[None], None
+        if architecture.padded:  # the second row lags behind by the gap
+            rows = torch.stack([ids, torch.cat([ids.new_full((gap,), self._fill), ids[:-gap]])])
+            mask = (torch.arange(self.COUNT, device=ids.device) >= torch.tensor([[0], [gap]], device=ids.device)).long()
+
+        def read(start: int, stop: int) -> Tensor:
+            part = None if mask is None else mask[:, :stop]
+            return architecture.read(self._model, rows[:, start:stop], cache, start, part).float()
+
+        if not self._same(read(0, 5), (0, -gap)):
+            return False
+        self._claims = WITH_BLOCKS
+        self._read_fresh()  # what another text leaves behind in the model must not matter
+        crops = architecture.croppable and cache.is_croppable
+        if crops:
+            cache.activate_past_recording()
+        if not self._same(read(5, 7), (5, 5 - gap)):
+            return False
+        if not crops:
+            return self._same(read(7, 8), (7, 7 - gap))
+        self._claims = WITH_CROPS
+        cache.crop(-1)
+        if not architecture.ragged:
+            return self._same(read(6, 7), (6, 6 - gap))
+        self._claims = WITH_GAPS
+        assert mask is not None
+        mask, rows = mask.clone(), rows.clone()
+        mask[1, 5], rows[1, 6] = 0, ids[5 - gap]  # the second row drops one token more
+        return self._same(read(6, 7), (6, 5 - gap))
+
+    def _same(self, rows: Tensor, places: tuple[int, int]) -> bool:
+        """Whether logits (1 or 2, n, V) are those of the fresh pass, each row from its place on; a place below 0
+        begins with padding."""
+        return all(self._is_fresh(row[max(0, -at) :], max(0, at)) for row, at in zip(rows, places, strict=False))
+
+    def _is_fresh(self, logits: Tensor, start: int) -> bool:
+        """Whether (n, V) logits are those of the fresh pass from a place on."""
+        fresh = self._fresh[start : start + len(logits)]
+        spread = (fresh - fresh.mean(-1, keepdim=True)).norm(dim=-1)
+        apart = (logits - fresh).norm(dim=-1) / spread.clamp_min(1e-6)
+        if self._model.dtype == torch.float32:
+            return bool((apart <= TOLERANCE).all())
+        return bool(apart.median() <= HALF_TOLERANCE)  # rounding sends single tokens to other experts
+
+    @torch.inference_mode()
+    def head_is_whole(self, architecture: Architecture) -> bool:
+        """Whether the head on the body's output gives the model's own logits."""
+        model = self._model
+        body, head = decoder(model), model.get_output_embeddings()
+        if body is None or head is None:
+            return False
+        if architecture.carrier and architecture.carrier not in inspect.signature(body.forward).parameters:
+            return False
+        try:
+            ours = head(body(input_ids=self._ids[None], use_cache=False).last_hidden_state)[0].float()
+        except Exception:  # a body with other arguments: the model's own path always works
+            return False
+        return ours.shape == self._fresh.shape and torch.allclose(self._fresh, ours, atol=1e-4, rtol=1e-4)
+
+
+def decoder(model: Any) -> Any:
+    """The part of a model below its LM head; None if it does not tell."""
+    body = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return None if body is model else body
