@@ -118,7 +118,7 @@ class Architecture:
             inputs = {"use_cache": True, self.carrier: cache}
         else:
             tokens = kv.append_text(cache, tokens)
-        if mask is not None:
+        if mask is not None and not (seen and kv.is_recurrent(cache)):  # those expect a mask of the new tokens alone
             inputs["attention_mask"] = mask
             if self.positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -130,8 +130,7 @@ class Architecture:
 def _tried(model: Any, vocabulary_size: int, fill: int) -> Architecture:
     """The first way of running a model that gives what fresh passes give."""
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LoadError(f"{name} is an encoder-decoder, which continues no text of its own; give a decoder-only model")
+    _refuse_encoder_decoder(model.config, name)
     trial = _Trial(model, vocabulary_size, fill)
     for architecture in _candidates(model):
         if trial.holds(architecture):
@@ -284,3 +283,51 @@ def decoder(model: Any) -> Any:
     """The part of a model below its LM head; None if it does not tell."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else None
     return None if body is model else body
+
+
+def auto_class(config: Any) -> Any:
+    """The class that loads what of a checkpoint writes text: AutoModelForCausalLM, or for most models that see images
+    AutoModelForImageTextToText.
+
+    Args:
+        config: of the checkpoint, by AutoConfig.
+
+    Raises:
+        LoadError: the checkpoint is an encoder-decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGES
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    _refuse_encoder_decoder(config, type(config).__name__)
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the checkpoint
+    images = type(config) in IMAGES and type(config) not in CAUSAL and not own
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def text_part(model: Any) -> Any:
+    """A model, rid of what reads images and sound: what stands beside its decoder and plays no part in text."""
+    body, base = decoder(model), model.base_model
+    others = {name: child for name, child in base.named_children() if child is not body}
+    if body is None or len(others) == len(list(base.children())):
+        return model
+    ids = torch.full((1, 1), model.config.get_text_config(decoder=True).vocab_size // 3, device=model.device)
+    with torch.inference_mode():
+        try:
+            before = model(input_ids=ids, use_cache=False).logits
+        except Exception:  # it is said later, and better
+            return model
+        for name, child in others.items():
+            setattr(base, name, None)
+            try:
+                same = torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+            except Exception:
+                same = False
+            if not same:
+                setattr(base, name, child)
+    return model
+
+
+def _refuse_encoder_decoder(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise LoadError(f"{name} is an encoder-decoder, which continues no text of its own; give a decoder-only model")

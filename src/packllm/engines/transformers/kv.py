@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 SPARE = 64
 """Tokens that a layer leaves room for. Every step reads all that is there; copying it at one step in 64 is little."""
@@ -74,6 +74,13 @@ def append_text(cache: DynamicCache, tokens: Tensor) -> Tensor:
     """Append int64 (B, n) ids to a cache of text; all ids of it, (B, N)."""
     ids = tokens[:, None, :, None]
     return cache.update(ids, ids[..., :0], 0)[0][:, 0, :, 0]
+
+
+def is_recurrent(cache: DynamicCache) -> bool:
+    """Whether no layer attends to tokens read before: each keeps a running state alone."""
+    return all(
+        isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer) for layer in cache.layers
+    )
 
 
 def is_plain(cache: DynamicCache) -> bool:
