@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from packllm import Pack
 from packllm.engines.transformers.architecture import Architecture
-from packllm.errors import LoadError, PackError
+from packllm.errors import LoadError
 from packllm_eval.tiny import byte_tokenizer, families, tiny_model
 
-TOKENS = 10
+TOKENS = 8
 PROMPTS = ("The quick brown fox jumps over the lazy dog.", "Insulin", "A hash index stores a 32-bit code")
 CONTEXT = "The court shall order relief unless the debtor objects within 30 days of the notice. "  # over 64 tokens
 
@@ -80,8 +80,8 @@ def examine(family: str) -> Row:
         architecture = pack.members[0].engine.architecture
         try:
             checks = check(pack, made[0])
-        except (PackError, ValueError) as error:
-            return Row(family, kind, f"fails: {_first_line(error)}", Checks())
+        except Exception as error:
+            return Row(family, kind, f"fails: {type(error).__name__}: {_first_line(error)}", Checks())
     return Row(family, kind, how(architecture), checks)
 
 
@@ -136,7 +136,14 @@ def generated(pack: Pack, model: Any, prompt: str) -> str:
     """What `generate` of transformers writes."""
     ids = torch.tensor([pack.tokenize(prompt)])
     ends = sorted(pack.members[0].end_ids)
-    out = model.generate(ids, do_sample=False, max_new_tokens=TOKENS, eos_token_id=ends, pad_token_id=ends[0])
+    out = model.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=TOKENS,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        forced_eos_token_id=None,  # which some configurations set
+    )
     return _text(pack, [token for token in out[0, ids.shape[1] :].tolist() if token not in ends])
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQUENCES
 
 VOCABULARY = 258
+END = 257
 MOST_PARAMETERS = 12_000_000
 
 SIZES: dict[str, Any] = {
@@ -50,7 +55,7 @@ SIZES: dict[str, Any] = {
 }
 """Small values of what configurations commonly call their sizes. Windows are shorter than the prompts."""
 
-_IDS = {"bos_token_id": 0, "eos_token_id": 257, "pad_token_id": 1}
+_IDS = {"bos_token_id": 0, "eos_token_id": END, "pad_token_id": 1}
 _NEED_IDS = (
     *("camembert", "cwm", "data2vec-text", "modernbert-decoder", "prophetnet", "mllama_text_model", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "emu3_text_model"),
@@ -73,11 +78,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "nemotron": {"num_key_value_heads": 2},
     "qwen2_vl": {"vision_config": {"embed_dim": 32, "depth": 1, "num_heads": 4, "hidden_size": 32}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
+    "xlstm": {"qk_head_dim": 4, "v_head_dim": 8},
     "zamba": {
         "num_hidden_layers": 6,
         "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
@@ -93,17 +100,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Settings of single families, by model type."""
 
 
-def families() -> dict[str, type[Any]]:
-    """Model types that causal or vision-language models of this transformers have, with the class of each."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGES
-    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as SEQUENCES
-
-    found: dict[str, type[Any]] = {}
-    for mapping in (IMAGES, CAUSAL, SEQUENCES):
-        for config in mapping:
-            model = mapping[config]
-            found[config.model_type] = model[0] if isinstance(model, tuple) else model
+def families() -> dict[str, str]:
+    """Model types that causal, vision-language or encoder-decoder models of this transformers have, with the name of
+    the class of each."""
+    found: dict[str, str] = {}
+    for names in (CAUSAL, IMAGES, SEQUENCES):
+        for family, model in names.items():
+            found[family] = model if isinstance(model, str) else model[0]
     return dict(sorted(found.items()))
 
 
@@ -133,8 +136,8 @@ def tiny_model(family: str, seed: int = 0) -> Any:
     Raises:
         ValueError: its sizes cannot be made small.
     """
-    kind = families()[family]
-    config = tiny_config(kind.config_class)
+    kind = getattr(transformers, families()[family])
+    config = tiny_config(CONFIG_MAPPING[family])
     with torch.device("meta"):
         size = sum(weight.numel() for weight in kind._from_config(config).parameters())
     if size > MOST_PARAMETERS:
@@ -144,6 +147,8 @@ def tiny_model(family: str, seed: int = 0) -> Any:
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and "A_log" not in name:
             torch.nn.init.normal_(weight, std=0.3)
+    if (head := model.get_output_embeddings()) is not None:
+        torch.nn.init.zeros_(head.weight[END:])  # no answer ends early
     return model
 
 

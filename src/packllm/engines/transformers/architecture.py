@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 
 from packllm.engines.transformers import kv
 from packllm.errors import LoadError
@@ -45,6 +45,7 @@ class Architecture:
             read again from its start at every pass.
         positions: whether rows with gaps are told their position ids.
         padded: whether rows of different lengths, padded on the left, give together what each gives alone.
+        masked: whether a mask is given even where no row has gaps: some take its absence for another way of reading.
         blocks: whether several tokens may follow others in one pass: some recurrent layers begin a block from an empty
             state. They are read one by one then.
         croppable: whether the cache, where it says that it can drop its last tokens, then is as if it had never
@@ -53,16 +54,19 @@ class Architecture:
             in columns.
         steady: whether a token is read the same however long the text is: not so where rotary positions are scaled
             by its length. A row then depends on those beside it, and a token on those drafted after it.
+        switch: the length beyond which positions are scaled in another way, and all is read again in it; 0: none.
         whole: whether logits are the head applied to the body's output: some models cap or scale them after.
     """
 
     carrier: str | None
     positions: bool = True
     padded: bool = True
+    masked: bool = False
     blocks: bool = True
     croppable: bool = True
     ragged: bool = True
     steady: bool = True
+    switch: int = 0
     whole: bool = False
 
     @classmethod
@@ -84,11 +88,14 @@ class Architecture:
 
     def new_cache(self, config: Any) -> DynamicCache:
         """An empty cache for a model of this configuration."""
-        return kv.new(config) if self.carrier else kv.text()
+        cache = kv.new(config) if self.carrier else kv.text()
+        if self.carrier and self.switch:
+            cache.layers += kv.text().layers  # one more than the model has, for the ids
+        return cache
 
     def read(
         self,
-        function: Callable[..., Any],
+        function: Any,
         tokens: Tensor,
         cache: DynamicCache,
         seen: int,
@@ -109,15 +116,21 @@ class Architecture:
             (B, n, V) logits, or (B, n, d) what the body gives.
         """
         count = tokens.shape[1]
+        if mask is None and self.masked:
+            mask = tokens.new_ones(len(tokens), seen + count)
         if self.carrier and seen and count > 1 and not self.blocks:
             masks = [None if mask is None else mask[:, : seen + at + 1] for at in range(count)]
             steps = zip(tokens.split(1, 1), range(seen, seen + count), masks, strict=True)
             return torch.cat([self.read(function, token, cache, n, part, run) for token, n, part in steps], 1)
         inputs: dict[str, Any] = {"use_cache": False}
+        if self.carrier is None or self.switch:
+            text = kv.append_text(cache, tokens)
+            if self.carrier is None or seen <= self.switch < seen + count:
+                tokens = text
         if self.carrier:
+            if tokens.shape[1] > count:
+                cache.layers = [*kv.new(function.config).layers, cache.layers[-1]]
             inputs = {"use_cache": True, self.carrier: cache}
-        else:
-            tokens = kv.append_text(cache, tokens)
         if mask is not None and not (seen and kv.is_recurrent(cache)):  # those expect a mask of the new tokens alone
             inputs["attention_mask"] = mask
             if self.positions:
@@ -132,35 +145,52 @@ def _tried(model: Any, vocabulary_size: int, fill: int) -> Architecture:
     name = type(model).__name__
     _refuse_encoder_decoder(model.config, name)
     trial = _Trial(model, vocabulary_size, fill)
+    if not trial.is_causal():
+        raise LoadError(
+            f"{name} reads what comes later, as encoders do: its logits change with the tokens after them. "
+            f"Give a causal model (for BERT and its like, one trained with is_decoder=True)"
+        )
     for architecture in _candidates(model):
         if trial.holds(architecture):
             if architecture.carrier is None:
                 log.warning("%s: its state cannot be carried; every token reads the text from its start again", name)
             return replace(architecture, whole=trial.head_is_whole(architecture))
-    raise LoadError(
-        f"{name} reads what comes later, as encoders do: its logits change with the tokens after them. "
-        f"Give a causal model (for BERT and its like, one trained with is_decoder=True)"
-    )
+    raise LoadError(f"{name} does not give the same logits twice for the same tokens")
 
 
 def _candidates(model: Any) -> Iterator[Architecture]:
     """Ways that a model may be run, what costs least first."""
     parameters = inspect.signature(model.forward).parameters
     config = model.config.get_text_config(decoder=True)
-    steady, windows = _is_steady(config), _has_windows(config)
+    (steady, switch), windows = _scaling(config), _has_windows(config)
     masks, positions = "attention_mask" in parameters, "position_ids" in parameters
     told = [True, False] if positions else [False]  # some count positions by themselves, from another number
-    rows = [(True, each) for each in told] if masks and steady else []
+    rows = [(each, True) for each in told] if masks and steady else []
+    crops = (True, False) if steady and not _has_own_layers(model.config) else (False,)
+    ways = list(itertools.product((True, False), (False, True) if masks else (False,), crops))
     for carrier in (*(name for name in CARRIERS if name in parameters), None):
-        for padded, tells in (*rows, (False, positions)):
-            for blocks, croppable in itertools.product((True, False), (True, False) if steady else (False,)):
+        for tells, padded in (*rows, (positions, False)):
+            for blocks, masked, croppable in ways:
                 for ragged in (True, False) if padded and tells and croppable and not windows else (False,):
-                    yield Architecture(carrier, tells, padded, blocks, croppable, ragged, steady)
+                    yield Architecture(carrier, tells, padded, masked, blocks, croppable, ragged, steady, switch)
 
 
-def _is_steady(config: Any) -> bool:
-    scaling = json.dumps(getattr(config, "rope_parameters", None), default=str)
-    return "dynamic" not in scaling and "longrope" not in scaling
+def _has_own_layers(config: Any) -> bool:
+    """Whether the cache has layers that only this model has; what they say of dropping tokens cannot be relied on."""
+    try:
+        return any(type(layer).__module__ not in (kv.__name__, cache_utils.__name__) for layer in kv.new(config).layers)
+    except Exception:
+        return True
+
+
+def _scaling(config: Any) -> tuple[bool, int]:
+    """Whether rotary positions are the same at every length, and the length at which they switch, if they do."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    told = json.dumps(settings, default=str)
+    if "longrope" in told:
+        lengths = re.findall(r'"original_max_position_embeddings": (\d+)', told)
+        return False, max(map(int, lengths), default=getattr(config, "original_max_position_embeddings", 0))
+    return "dynamic" not in told, 0
 
 
 def _has_windows(config: Any) -> bool:
@@ -171,7 +201,7 @@ def _has_windows(config: Any) -> bool:
     return any(value and near.search(key) for key, value in config.to_dict().items())
 
 
-PLAIN, WITH_BLOCKS, WITH_CROPS, WITH_GAPS = 3, 4, 5, 6
+PLAIN, WITH_BLOCKS, WITH_CROPS, WITH_GAPS = 4, 5, 6, 7
 """How many claims of an Architecture, in order, have played a part by each stage of a trial: what fails there fails
 for all that make the same."""
 
@@ -189,16 +219,26 @@ class _Trial:
         steps = torch.arange(self.COUNT) * max(1, vocabulary_size // (3 * self.COUNT))
         self._ids = ((vocabulary_size // 3 + steps) % vocabulary_size).to(model.device)
         try:
-            self._fresh = self._read_fresh()
+            self._fresh = self._read_fresh(self._ids)
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LoadError(f"{type(model).__name__} does not run on tokens alone: {first}") from error
         self._failed: list[tuple[Any, ...]] = []
         self._claims = PLAIN
+        self._tolerance = TOLERANCE
+        if model.dtype != torch.float32:  # rounding moves logits too: by less than the loss of what came before
+            lost = self._apart(self._read_fresh(self._ids[5:]), 5).median().item()
+            self._tolerance = min(HALF_TOLERANCE, lost / 4)
 
     @torch.inference_mode()
-    def _read_fresh(self) -> Tensor:
-        return self._model(input_ids=self._ids[None], use_cache=False).logits[0].float()
+    def _read_fresh(self, ids: Tensor) -> Tensor:
+        return self._model(input_ids=ids[None], use_cache=False).logits[0].float()
+
+    def is_causal(self) -> bool:
+        """Whether other tokens at the end leave the logits before them as they are. Both passes have the same shape, so
+        that rounding hardly tells them apart."""
+        other = self._read_fresh(torch.cat([self._ids[:5], self._ids[:3]]))
+        return bool(self._apart(other[:5], 0).median() <= max(TOLERANCE, torch.finfo(self._model.dtype).eps))
 
     def holds(self, architecture: Architecture) -> bool:
         """Whether the model, run so, gives what a fresh pass gives: read in parts, cropped, beside a row that is
@@ -209,6 +249,8 @@ class _Trial:
         self._claims = PLAIN
         try:
             right = self._read_in_parts(architecture)
+            if right and architecture.padded and not kv.is_plain(architecture.new_cache(self._model.config)):
+                right = self._read_in_parts(replace(architecture, padded=False, ragged=False))  # and without a mask
         except Exception as error:
             log.debug("%s does not run as %s: %s", type(self._model).__name__, architecture, error)
             right = False
@@ -231,7 +273,7 @@ class _Trial:
         if not self._same(read(0, 5), (0, -gap)):
             return False
         self._claims = WITH_BLOCKS
-        self._read_fresh()  # what another text leaves behind in the model must not matter
+        self._read_fresh(ids[3:])  # what another text leaves behind in the model must not matter
         crops = architecture.croppable and cache.is_croppable
         if crops:
             cache.activate_past_recording()
@@ -256,12 +298,16 @@ class _Trial:
 
     def _is_fresh(self, logits: Tensor, start: int) -> bool:
         """Whether (n, V) logits are those of the fresh pass from a place on."""
+        apart = self._apart(logits, start)
+        if self._model.dtype == torch.float32:
+            return bool((apart <= self._tolerance).all())
+        return bool(apart.median() <= self._tolerance)  # rounding sends single tokens to other experts
+
+    def _apart(self, logits: Tensor, start: int) -> Tensor:
+        """(n,), how far logits (n, V) are from the fresh pass, as a share of the spread of that."""
         fresh = self._fresh[start : start + len(logits)]
         spread = (fresh - fresh.mean(-1, keepdim=True)).norm(dim=-1)
-        apart = (logits - fresh).norm(dim=-1) / spread.clamp_min(1e-6)
-        if self._model.dtype == torch.float32:
-            return bool((apart <= TOLERANCE).all())
-        return bool(apart.median() <= HALF_TOLERANCE)  # rounding sends single tokens to other experts
+        return (logits - fresh).norm(dim=-1) / spread.clamp_min(1e-6)
 
     @torch.inference_mode()
     def head_is_whole(self, architecture: Architecture) -> bool:
@@ -301,7 +347,8 @@ def auto_class(config: Any) -> Any:
 
     _refuse_encoder_decoder(config, type(config).__name__)
     own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the checkpoint
-    images = type(config) in IMAGES and type(config) not in CAUSAL and not own
+    kind = type(config)
+    images = kind in IMAGES and kind not in CAUSAL and not own
     return AutoModelForImageTextToText if images else AutoModelForCausalLM
 
 

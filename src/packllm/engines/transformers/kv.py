@@ -71,9 +71,9 @@ def text() -> DynamicCache:
 
 
 def append_text(cache: DynamicCache, tokens: Tensor) -> Tensor:
-    """Append int64 (B, n) ids to a cache of text; all ids of it, (B, N)."""
+    """Append int64 (B, n) ids to a cache whose last layer holds the text; all ids of it, (B, N)."""
     ids = tokens[:, None, :, None]
-    return cache.update(ids, ids[..., :0], 0)[0][:, 0, :, 0]
+    return cache.update(ids, ids[..., :0], len(cache.layers) - 1)[0][:, 0, :, 0]
 
 
 def is_recurrent(cache: DynamicCache) -> bool:
