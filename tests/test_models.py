@@ -227,3 +227,20 @@ def test_llamas_keep_every_shortcut():
     assert session.ragged()
     assert session.joinable()
     assert member.members[0].engine.body is not None
+
+
+def test_what_a_library_warns_of_is_not_seen_on_the_command_line(monkeypatch):
+    from typer.testing import CliRunner
+
+    from packllm import cli
+
+    pack = pack_of(tiny_model("llama"))
+    answer = pack.generate(TEXTS[0]).text
+    assert answer
+    pack.members[0].model.register_forward_pre_hook(lambda *args: warnings.warn("renamed in 5.40", FutureWarning))
+    monkeypatch.setattr(cli, "_load", lambda *args, **options: pack)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = CliRunner().invoke(cli.app, ["ask", TEXTS[0], "--raw", "--quiet"], catch_exceptions=False)
+    assert found.stdout == answer + "\n"
+    assert not seen
