@@ -225,7 +225,7 @@ def table(rows: Sequence[Row]) -> str:
 def _told() -> dict[str, str]:
     """What each check says, from the docstring of Checks."""
     lines = (Checks.__doc__ or "").split("Attributes:")[1].strip().splitlines()
-    return dict(line.strip().split(": ", 1) for line in lines)  # type: ignore[misc]
+    return dict(line.strip().split(": ", 1) for line in lines)
 
 
 def _first_line(error: Exception) -> str:

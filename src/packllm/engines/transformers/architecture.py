@@ -166,8 +166,10 @@ def _candidates(model: Any) -> Iterator[Architecture]:
     masks, positions = "attention_mask" in parameters, "position_ids" in parameters
     told = [True, False] if positions else [False]  # some count positions by themselves, from another number
     rows = [(each, True) for each in told] if masks and steady else []
-    crops = (True, False) if steady and not _has_own_layers(model.config) else (False,)
-    ways = list(itertools.product((True, False), (False, True) if masks else (False,), crops))
+    # Layers of the model's own are run as `generate` runs them: the whole prompt, then token by token.
+    own = _has_own_layers(model.config)
+    crops, sizes = (True, False) if steady and not own else (False,), (False,) if own else (True, False)
+    ways = list(itertools.product(sizes, (False, True) if masks else (False,), crops))
     for carrier in (*(name for name in CARRIERS if name in parameters), None):
         for tells, padded in (*rows, (positions, False)):
             for blocks, masked, croppable in ways:
@@ -176,7 +178,7 @@ def _candidates(model: Any) -> Iterator[Architecture]:
 
 
 def _has_own_layers(config: Any) -> bool:
-    """Whether the cache has layers that only this model has; what they say of dropping tokens cannot be relied on."""
+    """Whether the cache has layers that only this model has."""
     try:
         return any(type(layer).__module__ not in (kv.__name__, cache_utils.__name__) for layer in kv.new(config).layers)
     except Exception:
