@@ -21,6 +21,7 @@ RIGHT = {
     "gemma2": "sliding window",
     "gpt_neo": "sliding window",  # over a plain cache
     "gpt_oss": "sliding window, mixture of experts",
+    "gpt_neox": "dense",  # its configuration says is_decoder=False, as an encoder's
     "bloom": "dense",  # counts positions by itself
     "qwen3_next": "linear attention, mixture of experts",
     "lfm2": "linear attention",  # convolutions alone: their caches roll back
@@ -237,7 +238,7 @@ def test_what_a_library_warns_of_is_not_seen_on_the_command_line(monkeypatch):
     pack = pack_of(tiny_model("llama"))
     answer = pack.generate(TEXTS[0]).text
     assert answer
-    pack.members[0].model.register_forward_pre_hook(lambda *args: warnings.warn("renamed in 5.40", FutureWarning))
+    pack.members[0].model.register_forward_pre_hook(lambda *args: warnings.warn("renamed", FutureWarning, stacklevel=2))
     monkeypatch.setattr(cli, "_load", lambda *args, **options: pack)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -147,8 +147,8 @@ def _tried(model: Any, vocabulary_size: int, fill: int) -> Architecture:
     trial = _Trial(model, vocabulary_size, fill)
     if not trial.is_causal():
         raise LoadError(
-            f"{name} reads what comes later, as encoders do: its logits change with the tokens after them. "
-            f"Give a causal model (for BERT and its like, one trained with is_decoder=True)"
+            f"{name} is an encoder ({model.config.model_type}): it reads what comes later, and its logits change with "
+            "the tokens after them; members are decoders (causal models; for BERT, one trained with is_decoder=True)"
         )
     for architecture in _candidates(model):
         if trial.holds(architecture):
