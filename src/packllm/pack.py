@@ -251,7 +251,9 @@ class Pack:
         checked = self.check(**options)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
             raise PromptError(f"prompts must be a list of prompts, not {shown(prompts)}")
-        size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
+        alone = checked.decoding == "mined"  # each prompt has a vocabulary of its own
+        alone |= not all(member.engine.architecture.padded for member in self.members)
+        size = 1 if alone else checked.batch_size
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:

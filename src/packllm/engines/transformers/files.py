@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from packllm.engines.transformers.architecture import auto_class, text_part
 from packllm.errors import LoadError, OptionError, loading, refused
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -72,6 +73,7 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    kind: Any = AutoModelForCausalLM
     hub = {name: words[name] for name in HUB if name in words}
     what = f"model {str(source)!r}"
     folder = Path(source, str(words.get("subfolder") or "")) if os.path.isdir(source) else None
@@ -85,8 +87,9 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
             check_decoder(config, what)
             check_size(config, weights, what)
+            kind = auto_class(config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **hub)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             source,
             dtype=dtype,
             device_map=device_map,
@@ -99,6 +102,7 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
         if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
             raise LoadError(f"{what} lacks {len(missing)} of its weights, such as {missing[0]!r}")
         check_decoder(model.config, what)
+        model = text_part(model)
         check_finite(dict(model.named_parameters()), what)
     return model, tokenizer
 
@@ -125,14 +129,10 @@ def own_tokenizer(folder: Path, tokenizer: Any, config: Any) -> Any | None:
 
 
 def check_decoder(config: Any, what: str) -> None:
-    """Refuse a model that does not continue text, as its config has it."""
+    """Refuse an encoder-decoder. Of encoders a config does not tell: GPT-NeoX has is_decoder=False too; Architecture
+    tries them."""
     if getattr(config, "is_encoder_decoder", False):
         raise LoadError(f"{what} is an encoder-decoder ({config.model_type}); members are decoders (causal models)")
-    if getattr(config, "is_decoder", None) is False:
-        raise LoadError(
-            f"{what} is an encoder ({config.model_type}): it reads text in both directions and continues none; "
-            "members are decoders (causal models)"
-        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -252,12 +252,10 @@ def check_claims(config: Mapping[str, Any], weights: Weights | None, what: str, 
 
 def check_size(config: Any, weights: Weights | None, what: str) -> None:
     """Build the model without memory, and refuse one that is larger than its weights."""
-    from transformers import AutoModelForCausalLM
-
     if weights is None:
         return
     with _few_modules(20 * weights.tensors + 10_000, what), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Any = auto_class(config).from_config(config, trust_remote_code=False)
     claimed = sum(math.prod(parameter.shape) for parameter in model.parameters())
     # A quantised weight is packed, up to 16 numbers in an int32; else a model is no larger than its file.
     packed = weights.packed or getattr(config, "quantization_config", None) is not None

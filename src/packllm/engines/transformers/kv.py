@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 SPARE = 64
 """Tokens that a layer leaves room for. Every step reads all that is there; copying it at one step in 64 is little."""
@@ -63,9 +63,24 @@ def new(config: Any) -> DynamicCache:
     return cache
 
 
-def is_full(cache: DynamicCache) -> bool:
-    """Whether every layer attends to all that was read."""
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
+def text() -> DynamicCache:
+    """An empty cache for a model that carries no state: it holds the ids that were read, as keys of width 1."""
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer()]
+    return cache
+
+
+def append_text(cache: DynamicCache, tokens: Tensor) -> Tensor:
+    """Append int64 (B, n) ids to a cache whose last layer holds the text; all ids of it, (B, N)."""
+    ids = tokens[:, None, :, None]
+    return cache.update(ids, ids[..., :0], len(cache.layers) - 1)[0][:, 0, :, 0]
+
+
+def is_recurrent(cache: DynamicCache) -> bool:
+    """Whether no layer attends to tokens read before: each keeps a running state alone."""
+    return all(
+        isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer) for layer in cache.layers
+    )
 
 
 def is_plain(cache: DynamicCache) -> bool:

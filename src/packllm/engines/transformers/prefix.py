@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,8 +197,7 @@ def _covers(new: Prefix, old: Prefix) -> bool:
 
 
 def _worth(session: Session) -> bool:
-    """Whether a session is long enough, and its keys are the same however long the prompt goes on: not so where
-    rotary positions are scaled by its length."""
-    config = session.engine.model.config.get_text_config(decoder=True)
-    scaling = json.dumps(getattr(config, "rope_parameters", None), default=str)
-    return session.width >= MINIMUM and "dynamic" not in scaling and "longrope" not in scaling
+    """Whether a session is long enough, its keys are the same however long the prompt goes on, and what follows can be
+    read at once."""
+    architecture = session.engine.architecture
+    return session.width >= MINIMUM and architecture.steady and architecture.blocks

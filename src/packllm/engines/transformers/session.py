@@ -51,9 +51,11 @@ class Session:
         self._ids = torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], device=device)
         self._mask: Tensor | None = None
         if min(self._lengths) < width:
+            if not self.engine.architecture.padded:
+                raise MemberError(self.member.name, "it cannot read texts of different lengths together")
             columns = torch.arange(width, device=device)
             self._mask = (columns >= width - torch.tensor(self._lengths, device=device)[:, None]).long()
-        self._cache: DynamicCache | None = kv.new(self.engine.model.config)
+        self._cache: DynamicCache | None = self.engine.architecture.new_cache(self.engine.model.config)
         self._seen, self._recording = 0, False
         self._hidden: Tensor | None = None
         self._scored: list[Tensor] = []
@@ -101,6 +103,8 @@ class Session:
         """Run the prompt; yield ranges of columns with a function (row, columns) -> logits of those."""
         width, body, kept = self._ids.shape[1], self.engine.body, []
         step = max(1, (PASS_TOKENS if body is not None else self._block()) // self.rows)
+        if not self.engine.architecture.blocks:
+            step = width
         if self._hidden is not None:  # of the prefix that this session resumed
             before = self._hidden
             kept.append(before)
@@ -108,10 +112,10 @@ class Session:
         for start in range(self._seen, width, step):
             ids, stop = self._ids[:, start : start + step], min(start + step, width)
             if body is not None:
-                output = self._forward(body, ids).last_hidden_state
+                output = self._forward(body, ids)
                 last = self.engine.head(output[:, -1]) if stop == width else None
             else:
-                output = self._forward(self.engine.model, ids).logits
+                output = self._forward(self.engine.model, ids)
                 last = output[:, -1]
             if last is not None:
                 self.logprobs = self._distribution(last)
@@ -250,7 +254,7 @@ class Session:
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
         self._lengths = [length + tokens.shape[1] for length in self._lengths]
-        return self._distribution(self._forward(self.engine.model, tokens).logits)
+        return self._distribution(self._forward(self.engine.model, tokens))
 
     def _distribution(self, logits: Tensor) -> Tensor:
         """float32 log-softmax of logits (B, V) or (B, n, V); the last of each row becomes `logprobs`."""
@@ -270,31 +274,29 @@ class Session:
             row = int((~self._sound).nonzero()[0, 0])
             raise MemberError(self.owners[row].name, "its logits are not finite (NaN or infinity)")
 
-    def _forward(self, function: Any, tokens: Tensor) -> Any:
+    def _forward(self, function: Any, tokens: Tensor) -> Tensor:
         if self._cache is None:
             raise MemberError(self.member.name, "this session is closed")
         self.gate()
-        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self._cache, "use_cache": True}
-        if self._mask is not None:
-            seen = self._seen + tokens.shape[1]
-            inputs["attention_mask"] = self._mask[:, :seen]
-            if self.engine.accepts_positions:
-                positions = self._mask[:, :seen].cumsum(1) - 1
-                inputs["position_ids"] = positions.clamp(min=0)[:, self._seen :]
-        output = self.engine.run(function, self.owners, **inputs)
-        self._seen += tokens.shape[1]
-        return output
+        seen = self._seen + tokens.shape[1]
+        mask = None if self._mask is None else self._mask[:, :seen]
+
+        def run(function: Any, **inputs: Any) -> Any:
+            return self.engine.run(function, self.owners, **inputs)
+
+        states = self.engine.architecture.read(function, tokens, self._cache, self._seen, mask, run)
+        self._seen = seen
+        return states
 
     # Going back, and in several directions
 
     def rewindable(self) -> bool:
         """Whether the cache can drop its last tokens again (recurrent layers cannot)."""
-        return self._cache is not None and self._cache.is_croppable
+        return self._cache is not None and self.engine.architecture.croppable and self._cache.is_croppable
 
     def ragged(self) -> bool:
-        """Whether rows can forget different numbers of tokens: sliding windows are measured in columns, which
-        then no longer are tokens."""
-        return self._cache is not None and kv.is_full(self._cache) and self.engine.accepts_positions
+        """Whether rows can forget different numbers of tokens."""
+        return self.engine.architecture.ragged
 
     def record(self) -> None:
         """Keep what rewind() needs from now on: sliding windows otherwise forget what left them."""
