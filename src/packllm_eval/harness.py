@@ -68,7 +68,7 @@ class PackLM(LM):
         self.pack = pack
 
     @property
-    def _as_text(self) -> dict[str, bool]:
+    def _as_text(self) -> dict[str, Any]:
         """A context that is text is continued, not answered, unless the pack is told otherwise."""
         return {"chat_template": bool(self.pack.options.chat_template)}
 
