@@ -1,30 +1,62 @@
-"""One model in memory: what members that are adapters of the same base share."""
+"""The engine of torch models from transformers: reads of all sequences in one pass, where the architecture allows it."""
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import json
+import logging
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from packllm.align.vocabulary import Vocabulary
+from packllm.engines import base
+from packllm.engines.base import Read
+from packllm.engines.meeting import Job, Meeting, Part
+from packllm.engines.prefix import MINIMUM, PrefixCache
+from packllm.engines.transformers import kv, packed
 from packllm.engines.transformers.adapters import Adapters
-from packllm.errors import MemberError
+from packllm.engines.transformers.sequence import Sequence
 
-if TYPE_CHECKING:
-    from packllm.engines.transformers.member import Member
+log = logging.getLogger("packllm")
 
-_whole_heads: dict[str, bool] = {}
-"""Whether logits are the head applied to the body's output, by architecture and configuration: the weights
-play no part, so models of one kind are tried once."""
+BLOCK_BYTES = 32 * 2**20
+"""Most bytes of float32 logits that scoring holds at once."""
+
+PASS_TOKENS, PASS_TOKENS_ELSEWHERE = 256, 4096
+"""Most tokens of a pass on a CPU and on an accelerator; larger ones are not faster, and keep others waiting."""
+
+PACKING, PACKING_ELSEWHERE = 0.1, 0.01
+"""What each further token adds to a pass over one: decoding reads all weights to compute little (135M parameters, float32:
+a pass over eight tokens takes twice one over one)."""
+
+NOT_FINITE = "its logits are not finite (NaN or infinity)"
+
+_kinds: dict[str, tuple[bool, bool]] = {}
+"""What was tried by architecture and configuration, in which weights play no part: whether logits are the head applied to the
+body's output, and whether sequences can be packed."""
 
 
-class Engine:
-    """Runs one transformers model, one pass at a time, for the members that share it.
+@dataclass(eq=False)
+class _Row:
+    """What one sequence reads in a pass."""
+
+    sequence: Sequence
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [i for part in self.parts for i in part.ids]
+
+
+class Engine(base.Engine):
+    """Runs one transformers model for the members that share it.
 
     Args:
         model: a transformers causal LM.
@@ -32,75 +64,393 @@ class Engine:
         adapters: LoRA adapters attached to the model, if members choose among some.
 
     Attributes:
-        body, head: the decoder and the LM head, where logits are head(body(ids)); body is None elsewhere.
-        vocabulary_size: ids that model and tokenizer both have; logits are cut to them, so padding rows
-            of the model never carry mass.
-        accepts_positions: whether the model reads position ids.
-        forwards: passes over the model's weights, for tests and benchmarks.
+        packs: whether several sequences run in one pass.
+        meeting: where reads wait.
+        forwards, tokens: passes over the model's weights and token positions put through them, for tests and benchmarks.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, adapters: Adapters | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.adapters = adapters
-        self.vocabulary_size = min(len(vocabulary), model.config.get_text_config(decoder=True).vocab_size)
-        self.accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.forwards = 0
-        self._lock = threading.Lock()
-        self._unused = torch.tensor(sorted(i for i in vocabulary.unused if i < self.vocabulary_size))
+        config = model.config.get_text_config(decoder=True)
+        self.vocabulary_size = min(len(vocabulary), config.vocab_size)
+        self.context_window = getattr(config, "max_position_embeddings", None)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.device: torch.device = model.device
+        self.place = str(self.device)
+        self.size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        self.forwards = self.tokens = 0
+        self._unused = torch.tensor(
+            sorted(i for i in vocabulary.unused if i < self.vocabulary_size), device=self.device
+        )
+        self._config = config
+        accepted = inspect.signature(model.forward).parameters
+        self._positions, self._keeps = "position_ids" in accepted, "logits_to_keep" in accepted
+        self._scaled = _scaled(config)
         body = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self.body = body if body is not model else None
-        self.head = model.get_output_embeddings()
-        kind = f"{type(model).__name__} {model.config.to_json_string()}"
-        if kind not in _whole_heads:
-            _whole_heads[kind] = self._head_is_whole()
-        if not _whole_heads[kind]:
-            self.body = None
+        self._body, self._head = body if body is not model else None, model.get_output_embeddings()
+        kind = f"{type(model).__module__} {type(model).__name__} {model.dtype} {model.config.to_json_string()}"
+        if kind not in _kinds:
+            _kinds[kind] = self._head_is_whole(), self._can_pack()
+        whole, self.packs = _kinds[kind]
+        self._body = self._body if whole else None
+        self.rewinds = self.packs or kv.is_full(kv.new(config))
+        on_cpu = self.device.type == "cpu"
+        self.packing = PACKING if on_cpu else PACKING_ELSEWHERE
+        most = PASS_TOKENS if on_cpu else PASS_TOKENS_ELSEWHERE
+        if self._scaled or not self.rewinds:  # what is read later would change what came before, or begin anew
+            most = 2**31
+        if not self.packs:
+            log.info("%s runs sequence by sequence: its attention cannot be packed", type(model).__name__)
+        self.meeting = Meeting(self._run, most, self.packing)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+    # What an engine does
+
+    def open(self, adapter: int | None = None, prefixes: PrefixCache | None = None) -> Sequence:
+        return Sequence(self, adapter, None if self._scaled else prefixes)
+
+    def read(self, reads: List[Read]) -> list[Tensor | Exception]:
+        prompts: list[Sequence] = []
+        for read in reads:
+            sequence = read.sequence
+            assert isinstance(sequence, Sequence)
+            if not sequence.ids and sequence.prefixes is not None and sequence not in prompts:
+                prompts.append(sequence)
+                self.keep_hidden(sequence)
+        answers = self.meeting.read(reads)
+        for sequence in prompts:
+            if sequence.prefixes is not None and sequence.cached == len(sequence.ids) >= MINIMUM:
+                kept = sequence.fork()
+                sequence.prefixes.keep(sequence.adapter, kept, kept.nbytes())
+        return answers
+
+    # What log-pool optimisers ask for (base.KeepsHidden)
+
+    def keep_hidden(self, sequence: Sequence) -> None:
+        if self._body is not None and sequence.hidden is None and not sequence.ids:
+            sequence.hidden = torch.empty(
+                0, self._head.weight.shape[1], dtype=self._head.weight.dtype, device=self.device
+            )
+
+    def release_hidden(self, sequence: Sequence) -> None:
+        sequence.hidden = None
+
+    def hidden(self, sequence: Sequence, places: Tensor) -> Tensor | None:
+        if sequence.hidden is None or (len(places) and int(places.max()) >= len(sequence.hidden)):
+            return None
+        return sequence.hidden[places.to(self.device)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._real(self._head(hidden))
+
+    def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        if type(self._head) is not torch.nn.Linear:
+            return None
+        return self._head.weight, self._head.bias, self._unused
+
+    # One pass
+
+    def _run(self, parts: List[Part]) -> None:
+        """Take the jobs on by their parts. A pass that fails is tried again for each sequence by itself, for the fault may be
+        another request's."""
+        rows = self._rows(parts)
+        for group in [rows] if self.packs and rows else [[row] for row in rows]:
+            try:
+                self._pass(group)
+            except BaseException as error:
+                for row in group:
+                    row.sequence.lose()
+                if not isinstance(error, Exception):
+                    raise  # an interrupt: what others asked for is read again
+                for row in group:
+                    self._alone(row, error if len(group) == 1 else None)
+
+    def _alone(self, row: _Row, error: Exception | None) -> None:
+        try:
+            if error is not None:
+                raise error
+            self._pass([row])
+        except Exception as own:
+            row.sequence.lose()
+            for part in row.parts:
+                part.job.answer = own
+
+    def _rows(self, parts: List[Part]) -> list[_Row]:
+        rows: dict[int, _Row] = {}
+        for part in parts:
+            sequence = part.sequence
+            assert isinstance(sequence, Sequence)
+            if sequence.closed:
+                part.job.answer = ValueError("this sequence is closed")
+            elif not part.count:
+                part.job.take(0, self._nothing(part))
+            else:
+                if id(sequence) not in rows:
+                    part = self._resumed(sequence, part)
+                if part.count:
+                    rows.setdefault(id(sequence), _Row(sequence)).parts.append(part)
+        return list(rows.values())
+
+    def _nothing(self, part: Part) -> Tensor:
+        return torch.empty(0, self.vocabulary_size) if part.targets is None else torch.empty(0, dtype=torch.float64)
+
+    def _pass(self, rows: List[_Row]) -> None:
+        """Run the rows, one where nothing is packed, and give their jobs what they want."""
+        for row in rows:
+            self._catch_up(row.sequence)
+        whole: list[
+            int
+        ] = []  # places of the pass after which all log-probabilities are wanted, or those of some tokens
+        some: list[int] = []
+        targets: list[int] = []
+        at = 0
+        for part in (part for row in rows for part in row.parts):
+            if part.targets is None:
+                whole += [at + place for place in part.places]
+            else:
+                some += [at + place for place in part.places]
+                targets += [part.targets[place] for place in part.places]
+            at += part.count
+        with torch.inference_mode():
+            hidden, logits_of = self._forward(
+                [row.sequence for row in rows], [row.ids for row in rows], sorted(whole + some)
+            )
+            logprobs, sound = self._logprobs(logits_of(whole)) if whole else (None, [])
+            scores = self._scores(logits_of, some, targets)
+        self._hand_out(rows, logprobs, sound, scores, hidden)
+
+    def _hand_out(
+        self, rows: List[_Row], logprobs: Tensor | None, sound: list[bool], scores: list[float], hidden: Tensor | None
+    ) -> None:
+        whole = some = at = 0
+        for row in rows:
+            for part in row.parts:
+                job, sequence, count, ids = part.job, row.sequence, len(part.places), part.ids
+                if part.targets is None:
+                    job.take(part.count, self._nothing(part) if logprobs is None else logprobs[whole : whole + count])
+                    faulty = not all(sound[whole : whole + count])
+                    whole += count
+                else:
+                    given = torch.full((part.count,), torch.nan, dtype=torch.float64)
+                    given[part.places] = torch.tensor(scores[some : some + count], dtype=torch.float64)
+                    faulty = any(math.isnan(score) or score == math.inf for score in scores[some : some + count])
+                    some += count
+                    self._note(sequence, job, given)
+                    job.take(part.count, given)
+                if faulty:
+                    job.answer = FloatingPointError(NOT_FINITE)
+                if sequence.hidden is not None and hidden is not None:
+                    sequence.hidden = torch.cat([sequence.hidden, hidden[at : at + part.count]])
+                sequence.ids += ids
+                sequence.cached += len(ids)
+                at += part.count
+            if not self.rewinds and not row.sequence.remembers:
+                row.sequence.remember()
+
+    def _note(self, sequence: Sequence, job: Job, given: Tensor) -> None:
+        """Remember what a prompt's own next ids were given, for prompts that begin alike."""
+        if len(sequence.known) == len(sequence.ids):
+            following = [*job.read.ids[job.done + 1 :][: len(given)], -1][: len(given)]
+            targets = list(job.read.want)[job.done :][: len(given)]
+            own = torch.tensor([one == other for one, other in zip(following, targets, strict=True)], dtype=torch.bool)
+            sequence.known = torch.cat([sequence.known, given.where(own, torch.nan)])
+
+    def _catch_up(self, sequence: Sequence) -> None:
+        """Read again what the cache lacks of the ids."""
+        if sequence.cache is None:
+            sequence.cache = (kv.full if self.packs else kv.new)(self._config)
+        if sequence.cached == len(sequence.ids):
+            return
+        with torch.inference_mode():
+            for at in range(sequence.cached, len(sequence.ids), PASS_TOKENS_ELSEWHERE):
+                block = sequence.ids[at : at + PASS_TOKENS_ELSEWHERE]
+                self._forward([sequence], [block], [])
+                sequence.cached += len(block)
+        if not self.rewinds:
+            sequence.remember()
+
+    def _resumed(self, sequence: Sequence, part: Part) -> Part:
+        """Let a sequence that has read nothing start from the longest kept one that begins alike; what is left of its part."""
+        job = part.job
+        if sequence.ids or sequence.prefixes is None or job.done or job.read.want == "all":
+            return part
+        count = 0
+        if found := sequence.prefixes.longest(self, sequence.adapter, job.read.ids):
+            kept, count = found[0].fork(), found[1]
+            assert isinstance(kept, Sequence)
+            count = min(count, len(job.read.ids) - (part.targets is None))
+            given, count = self._scores_kept(kept, job, count)
+            if kept.cache is None or count < MINIMUM or (not self.rewinds and count != len(kept.ids)):
+                count = 0
+            else:
+                kept.crop(count)
+                sequence.cache, sequence.cached, sequence.ids = kept.cache, count, kept.ids
+                sequence.known, sequence.hidden = given if part.targets is not None else kept.known[:count], kept.hidden
+                sequence.cached_tokens = count
+                kept.cache = None
+                job.take(count, self._nothing(part) if part.targets is None else given)
+            kept.close()
+        sequence.prefixes.note(count)
+        return Part(job, min(part.count, job.left))
+
+    def _scores_kept(self, kept: Sequence, job: Job, count: int) -> tuple[Tensor, int]:
+        """What a kept sequence tells of the first targets, and of how many of `count` ids it tells all that is wanted."""
+        if isinstance(job.read.want, str):
+            return kept.known[:count], count
+        targets = list(job.read.want)[:count]
+        given = torch.full((count,), torch.nan, dtype=torch.float64)
+        known = kept.known[:count]
+        same = [one == other for one, other in zip(kept.ids[1 : len(known) + 1], targets, strict=False)]
+        given[: len(same)] = known[: len(same)].where(torch.tensor(same, dtype=torch.bool), torch.nan)
+        missing = [place for place, target in enumerate(targets) if target >= 0 and given[place].isnan()]
+        if missing and kept.hidden is not None:
+            hidden = kept.hidden
+            wanted = [targets[place] for place in missing]
+            with torch.inference_mode():
+                scores = self._scores(lambda places: self._real(self._head(hidden[places])), missing, wanted)
+            given[missing] = torch.tensor(scores, dtype=torch.float64)
+        elif missing:
+            count = missing[0]
+        return given[:count], count
+
+    # The model
+
+    def _forward(
+        self, sequences: List[Sequence], ids: List[List[int]], wanted: List[int]
+    ) -> tuple[Tensor | None, Callable[[List[int]], Tensor]]:
+        """Put ids through the model after what each sequence's cache holds, all in one row.
+
+        Returns:
+            The body's output (n, d), where logits are the head of it, and float32 logits (m, V) at m of the places wanted.
+        """
+        tokens = [i for row in ids for i in row]
+        if not self.rewinds and sequences[0].cached and len(tokens) > 1:
+            return self._one_by_one(sequences[0], tokens)
+        starts = [sequence.cached for sequence in sequences]
+        cache = sequences[0].cache
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([tokens], device=self.device), "use_cache": True}
+        with ExitStack() as stack:
+            if self.packs:
+                cache = packed.PackedCache([sequence.cache for sequence in sequences], [len(row) for row in ids])
+                stack.enter_context(packed.attention(self._config, cache))
+            if self.adapters is not None:
+                stack.enter_context(
+                    self.adapters.use([s.adapter for s, row in zip(sequences, ids, strict=True) for _ in row])
+                )
+            inputs["past_key_values"] = cache
+            if self._positions:
+                positions = [start + at for start, row in zip(starts, ids, strict=True) for at in range(len(row))]
+                inputs["position_ids"] = torch.tensor([positions], device=self.device)
+            self.forwards += 1
+            self.tokens += len(tokens)
+            if self._body is not None:
+                hidden = self._body(**inputs).last_hidden_state[0]
+                return hidden, lambda places: self._real(self._head(hidden[places]))
+            at = {place: place for place in range(len(tokens))}
+            if self._keeps:
+                kept = list(wanted) or [len(tokens) - 1]
+                inputs["logits_to_keep"] = torch.tensor(kept, device=self.device)
+                at = {place: index for index, place in enumerate(kept)}
+            logits = self.model(**inputs).logits[0]
+        return None, lambda places: self._real(logits[[at[place] for place in places]])
+
+    def _one_by_one(self, sequence: Sequence, tokens: List[int]) -> tuple[Tensor | None, Callable[[List[int]], Tensor]]:
+        """Recurrent layers may begin a block of several tokens from an empty state."""
+        before, rows, hidden = sequence.cached, [], []
+        for token in tokens:
+            state, logits_of = self._forward([sequence], [[token]], [0])
+            rows.append(logits_of([0]))
+            hidden += [] if state is None else [state]
+            sequence.cached += 1
+        sequence.cached = before  # whoever asked counts them
+        logits = torch.cat(rows)
+        return torch.cat(hidden) if hidden else None, lambda places: logits[list(places)]
+
+    def _real(self, logits: Tensor) -> Tensor:
+        """float32 logits of the ids that tokenizer and model share."""
+        logits = logits[..., : self.vocabulary_size].float()
+        return logits.index_fill(-1, self._unused, -torch.inf) if len(self._unused) else logits
+
+    def _logprobs(self, logits: Tensor) -> tuple[Tensor, list[bool]]:
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        return logits - normaliser, normaliser.isfinite()[:, 0].tolist()
+
+    def _scores(self, logits_of: Callable[[List[int]], Tensor], places: List[int], targets: List[int]) -> list[float]:
+        """log p of each target after its place."""
+        step = max(1, BLOCK_BYTES // (4 * self.vocabulary_size))
+        scores: list[float] = []
+        for at in range(0, len(places), step):
+            logits = logits_of(places[at : at + step])
+            chosen = logits.gather(-1, torch.tensor(targets[at : at + step], device=logits.device)[:, None])[:, 0]
+            scores += (chosen - logits.logsumexp(-1)).tolist()
+        return scores
+
+    # What is tried once a kind
 
     def _head_is_whole(self) -> bool:
         """Try the head on the body's output against the model's own logits: some models cap or scale them after."""
-        if self.body is None or self.head is None:
+        if self._body is None or self._head is None:
             return False
         ids = torch.arange(1, min(9, self.vocabulary_size), device=self.device)[None]
         with torch.inference_mode():
             try:
                 own = self.model(input_ids=ids, use_cache=False).logits
-                ours = self.head(self.body(input_ids=ids, use_cache=False).last_hidden_state)
+                ours = self._head(self._body(input_ids=ids, use_cache=False).last_hidden_state)
             except Exception:  # a body with other arguments: the model's own path always works
                 return False
         return own.shape == ours.shape and torch.allclose(own.float(), ours.float(), atol=1e-4, rtol=1e-4)
 
-    def run(self, function: Callable[..., Any], owners: Sequence[Member], **inputs: Any) -> Any:
-        """One forward pass, counted, alone on this model (some keep state, as in dynamic rotary scaling).
-
-        Args:
-            function: the model or its body.
-            owners: the member of each row.
-            inputs: of the function; input_ids is (rows, n).
-
-        Raises:
-            MemberError: the pass failed; it names the owners.
-        """
-        chosen = [owner.adapter for owner in owners]
-        members = dict.fromkeys(owners)
-        with self._lock, torch.inference_mode():
-            self.forwards += 1
-            for member in members:
-                member.forwards += 1
-                member.tokens += owners.count(member) * inputs["input_ids"].shape[1]
+    def _can_pack(self) -> bool:
+        """Try two packed sequences, in two passes, against the model's own logits."""
+        known = type(self.model).__module__.startswith("transformers.")  # a model of others may do more with its cache
+        if not known or not self._positions or self._scaled or getattr(self._config, "attention_chunk_size", None):
+            return False
+        rows = [list(range(1, 7)), list(range(3, 6))]
+        rows = [[i % self.vocabulary_size for i in row] for row in rows]
+        caches = [kv.full(self._config) for _ in rows]
+        with torch.inference_mode():
             try:
-                with self.adapters.use(chosen) if self.adapters else nullcontext():
-                    return function(**inputs)
-            except Exception as error:
-                names = "+".join(member.name for member in members)
-                raise MemberError(names, f"{type(error).__name__}: {error}") from error
+                own = [
+                    self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False).logits[0]
+                    for row in rows
+                ]
+                ours: list[list[Tensor]] = [[], []]
+                for cuts in ((slice(0, 4), slice(0, 1)), (slice(4, 6), slice(1, 3))):
+                    parts = [row[cut] for row, cut in zip(rows, cuts, strict=True)]
+                    cache = packed.PackedCache(caches, [len(part) for part in parts])
+                    ids = torch.tensor([[i for part in parts for i in part]], device=self.device)
+                    places = torch.tensor(
+                        [[p for row, cut in zip(rows, cuts, strict=True) for p in range(len(row))[cut]]]
+                    )
+                    with packed.attention(self._config, cache):
+                        logits = self.model(
+                            input_ids=ids, position_ids=places.to(self.device), past_key_values=cache, use_cache=True
+                        ).logits[0]
+                    for found, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
+                        found.append(part)
+            except Exception:  # attention that goes another way than transformers' interface
+                return False
+        if sum(window is not None for window in cache.windows.values()) != _windows(self._config):
+            return False
+        scale = 1e-3 if self.model.dtype == torch.float32 else 0.2
+        return all(
+            bool((torch.cat(found).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std())))
+            for found, right in zip(ours, own, strict=True)
+        )
 
-    def real(self, logits: Tensor) -> Tensor:
-        """float32 logits of the ids that tokenizer and model share."""
-        logits = logits[..., : self.vocabulary_size].float()
-        if len(self._unused):
-            logits = logits.index_fill(-1, self._unused.to(logits.device), -torch.inf)
-        return logits
+
+def _scaled(config: Any) -> bool:
+    """Whether rotary positions are scaled by the length of what is read, so that keys change as it grows."""
+    said = json.dumps(getattr(config, "rope_parameters", None), default=str)
+    return "dynamic" in said or "longrope" in said
+
+
+def _windows(config: Any) -> int:
+    """Layers that look back a few tokens only."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return sum(kind == "sliding_attention" for kind in kinds)
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return config.num_hidden_layers if window else 0

@@ -1,0 +1,143 @@
+"""What runs a member: an engine answers reads. Nothing above this folder knows what is behind one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from collections.abc import Sequence as List
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Want = Literal["all", "last", "none"] | List[int]
+"""Which of the log-probabilities after the ids of a read come back.
+
+"all": float32 (n, V), after each of the n ids. "last": float32 (1, V), after the last of them. "none": float32 (0, V).
+n ids, the targets: float64 (n,) on the CPU, what is given to each target right after the id at its place; NaN where the target
+is negative.
+"""
+
+
+class Sequence(ABC):
+    """The ids that a model has read, and whatever its engine keeps for them.
+
+    Attributes:
+        engine: whose it is.
+        ids: what has been read; the truth from which a lost cache is made again.
+        cached_tokens: how many of them did not have to be read, since an earlier sequence began alike.
+    """
+
+    engine: Engine
+    ids: list[int]
+    cached_tokens: int = 0
+
+    @abstractmethod
+    def crop(self, length: int) -> None:
+        """Go back to the first `length` ids. This always works; what it costs is the engine's affair."""
+
+    @abstractmethod
+    def fork(self) -> Sequence:
+        """Another sequence that has read the same; this one stays as it is."""
+
+    def close(self) -> None:
+        """Free what is kept; the sequence cannot be read into any more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """These ids come after that sequence; see Want for what comes back."""
+
+    sequence: Sequence
+    ids: List[int]
+    want: Want = "last"
+
+
+class Engine(ABC):
+    """Runs one set of weights. Safe to use from several threads.
+
+    Attributes:
+        vocabulary_size: V, ids that it gives log-probabilities of; they are the first of the member's vocabulary.
+        context_window: most ids that a sequence may hold, None if there is no limit.
+        end_ids: ids that end an answer, as far as the model says so itself.
+        place: engines of different places run at the same time, those of one place in turn.
+        rewinds: whether crop() is cheap, as it is for keys and values, and not for recurrent states.
+        size: what one pass has to read, in bytes: how passes of several engines compare.
+        packing: what each further token adds to a pass over one, as a share of it.
+    """
+
+    vocabulary_size: int
+    context_window: int | None = None
+    end_ids: frozenset[int] = frozenset()
+    place: Hashable = "cpu"
+    rewinds: bool = True
+    size: int = 1
+    packing: float = 0.1
+
+    @abstractmethod
+    def open(self, adapter: int | None = None) -> Sequence:
+        """A sequence that has read nothing, on the weights as they are or with one of their adapters."""
+
+    @abstractmethod
+    def read(self, reads: List[Read]) -> list[Tensor | Exception]:
+        """Answers to reads in their order, which may come from several sequences; one sequence's happen one after the other. A
+        read that failed has its exception for an answer, and the others theirs."""
+
+    def close(self) -> None:
+        """Free what is kept beside the weights."""
+
+
+@runtime_checkable
+class KeepsHidden(Protocol):
+    """An engine that can tell what it made its log-probabilities of. Log-pool optimisers then need no second pass (METHODS §3)."""
+
+    def keep_hidden(self, sequence: Sequence) -> None:
+        """Before anything is read: keep hidden states of what follows, where logits are made of them alone."""
+        ...
+
+    def release_hidden(self, sequence: Sequence) -> None:
+        """They are not needed any more."""
+        ...
+
+    def hidden(self, sequence: Sequence, places: Tensor) -> Tensor | None:
+        """(n, d), hidden states after the ids at some places (int64); None where they are not kept."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 (n, V) of hidden states (n, d)."""
+        ...
+
+    def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """Weight (at least V, d), bias or None, and ids without mass, where logits are just that product; None elsewhere."""
+        ...
+
+
+def read_together(reads: List[Read]) -> list[Tensor | Exception]:
+    """Answers to reads of any engines, in their order; engines of different places run at the same time."""
+    by_engine: dict[int, list[int]] = {}
+    for at, read in enumerate(reads):
+        by_engine.setdefault(id(read.sequence.engine), []).append(at)
+    by_place: dict[Hashable, list[list[int]]] = {}
+    for group in by_engine.values():
+        by_place.setdefault(reads[group[0]].sequence.engine.place, []).append(group)
+    answers: list[Tensor | Exception] = [torch.empty(0)] * len(reads)
+
+    def run(groups: list[list[int]]) -> None:
+        for group in groups:
+            engine = reads[group[0]].sequence.engine
+            try:
+                found = engine.read([reads[at] for at in group])
+            except Exception as error:
+                found = [error] * len(group)
+            for at, answer in zip(group, found, strict=True):
+                answers[at] = answer
+
+    if len(by_place) <= 1:
+        for groups in by_place.values():
+            run(groups)
+    else:
+        with ThreadPoolExecutor(len(by_place)) as pool:
+            list(pool.map(run, by_place.values()))
+    return answers
