@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import importlib
 import io
 import json
 import math
@@ -9,11 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import packllm
 from packllm import Pack
 from packllm.cli import CONTEXT, _printable, app
+from packllm.progress import SLOW, bars_if_slow
 
 QUESTION = "What is the capital of France?"
 
@@ -133,10 +137,34 @@ def test_fixed_weights(run) -> None:
     assert weights["weights"] == pytest.approx([0.7, 0.3])
 
 
-def test_a_text_with_nothing_to_score(run) -> None:
+def test_a_text_with_nothing_to_score_says_why_weights_are_uniform(run) -> None:
     result = run("weigh", "a")
     assert result.exit_code == 0, result.output
     assert "0.500" in result.stdout
+    assert "nothing was scored, so all members count the same" in " ".join(result.stdout.split())
+    assert json.loads(run("weigh", "a", "--json").stdout)["note"].startswith("nothing was scored")
+    assert json.loads(run("weigh", QUESTION, "--json").stdout)["note"] is None
+    assert "nothing was scored" not in run("weigh", QUESTION).stdout
+
+
+def test_weigh_reads_files(run, reference, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text(QUESTION, encoding="utf-8")
+    Path("more.txt").write_text("Paris.", encoding="utf-8")
+    one = json.loads(run("weigh", "--file", "notes.md", "--json").stdout)
+    assert one == reference.weigh(QUESTION).as_dict()
+    both = json.loads(run("weigh", "-f", "notes.md", "-f", "more.txt", "--json").stdout)
+    assert both == reference.weigh(f"{QUESTION}\n\nParis.").as_dict()
+    for arguments, remedy in (
+        (["notes.md"], "--file notes.md"),
+        (["some text", "-f", "notes.md"], "not both"),
+        ([], "--file FILE"),
+    ):
+        refused = run("weigh", *arguments)
+        assert refused.exit_code == 2
+        assert remedy in refused.stderr
+    piped = run("weigh", "-", "--json", stdin="notes.md")  # the name itself, when it is meant
+    assert json.loads(piped.stdout) == reference.weigh("notes.md").as_dict()
 
 
 @pytest.mark.parametrize(
@@ -194,15 +222,81 @@ def test_answers_cannot_steer_a_terminal(monkeypatch) -> None:
     assert _printable("a\x1b[2J\tb\nü\x07") == "a[2J\tb\nü"
 
 
-def test_help_does_not_import_the_libraries_of_the_commands() -> None:
-    # The package itself is stubbed: this is about what the command line adds.
-    code = (
-        "import sys, types; p = types.ModuleType('packllm'); p.__path__ = [sys.argv[1]]; sys.modules['packllm'] = p; "
-        "import packllm.cli; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
-    folder = str(Path(packllm.__file__).parent)
-    found = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "packllm_eval")
+
+
+def imported(code: str) -> list[str]:
+    """What of HEAVY a process of its own imports by this code; its last line of output is that."""
+    code += f"\nimport sys\nprint('\\n', sorted(set({HEAVY}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout.splitlines()[-1].strip())
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["ask", "--help"], ["weigh", "--help"]], ids=" ".join)
+def test_help_and_version_import_nothing_heavy(arguments) -> None:
+    code = f"from packllm.cli import app\ntry: app({arguments})\nexcept SystemExit as end: assert not end.code"
+    assert imported(code) == []
+
+
+def test_the_package_imports_what_is_asked_for() -> None:
+    assert imported("import packllm; packllm.__version__, dir(packllm); packllm.PackError") == []
+    assert "torch" in imported("from packllm import Pack; assert Pack.__name__ == 'Pack'")
+    code = """
+import packllm
+for name in packllm.__all__:
+    assert getattr(packllm, name).__name__ == name, name
+assert packllm.align.Vocabulary and packllm.weights.WEIGHTINGS and set(packllm.__all__) <= set(dir(packllm))
+try: packllm.Packet
+except AttributeError as error: assert "'Packet'" in str(error)
+else: raise AssertionError
+exec("from packllm import *")
+"""
+    assert "packllm_eval" not in imported(code)
+
+
+def test_types_are_told_what_is_imported_late() -> None:
+    """Type checkers and editors read what runs only for them."""
+    tree = ast.parse(Path(packllm.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    assert set(told) == set(packllm.__all__)
+    for name, module in told.items():
+        assert getattr(importlib.import_module(module), name) is getattr(packllm, name)
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_commands_of_the_evaluation_say_what_they_lack(command, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("packllm_eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "packllm_eval", None)
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 2
+    assert result.stderr == "Error: this command needs packllm_eval; install packllm[eval]\n"
+
+
+def test_no_bar_for_what_is_quick(models) -> None:
+    """Loading two tiny models takes no two seconds, and nobody watches: not a bar, not a warning."""
+    code = f"from packllm import Pack; print(len(Pack.load({models!r}).members))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_bars_of_loading_wait_and_hooks_of_others_stay() -> None:
+    seen: list[dict] = []
+
+    def theirs(make, args, options):
+        seen.append(options)
+        return make(*args, **options)
+
+    before = logging.set_tqdm_hook(theirs)
+    try:
+        with bars_if_slow():
+            assert list(logging.tqdm(range(3), desc="Loading weights")) == [0, 1, 2]
+        assert logging.set_tqdm_hook(theirs) is theirs
+    finally:
+        logging.set_tqdm_hook(before)
+    assert seen == [{"delay": SLOW, "disable": None, "desc": "Loading weights"}]
 
 
 def test_json_is_finite(run) -> None:

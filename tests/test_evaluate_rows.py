@@ -115,6 +115,25 @@ def test_files_that_hold_nothing(tmp_path):
         rows.read_documents(tmp_path / "t.jsonl")
 
 
+def test_a_folder_is_one_corpus_of_all_its_texts(tmp_path):
+    notes = tmp_path / "notes"
+    (notes / "deep").mkdir(parents=True)
+    (notes / ".git").mkdir()
+    (tmp_path / "bare").mkdir()
+    (notes / "b.md").write_text("# Insulin\n\nlowers glucose")
+    (notes / "deep" / "a.txt").write_text("The court")
+    (notes / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A query"}\n{"text": "A plan", "domain": "db"}\n'))
+    (notes / "empty.txt").write_text("")
+    (notes / ".git" / "hidden.txt").write_text("hidden")
+    (notes / "picture.png").write_bytes(b"\x89PNG")
+    found = rows.read_documents(notes)
+    texts = ["# Insulin\n\nlowers glucose", "A query", "A plan", "The court"]
+    assert [(d.corpus, d.text) for d in found] == list(zip(["notes", "notes", "db", "notes"], texts, strict=True))
+    assert files.names([notes, notes / "b.md"]) == ["notes", "b"]
+    with pytest.raises(DataError, match=r"holds no \.jsonl, \.txt or \.md file"):
+        rows.read_documents(tmp_path / "bare")
+
+
 def test_samples_are_drawn_by_the_seed_and_never_silently_small():
     found = rows.sample(documents(10), 3, 0, 200)
     assert found == rows.sample(documents(10), 3, 0, 200) != rows.sample(documents(10), 3, 1, 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from packllm.cli import app
-from packllm.errors import ExtraError
+from packllm.errors import DataError, ExtraError
 from packllm_eval import lm, records, report, statistics, tables
 from packllm_eval.rows import Document
 
@@ -149,10 +150,64 @@ def test_reports_are_written_with_plots(pack, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["table"][0]["corpus"] == "two"
 
 
-def test_plots_without_matplotlib_say_which_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.fixture
+def no_matplotlib(monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
+
+
+def test_plots_without_matplotlib_say_which_extra(no_matplotlib, caplog):
     with pytest.raises(ExtraError, match=r"install packllm\[eval\]"):
-        report.require_plots()
+        report.can_plot(True)
+    assert not report.can_plot(False)
+    assert not caplog.messages
+    assert not report.can_plot(None)
+    assert 'pip install "packllm[eval]"' in caplog.text
+
+
+def test_the_audit_makes_its_table_without_matplotlib(no_matplotlib, saved, tmp_path, caplog):
+    (tmp_path / "notes.md").write_text("\n\n".join(d.text for d in documents(4)))
+    result = run(tmp_path / "notes.md", "-m", saved[0], "--documents", "1", "--report", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "### Members on notes" in (tmp_path / "out/report.md").read_text()
+    assert "plots need matplotlib" in caplog.text
+    assert not list(tmp_path.rglob("*.png"))
+    refused = run(tmp_path / "notes.md", "-m", saved[0], "--plots", "--report", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "matplotlib" in refused.stderr
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from packllm_eval.records import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_on_a_folder_is_refused_until_the_first_ends(saved, tmp_path):
+    (tmp_path / "notes.txt").write_text("\n\n".join(d.text for d in documents(4)))
+    audit = [tmp_path / "notes.txt", "-m", saved[0], "--documents", "1", "--no-plots", "--report", tmp_path / "out"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], **pipes) as first:
+        assert first.stdout.readline() == "held\n"
+        second = run(*audit)
+        assert second.exit_code == 2
+        assert f"another run writes to '{tmp_path / 'out'}'" in second.stderr
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+        first.kill()
+    assert run(*audit).exit_code == 0
+
+
+def test_records_are_one_writers(tmp_path):
+    with records.Records(tmp_path / "r.jsonl", {"a": 1}) as open_:
+        open_.add({"id": "x"})
+        with pytest.raises(DataError, match="another run writes"):
+            records.Records(tmp_path / "r.jsonl", {"a": 1})
+    with records.Records(tmp_path / "r.jsonl", {"a": 1}) as again:
+        assert again.rows == {"x": {"id": "x"}}
 
 
 def test_importing_needs_no_extra():

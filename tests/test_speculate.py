@@ -16,6 +16,7 @@ from test_adapters import specs  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3NextConfig
 
 from packllm import Member, MemberError, Pack
+from packllm.decode.failures import Failures
 from packllm.decode.sampling import Greedy, Random, make_sampler
 from packllm.decode.speculate import MOST_PLACES, Pace, speculative_ids
 from packllm.decode.tokens import Ensemble, Row
@@ -60,7 +61,8 @@ def ensemble_of(members, prompts, values, pool="linear", limit=20, drop=False, s
         sessions[k].prefill([[]] * len(prompts))
     sample = [make_sampler(0.0 if seed is None else 1.0, 1.0, None, seed) for _ in prompts]
     rows = [Row(weights_of(members, values, pool), one, limit) for one in sample]
-    return Ensemble(sessions, rows, drop), rows
+    failures = Failures([m.name for m in members], range(len(members)), drop)
+    return Ensemble(sessions, rows, failures), rows
 
 
 @pytest.mark.parametrize("pool", ["linear", "log"])

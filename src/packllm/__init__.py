@@ -3,30 +3,39 @@
 Pack is the way in: Pack.load([...]) or Pack.starter(), then stream, generate, weigh, score or rerank.
 """
 
-from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
-from packllm.engines.transformers.member import Member
-from packllm.errors import (
-    ContextOverflowError,
-    ExtraError,
-    LoadError,
-    MemberError,
-    OptionError,
-    PackError,
-    PromptError,
-    VocabularyError,
-    WeightsError,
-)
-from packllm.options import OptionFields, Options
-from packllm.pack import Pack
-from packllm.results import Chunk, Generation, Usage
-from packllm.weights import Weights
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
+    from packllm.engines.transformers.member import Member
+    from packllm.errors import (
+        CancelledError,
+        ContextOverflowError,
+        DataError,
+        ExtraError,
+        LoadError,
+        MemberError,
+        OptionError,
+        PackError,
+        PromptError,
+        VocabularyError,
+        WeightsError,
+    )
+    from packllm.options import OptionFields, Options
+    from packllm.pack import Pack
+    from packllm.results import Chunk, Generation, Usage
+    from packllm.weights import Weights
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CallPart",
+    "CancelledError",
     "Chunk",
     "ContextOverflowError",
+    "DataError",
     "ExtraError",
     "Generation",
     "InvalidToolCall",
@@ -48,3 +57,31 @@ __all__ = [
     "WeightsError",
     "parse_tool_calls",
 ]
+
+_HOMES = {
+    "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall", "ToolStream", "parse_tool_calls"),
+    "engines.transformers.member": ("Member",),
+    "options": ("OptionFields", "Options"),
+    "pack": ("Pack",),
+    "results": ("Chunk", "Generation", "Usage"),
+    "weights": ("Weights",),
+}
+"""Where the names above live; the others are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a module of this package, imported when it is first asked for: torch and transformers take
+    seconds, which `import packllm` and the command line's --help should not (PEP 562)."""
+    if name in __all__:
+        home = next((home for home, names in _HOMES.items() if name in names), "errors")
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from packllm.errors import OptionError, PackError, PromptError
-from packllm_eval.command import app as evaluate
+from packllm.errors import ExtraError, OptionError, PackError, PromptError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
     from packllm.pack import Pack
@@ -27,7 +27,13 @@ CONTEXT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQue
 
 
 class Commands(typer.core.TyperGroup):
-    """Commands whose expected errors are one red line on stderr and exit code 2."""
+    """Commands whose expected errors are one red line on stderr and exit code 2. Those of `eval` are in a package of
+    their own, which is imported when they are called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:1] == ["eval"]:
+            return "eval", typer.main.get_command(_evaluation("command").app), args[1:]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -77,7 +83,17 @@ Others = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
-app.add_typer(evaluate, name="eval")
+@app.command("eval")
+def evaluate() -> None:
+    """Compare the pack with its members and with rivals on your own files."""
+
+
+def _evaluation(part: str) -> Any:
+    """A module of the evaluation package; ExtraError where it is not installed, or something it needs."""
+    try:
+        return importlib.import_module(f"packllm_eval.{part}")
+    except ModuleNotFoundError as error:
+        raise ExtraError("this command", str(error.name).partition(".")[0], "eval") from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -153,8 +169,14 @@ def ask(
 
 @app.command()
 def weigh(
-    text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.", show_default=False)],
+    text: Annotated[
+        str | None, typer.Argument(help="The text; - reads it from standard input.", show_default=False)
+    ] = None,
     model: Models = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", "-f", exists=True, dir_okay=False, help="A file with the text. Repeat it for more."),
+    ] = None,
     weighting: WeightingName = None,
     option: Others = None,
     as_json: AsJson = False,
@@ -167,11 +189,10 @@ def weigh(
 
     packllm weigh "The statute of limitations bars the claim."
 
-    packllm weigh - --weighting sim --option tau=1 < notes.txt
+    packllm weigh --file notes.txt --weighting sim --option tau=1
     """
     options = _options(weighting, option, {})
-    text = _text(text)
-    weights = _load(model, options).weigh(text)
+    weights = _load(model, options).weigh(_weighed(text, file or []))
     if as_json:
         typer.echo(json.dumps(weights.as_dict()))
     else:
@@ -202,8 +223,7 @@ def bench(
     packllm bench --model ./base --tokens 256 --repeat 5 | tail -n 1
     """
     _quieten()
-    from packllm_eval import bench as benchmark
-
+    benchmark = _evaluation("bench")
     report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick, only=only or ())
     benchmark.show(report, Console())
     typer.echo(json.dumps(report.as_dict()))
@@ -238,12 +258,10 @@ def align(
 
 
 def _quieten() -> None:
-    """Leave loading bars and advice of the libraries below to those who watch."""
+    """Leave out the advice of the libraries below."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _load(models: list[str] | None, options: dict[str, Any]) -> Pack:
@@ -282,12 +300,32 @@ def _text(argument: str) -> str:
     return typer.get_text_stream("stdin", encoding="utf-8", errors="replace").read()
 
 
+def _weighed(text: str | None, files: list[Path]) -> str:
+    """What to weigh: the text or the files' texts."""
+    if files and text is not None:
+        raise OptionError("weigh takes a text or --file, not both")
+    if files:
+        return "\n\n".join(map(_content, files))
+    if text is None:
+        raise PromptError("there is nothing to weigh; give a text, - for standard input, or --file FILE")
+    if len(text) < 4096 and "\n" not in text and Path(text).is_file():
+        raise PromptError(
+            f"{text!r} is a file's name: to weigh what is in it, give --file {text}; to weigh the name "
+            f"itself, pipe it in: echo {text} | packllm weigh -"
+        )
+    return _text(text)
+
+
+def _content(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
 def _with_context(question: str, files: list[Path]) -> str:
     if not question.strip():
         raise PromptError("the question is empty; give at least one word")
     if not files:
         return question
-    context = "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files)
+    context = "\n\n".join(_content(file).strip() for file in files)
     return CONTEXT.format(context=context, question=question)
 
 
@@ -317,6 +355,8 @@ def _print_weights(weights: Weights) -> None:
         lines.append(f"fused NLL {weights.fused_nll:.4f} nats/{weights.unit}")
     if weights.gap is not None:
         lines[-1] += f", at most {weights.gap:.1e} above the optimum (gap)"
+    if weights.note:
+        lines.append(weights.note)
     console.print(Text("\n".join(lines), style="dim"))
 
 

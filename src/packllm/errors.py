@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PackError(Exception):
     """Base of all errors of this package."""
@@ -56,6 +59,22 @@ class MemberError(PackError, RuntimeError):
     def __init__(self, member: str, reason: str) -> None:
         self.member = member
         super().__init__(f"member {member!r}: {reason}")
+
+
+class CancelledError(PackError):
+    """A request was cancelled before it was done."""
+
+
+@contextmanager
+def blamed_on(*names: str) -> Iterator[None]:
+    """Whatever fails inside, in a body, a head, a softmax or a cache, is the failure of these members (several, where
+    they share a pass): a MemberError that names them."""
+    try:
+        yield
+    except PackError:
+        raise
+    except Exception as error:
+        raise MemberError("+".join(dict.fromkeys(names)), f"{type(error).__name__}: {error}") from error
 
 
 class DataError(PackError, ValueError):

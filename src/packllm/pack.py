@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from threading import Event
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ import torch
 from packllm import starter
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer
+from packllm.decode.cancel import Stop, Stream
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
 from packllm.engines.load import Loader
-from packllm.engines.transformers.member import Member
+from packllm.engines.transformers.member import Member, Session
 from packllm.engines.transformers.prefix import PrefixCache
 from packllm.errors import LoadError, PromptError
 from packllm.options import Options, make_options
+from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
 
@@ -81,7 +84,8 @@ class Pack:
         weighting = make_options(options).weighting  # a misspelling should not wait for gigabytes to load
         if isinstance(weighting, str):
             find(weighting)
-        members = Loader(dtype, device_map, trust_remote_code).members(models)
+        with bars_if_slow():
+            members = Loader(dtype, device_map, trust_remote_code).members(models)
         specs = [os.fspath(m) for m in models if not isinstance(m, Member)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
@@ -139,87 +143,96 @@ class Pack:
 
     # Requests
 
-    def weigh(self, prompt: Prompt, **options: Any) -> Weights:
-        """What each member would count for on this prompt; nothing is generated."""
-        request = self._request([prompt], self.check(**options))
-        request.limits(0)
-        try:
+    def weigh(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Weights:
+        """What each member would count for on this prompt; nothing is generated. Arguments and errors as stream()."""
+        with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:
+            request.limits(0)
             request.prefill()
             return request.weights[0]
-        finally:
-            request.close()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
-        """The answer piece by piece. Closing the iterator stops the work and frees the caches.
+    def stream(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generator[Chunk, None, None]:
+        """The answer piece by piece.
+
+        Closing the iterator, from any thread, stops the work before its next forward pass and frees the caches.
 
         Args:
             prompt: text to continue, or a list of {"role", "content"} messages to answer.
+            cancel: once it is set, the work stops before its next forward pass with a CancelledError.
             options: see Options; over the pack's defaults. Checked now, not at the first next().
 
         Raises:
             OptionError, PromptError, ContextOverflowError: before anything runs.
             MemberError: a member failed while running.
+            CancelledError: `cancel` was set.
         """
-        return _only(self.stream_batch([prompt], **options))
+        stop = Stop(cancel)
+        return Stream(_only(self._chunks([prompt], options, stop)), stop)
 
-    def stream_batch(self, prompts: Sequence[Prompt], **options: Any) -> Generator[tuple[int, Chunk], None, None]:
+    def stream_batch(
+        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
+    ) -> Generator[tuple[int, Chunk], None, None]:
         """Answers to several prompts as they grow: (index of the prompt, Chunk). `batch_size` prompts are
         decoded together, each with its own weights. Arguments, errors and closing as stream()."""
+        stop = Stop(cancel)
+        return Stream(self._chunks(prompts, options, stop), stop)
+
+    def _chunks(
+        self, prompts: Sequence[Prompt], options: dict[str, Any], stop: Stop
+    ) -> Generator[tuple[int, Chunk], None, None]:
         checked = self.check(**options)
         size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:
-            request = self._request([prompts[at] for at in group], checked)
+            request = self._request([prompts[at] for at in group], checked, stop)
             request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
         return _chunks(requests, groups)
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+    def generate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
-        return self.generate_batch([prompt], **options)[0]
+        return self.generate_batch([prompt], cancel=cancel, **options)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
+    ) -> list[Generation]:
         """The whole answers to several prompts; arguments and errors as stream_batch()."""
         texts = [""] * len(prompts)
         last: dict[int, Chunk] = {}
-        for index, chunk in self.stream_batch(prompts, **options):
+        for index, chunk in self.stream_batch(prompts, cancel=cancel, **options):
             texts[index] += chunk.text
             last[index] = chunk
         return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
 
-    def score(self, prompt: Prompt, continuations: Sequence[str], **options: Any) -> list[float]:
+    def score(
+        self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[float]:
         """Fused log-likelihood of each continuation, in nats: token by token where the members share a vocabulary,
         else by the words that end at token boundaries of all of them.
 
         Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
-        own ids: no token crosses the boundary.
+        own ids: no token crosses the boundary. All are scored by the same members: where one fails and is done
+        without, all are scored again. Other arguments and errors as stream().
         """
         if isinstance(continuations, str) or not all(continuations):
             raise PromptError("continuations must be a list of non-empty strings")
         for text in continuations:
             check(text, chat_template=False)
-        request = self._request([prompt], self.check(**options))
-        ids = {k: [self.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]}
-        request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
-        try:
+        with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:
+            ids = {
+                k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
+            }
+            request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
-            weights, running = request.weights[0], request.running(0)
-            if request.options.decoding == "mined":
-                spoken = [request.members[running[0]].encoder.continuation(text) for text in continuations]
-                ids = dict.fromkeys(running, spoken)
-                request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
-            sessions = {k: request.sessions[k] for k in running}
-            if request.one_vocabulary(running):
-                return list(continuation_logprobs(sessions, weights, ids[running[0]]))
-            return list(text_logprobs(sessions, weights, continuations))
-        finally:
-            request.close()
+            return request.whole(lambda sessions: list(_scores(request, sessions, continuations, ids)))
 
-    def rerank(self, prompt: Prompt, candidates: Sequence[str], **options: Any) -> list[tuple[str, float]]:
-        """Candidates with their fused log-likelihood in nats per byte, best first; ties keep their order."""
-        scores = self.score(prompt, candidates, **options)
+    def rerank(
+        self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[tuple[str, float]]:
+        """Candidates with their fused log-likelihood in nats per byte, best first; ties keep their order.
+        Arguments and errors as score()."""
+        scores = self.score(prompt, candidates, cancel=cancel, **options)
         rated = [(text, score / len(text.encode())) for text, score in zip(candidates, scores, strict=True)]
         return sorted(rated, key=lambda pair: -pair[1])
 
@@ -239,11 +252,25 @@ class Pack:
         else:
             find(options.weighting)
 
-    def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
+    def _request(self, prompts: Sequence[Prompt], options: Options, stop: Stop) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
         checked = [check(prompt, options.chat_template) for prompt in prompts]
-        return Request(self.members, options, checked, self.prefixes)
+        return Request(self.members, options, checked, self.prefixes, stop)
+
+
+def _scores(
+    request: Request, sessions: dict[int, Session], texts: Sequence[str], ids: dict[int, list[list[int]]]
+) -> Iterator[float]:
+    """The fused log-likelihood of each text, given as each member's ids too, under these members."""
+    running, weights = list(sessions), request.weights[0]
+    if not request.one_vocabulary(running):
+        return text_logprobs(sessions, weights, texts)
+    if request.options.decoding != "mined":
+        return continuation_logprobs(sessions, weights, ids[running[0]])
+    spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]
+    request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
+    return continuation_logprobs(sessions, weights, spoken)
 
 
 def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:

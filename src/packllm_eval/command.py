@@ -27,6 +27,7 @@ class AuditFirst(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=AuditFirst,
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Compare the pack with its members and with rivals. FILE alone is audit FILE.\n\n"
@@ -35,7 +36,10 @@ app = typer.Typer(
 
 Files = Annotated[
     list[Path],
-    typer.Argument(help=".jsonl or .txt files, gzipped or not, or hub:NAME[:CONFIG[:SPLIT]].", show_default=False),
+    typer.Argument(
+        help=".jsonl, .txt or .md files, gzipped or not, folders of them, or hub:NAME[:CONFIG[:SPLIT]].",
+        show_default=False,
+    ),
 ]
 Models = Annotated[
     list[str] | None,
@@ -64,11 +68,15 @@ Report = Annotated[Path, typer.Option("--report", help="Folder of the report; a 
 Seed = Annotated[int, typer.Option(min=0, help="Draws the rows.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out instead of refusing the file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs the extra `eval`.")]
+Plots = Annotated[
+    bool | None,
+    typer.Option("--plots/--no-plots", help="Draw plots, which needs matplotlib; default: if it is installed."),
+]
 
 
 @app.command()
 def audit(
+    ctx: typer.Context,
     files: Files,
     models: Models = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 50, or all of fewer.")] = None,
@@ -79,7 +87,7 @@ def audit(
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
-    plots: Plots = True,
+    plots: Plots = None,
 ) -> None:
     """Which members help on my corpus, which never get weight, what each costs.
 
@@ -94,11 +102,12 @@ def audit(
     from packllm_eval import lm
     from packllm_eval import report as reports
     from packllm_eval.methods import Method
+    from packllm_eval.records import alone_in
     from packllm_eval.tables import lm_table, uses
 
-    if plots:
-        reports.require_plots()
+    draws = reports.can_plot(plots)
     rows = _documents(files, documents, seed, skip_bad, 50)
+    ctx.with_resource(alone_in(report))
     pack = _load(models, dtype)
     names = [member.name for member in pack.members]
     options = {"weighting": weighting}
@@ -113,13 +122,14 @@ def audit(
     parts = [reports.left_out(records), reports.audit(found), reports.markdown(entries, reports.LM, True)]
     content = {"audit": [use.as_dict() for use in found], "table": [entry.as_dict() for entry in entries]}
     reports.write(report, "Audit of a pack", parts, content)
-    if plots:
+    if draws:
         reports.plot_weights(report / "weights.png", entries, weighting)
     _finish(parts[:2], report)
 
 
 @app.command("lm")
 def lm_command(
+    ctx: typer.Context,
     files: Files,
     models: Models = None,
     method: MethodNames = None,
@@ -134,7 +144,7 @@ def lm_command(
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
-    plots: Plots = True,
+    plots: Plots = None,
 ) -> None:
     """Language modelling: weights from the start of each document, bits per byte of the rest.
 
@@ -144,11 +154,12 @@ def lm_command(
     """
     from packllm_eval import lm
     from packllm_eval import report as reports
+    from packllm_eval.records import alone_in
     from packllm_eval.tables import AVERAGE, lm_table
 
-    if plots:
-        reports.require_plots()
+    draws = reports.can_plot(plots)
     rows = _documents(files, documents, seed, skip_bad, 200)
+    ctx.with_resource(alone_in(report))
     pack, methods = _with_methods(_load(models, dtype), method, average)
     prompts = tuple(prompt or (lm.PROMPT,))
     records = lm.evaluate(
@@ -166,7 +177,7 @@ def lm_command(
         parts += [f"## Prompt {p}", reports.markdown(entries, reports.LM, True)]
     content = {p: [entry.as_dict() for entry in entries] for p, entries in tables.items()}
     reports.write(report, "Language modelling", parts, content)
-    if plots:
+    if draws:
         entries = tables[prompts[0]]
         last = AVERAGE if any(entry.corpus == AVERAGE for entry in entries) else entries[0].corpus
         reports.plot_scores(report / "scores.png", entries, "bits/byte", last)
@@ -179,6 +190,7 @@ def lm_command(
 
 @app.command("choice")
 def choice_command(
+    ctx: typer.Context,
     files: Files,
     models: Models = None,
     method: MethodNames = None,
@@ -190,7 +202,7 @@ def choice_command(
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
-    plots: Plots = True,
+    plots: Plots = None,
 ) -> None:
     """Multiple choice: weights from the question alone, accuracy of the fused likelihoods.
 
@@ -200,11 +212,12 @@ def choice_command(
     """
     from packllm_eval import choice
     from packllm_eval import report as reports
+    from packllm_eval.records import alone_in
     from packllm_eval.tables import choice_table
 
-    if plots:
-        reports.require_plots()
+    draws = reports.can_plot(plots)
     tasks = _tasks(files, questions, shots, seed, skip_bad, choices=True)
+    ctx.with_resource(alone_in(report))
     pack, methods = _with_methods(_load(models, dtype), method, average)
     records = []
     for name, (drawn, told) in tasks.items():
@@ -220,13 +233,14 @@ def choice_command(
     entries = choice_table(records)
     parts = [reports.left_out(records), reports.markdown(entries, reports.CHOICE, False)]
     reports.write(report, f"Multiple choice, {shots}-shot", parts, {"table": [entry.as_dict() for entry in entries]})
-    if plots:
+    if draws:
         reports.plot_scores(report / "accuracy.png", entries, "accuracy", entries[-1].corpus)
     _finish([parts[0], _last(entries, reports.CHOICE, False)], report)
 
 
 @app.command("generate")
 def generate_command(
+    ctx: typer.Context,
     files: Files,
     models: Models = None,
     method: MethodNames = None,
@@ -247,9 +261,11 @@ def generate_command(
     """
     from packllm_eval import generate
     from packllm_eval import report as reports
+    from packllm_eval.records import alone_in
     from packllm_eval.tables import generate_table
 
     tasks = _tasks(files, questions, shots, seed, skip_bad, choices=False)
+    ctx.with_resource(alone_in(report))
     pack, methods = _with_methods(_load(models, dtype), method, average)
     records = []
     for name, (drawn, told) in tasks.items():
@@ -350,7 +366,6 @@ def _load(models: list[str] | None, dtype: str) -> Pack:
     from packllm.pack import Pack
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     logging.getLogger("packllm").setLevel(logging.WARNING)
     specs = [spec for given in models or () for spec in given.split(",")]
     return Pack.load(specs, dtype=dtype) if specs else Pack.starter(dtype=dtype)

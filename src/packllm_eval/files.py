@@ -18,6 +18,10 @@ FOREIGN = (".json", ".csv", ".tsv", ".parquet", ".pdf", ".docx", ".zip")
 """Kinds of files that would pass for text and are none."""
 
 
+TEXTS = (".txt", ".md", ".jsonl")
+"""Kinds of files that are read of a folder, gzipped or not."""
+
+
 def on_hub(path: Path) -> bool:
     return str(path).startswith(HUB)
 
@@ -45,7 +49,28 @@ def name(path: Path) -> str:
     """The file's or dataset's own name, fit to be part of a file's name."""
     if on_hub(path):
         return "-".join(part for part in path.name.removeprefix(HUB).split(":")[:2] if part)
-    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".txt")
+    if path.is_dir():
+        return path.resolve().name
+    plain = path.name.removesuffix(".gz")
+    return next((plain.removesuffix(kind) for kind in TEXTS if plain.endswith(kind)), plain)
+
+
+def inside(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it that can be read, in order; none of hidden ones.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name.removesuffix(".gz").endswith(TEXTS)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise DataError(f"the folder {str(folder)!r} holds no .jsonl, .txt or .md file")
+    return found
 
 
 def _long(path: Path) -> str:
@@ -65,9 +90,13 @@ def lines(path: Path) -> Iterator[bytes | dict[str, Any]]:
         yield from _dataset(str(path).removeprefix(HUB))
         return
     if not path.is_file():
-        raise DataError(f"{str(path)!r} is no file; give a .jsonl or .txt file, gzipped or not, or hub:NAME")
+        raise DataError(
+            f"{str(path)!r} is no file; give a .jsonl, .txt or .md file, gzipped or not, a folder, or hub:NAME"
+        )
     if path.suffix.lower() in FOREIGN:
-        raise DataError(f"{path.name} is no text; give a .jsonl file (a row a line) or a .txt file, gzipped or not")
+        raise DataError(
+            f"{path.name} is no text; give a .jsonl file (a row a line), or a .txt or .md file, gzipped or not"
+        )
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system: two runs are not told apart
+    fcntl = None  # type: ignore[assignment]
 
 from tqdm import tqdm
 
 from packllm.errors import DataError, MemberError, PromptError
+from packllm.progress import SLOW
 from packllm_eval.rows import Document, Question
 
 LEFT_OUT = (DataError, PromptError, MemberError)
@@ -22,7 +29,7 @@ Row = TypeVar("Row", Document, Question)
 class Records:
     """A .jsonl file: a header that says what was asked for, then one record a row.
 
-    A last line that was cut short by a kill is dropped; everything before it is kept.
+    A last line that was cut short by a kill is dropped; everything before it is kept. Open in one run at a time.
 
     Args:
         path: the file; made, with its folder, where it does not exist.
@@ -32,26 +39,25 @@ class Records:
         rows: the records so far, by id.
 
     Raises:
-        DataError: the file holds the results of another question.
+        DataError: the file holds the results of another question, or another run writes to it.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path, self.rows = path, dict[str, dict[str, Any]]()
         header = json.loads(json.dumps(header))
+        self._file = _opened(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{str(path.parent)!r} cannot be a folder of records: {error.strerror}") from None
-        kept = self._read(header)
-        self._file = open(path, "r+b" if kept else "wb")  # noqa: SIM115 (open as long as the records are)
-        self._file.truncate(kept)
-        self._file.seek(kept)
-        if not kept:
-            self._write(header)
+            kept = self._read(header)
+            self._file.truncate(kept)
+            if not kept:
+                self._write(header)
+        except BaseException:
+            self._file.close()
+            raise
 
     def _read(self, header: dict[str, Any]) -> int:
         """Reads what is there; the number of bytes to keep."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines(keepends=True)
         kept = 0
         for at, line in enumerate(lines):
             if not line.endswith(b"\n") and (at or _line(header).startswith(line)):
@@ -98,6 +104,35 @@ class Records:
         self.close()
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder of results, made where it does not exist, for one run.
+
+    Raises:
+        DataError: another run holds it. Where that was killed, it does not any more.
+    """
+    with _opened(folder / ".lock"):
+        yield
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file to append to, its folder made, that is no other run's while it is open."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise DataError(f"{str(path.parent)!r} cannot be a folder of records: {error.strerror}") from None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+    except BlockingIOError:
+        file.close()
+        raise DataError(f"another run writes to {str(path.parent)!r}; wait for it, or name another folder") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
 def _line(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
@@ -121,7 +156,9 @@ def run_together(
     """The same where up to `size` rows are worked out at a time."""
     with Records(path, header) as records:
         missing = [row for row in rows if "left_out" in records.rows.get(row.id, {"left_out": None})]
-        with tqdm(total=len(rows), initial=len(rows) - len(missing), desc=name, unit="row", disable=None) as bar:
+        with tqdm(
+            total=len(rows), initial=len(rows) - len(missing), desc=name, unit="row", disable=None, delay=SLOW
+        ) as bar:
             for start in range(0, len(missing), size):
                 group = missing[start : start + size]
                 for row, record in zip(group, work(group), strict=True):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from packllm.errors import ExtraError
 from packllm_eval.tables import AVERAGE, Entry, Records, Use, lm_table, scored
+
+log = logging.getLogger("packllm")
 
 Headings = tuple[str, str]
 """What `score` and `more` are called."""
@@ -111,14 +114,22 @@ def write(folder: Path, title: str, parts: Sequence[str], content: dict[str, Any
     (folder / "report.json").write_text(dumped + "\n", encoding="utf-8")
 
 
-def require_plots() -> None:
-    """ExtraError where matplotlib is absent: before an hour of work, not after it."""
-    if importlib.util.find_spec("matplotlib") is None:
+def can_plot(wanted: bool | None) -> bool:
+    """Whether plots are drawn: as wanted; None: if matplotlib is there, else it says what is missing.
+
+    Raises:
+        ExtraError: they are wanted, and matplotlib is absent: before an hour of work, not after it.
+    """
+    missing = importlib.util.find_spec("matplotlib") is None
+    if missing and wanted:
         raise ExtraError("drawing a report's plots", "matplotlib", "eval")
+    if missing and wanted is None:
+        log.warning('tables only: plots need matplotlib; pip install "packllm[eval]", or give --no-plots')
+    return not missing and wanted is not False
 
 
 def _pyplot() -> Any:
-    require_plots()
+    can_plot(True)
     import matplotlib
 
     matplotlib.use("Agg")

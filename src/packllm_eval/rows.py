@@ -67,7 +67,7 @@ Row = TypeVar("Row", Document, Question)
 
 def read_documents(path: Path, bad: Bad = "raise", corpus: str | None = None) -> list[Document]:
     """Documents of a .jsonl file or a hub dataset (rows with `text`, or `question` and `answer`), or of a text file;
-    .gz too.
+    .gz too. Of a folder: those of all such files in it, as one corpus.
 
     Args:
         corpus: what they are reported under, where a row has no `domain`; None: the file's name.
@@ -77,21 +77,25 @@ def read_documents(path: Path, bad: Bad = "raise", corpus: str | None = None) ->
         ExtraError: a dataset, and the extra `eval` is not installed.
     """
     name = corpus or files.name(path)
-    if files.holds_rows(path):
-        return _some(list(_rows(path, bad, lambda row: _document(row, name))), path)
-    return _some([Document(_key(name, text), name, text) for text in cut(files.text(path))], path)
+
+    def found(path: Path) -> list[Document]:
+        if files.holds_rows(path):
+            return list(_rows(path, bad, lambda row: _document(row, name)))
+        return [Document(_key(name, text), name, text) for text in cut(files.text(path))]
+
+    return _some(_all(path, found), path)
 
 
 def read_questions(path: Path, bad: Bad = "raise", choices: bool = True, corpus: str | None = None) -> list[Question]:
     """Questions of a .jsonl file, `.gz` too, or of a hub dataset: rows with `question`, `choices` (a list) and `answer`
     (an index, or a letter), or without choices and with `answer` as text; `context`, `subject` and `split` where
-    there are any. ARC's form, `choices` {"text", "label"} and `answerKey`, is read as well.
+    there are any. ARC's form, `choices` {"text", "label"} and `answerKey`, is read as well. Of a folder: of all files.
 
     Raises:
         DataError, ExtraError: as read_documents; also an answer out of range.
     """
     name = corpus or files.name(path)
-    return _some(list(_rows(path, bad, lambda row: _question(row, name, choices))), path)
+    return _some(_all(path, lambda path: list(_rows(path, bad, lambda row: _question(row, name, choices)))), path)
 
 
 def sample(rows: Sequence[Row], count: int | None, seed: int, default: int) -> list[Row]:
@@ -174,6 +178,12 @@ def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterat
             if bad == "raise":
                 raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
             log.warning("%s line %d left out: %s", path.name, number, reason)
+
+
+def _all(path: Path, found: Callable[[Path], list[Row]]) -> list[Row]:
+    """What is found in a file, or in all files of a folder."""
+    paths = files.inside(path) if not files.on_hub(path) and path.is_dir() else [path]
+    return [row for one in paths for row in found(one)]
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:

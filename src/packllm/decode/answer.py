@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
+from packllm.decode.failures import without
 from packllm.decode.lazy import lazy_ids
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
@@ -39,7 +40,7 @@ def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
                 for chunk in _segments(request, r, row, started):
                     yield r, chunk
                 row.done = True
-        ensemble = Ensemble(request.sessions, rows, drop=options.on_member_error == "drop")
+        ensemble = Ensemble(request.sessions, rows, request.failures)
         answers = {r: _answer(request, r, row, ensemble.running(r)) for r, row in enumerate(rows) if not row.done}
         for r, token in _tokens(request, ensemble, rows):
             request.timings.setdefault("first_token", time.perf_counter() - started)
@@ -94,12 +95,13 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
     if options.scoring == "mixture" and min(row.weights.values) < 0:
         raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
     top = max(running, key=lambda k: row.weights.values[k])
-    drop = options.on_member_error == "drop"
 
     def writers(which: Sequence[int], row: Row) -> Writers:
-        lengths = {k: len(request.encoded[index][k].ids) for k in which}
-        made = {k: Writer(request.sessions[k].take([index]), lengths[k]) for k in which}
-        return Writers(made, row, options.scoring, options.align, drop)
+        def open_at(k: int) -> Writer:
+            return Writer(request.sessions[k].take([index]), len(request.encoded[index][k].ids))
+
+        made = request.failures.each(open_at, which, row)
+        return Writers(made, row, options.scoring, options.align, request.failures)
 
     def stream() -> TextStream:
         return TextStream(request.members[top].vocabulary, options.stop)
@@ -110,9 +112,9 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
         return Chunk(text, row.weights, reason, usage, timings)
 
     if options.decoding == "cool+rerank" and len(running) > 1:
-        alone = [k for k in running if row.weights.values[k] > 0]
-        teams = (writers(which, replace(row)) for which in [running, *([k] for k in alone)])
-        best = best_answer(teams, lambda: writers(running, replace(row)), row.limit, stream, drop)
+        teams = [running, *([k] for k in running if row.weights.values[k] > 0)]
+        best = best_answer(teams, lambda which: writers(which, replace(row)), row.limit, stream, request.failures)
+        row.weights = without(row.weights, request.failures.members) or row.weights
         request.timings.setdefault("first_token", time.perf_counter() - started)
         yield last(*best)
         return

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from packllm.chat.prompt import Encoded, Prompt
+from packllm.decode.cancel import Stop
 from packllm.decode.devices import across_devices
+from packllm.decode.failures import Failures, blamed
 from packllm.decode.lazy import check_lazy
 from packllm.decode.mined import MinedMember, translated
 from packllm.decode.structured import make_grammar
@@ -21,15 +23,15 @@ from packllm.decode.tokens import drop_small
 from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.prefix import PrefixCache
 from packllm.engines.transformers.session import Session
-from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError
+from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError, WeightsError
 from packllm.options import Options
 from packllm.results import Usage
 from packllm.weights import Weights, find
 from packllm.weights.scoring import prefill, weights_of
 
-log = logging.getLogger("packllm")
-
 DEFAULT_MAX_TOKENS = 256
+
+T = TypeVar("T")
 
 
 class Request:
@@ -40,12 +42,14 @@ class Request:
         options: the request's options.
         prompts: checked prompts (see prompt.check), at least one.
         prefixes: earlier prompts that one prompt alone may start from, and is kept in.
+        stop: asked before every forward pass whether to go on.
 
     Attributes:
         encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
         sessions: open sessions by member index, one row a prompt; filled in by prefill().
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
         timings: seconds spent so far: prefill, weighting.
+        failures: what becomes of a member that fails.
         grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
             every token of the answer once and in order.
     """
@@ -56,8 +60,10 @@ class Request:
         options: Options,
         prompts: Sequence[Prompt],
         prefixes: PrefixCache | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.members, self.options = members, options
+        self._stop = stop or Stop()
         self._candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
             given = {name: value for name, value in options.weighting.items() if value != 0}
@@ -72,7 +78,8 @@ class Request:
             for prompt in prompts
         ]
         self.sessions: dict[int, Session] = {}
-        self._failed: set[int] = set()
+        names = [member.name for member in members]
+        self.failures = Failures(names, self._candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
         self._prefixes = prefixes if options.prefix_cache_mb and len(prompts) == 1 else None
@@ -140,21 +147,32 @@ class Request:
             logprobs |= self._score(self._translate(logprobs), keep)
         self.timings["prefill"] = time.perf_counter() - started
         started = time.perf_counter()
-        while True:
-            live = list(self.sessions)
-            try:
-                self.weights = [self._weigh(row, live, logprobs) for row in range(len(self.encoded))]
-                break
-            except MemberError as error:  # where the weighting reads the logits first
-                failed = [k for k in live if self.members[k].name == error.member]
-                self._failed |= set(failed)
-                if self.options.on_member_error == "raise" or not failed or len(live) == 1:
-                    raise
-                log.warning("going on without a member: %s", error)
-                self.sessions.pop(failed[0]).close()
+        self.weights = self._without_failing(
+            lambda live: [self._weigh(row, live, logprobs) for row in range(len(self.encoded))]
+        )
         for session in self.sessions.values():
             session.release()
         self.timings["weighting"] = time.perf_counter() - started
+
+    def _without_failing(self, work: Callable[[Sequence[int]], T], row: int | None = None) -> T:
+        """What `work` gives of the members that are left (that run for a row); again, where one fails in it."""
+        while True:
+            live = list(self.sessions) if row is None else self.running(row)
+            try:
+                return work(live)
+            except MemberError as error:
+                lost, self.weights = self.failures.lose(error, live, self.weights)
+                for k in lost:
+                    self.sessions.pop(k).close()
+
+    def whole(self, work: Callable[[dict[int, Session]], T]) -> T:
+        """What `work` gives of the sessions of a single prompt, prefilled, that run; all of it without a member that
+        fails on the way, never half of it.
+
+        Raises:
+            MemberError: a member fails, and on_member_error is "raise" or it is the last one.
+        """
+        return self._without_failing(lambda running: work({k: self.sessions[k] for k in running}), row=0)
 
     def _weigh(self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]]) -> Weights:
         weights = self._weights_of(row, live, logprobs, self._options_for(live))
@@ -188,39 +206,42 @@ class Request:
     def _score_together(self, sharing: Sequence[int], keep: bool, logprobs: dict[int, list[Tensor | None]]) -> None:
         """Prefill the members of one engine in one pass, a row for each member and prompt. Those that fail are
         left out, or raise."""
-        count = len(self.encoded)
         # Late scores do not do where they tell which vocabulary is the reference.
         late = keep and (self.options.decoding != "mined" or self.one_vocabulary(self._candidates))
         while sharing:
-            prompts = [encoded[k] for k in sharing for encoded in self.encoded]
-            rows = [prompt.ids for prompt in prompts]
-            if len(sharing) == 1:
-                session = self.members[sharing[0]].open(rows)
-            else:
-                session = Session([self.members[k] for k in sharing for _ in self.encoded], rows)
-            scored = [prompt.positions for prompt in prompts]
-            prefixes = None if isinstance(session.member, MinedMember) else self._prefixes
-            cached = prefixes.resume(session, scored) if prefixes else 0
             try:
-                observed = prefill(session, scored, keep or prefixes is not None, late and keep)
+                self._read_together(sharing, keep, late, logprobs)
+                return
             except MemberError as error:
-                session.close()
-                left = [k for k in sharing if self.members[k].name != error.member]
-                left = [] if len(left) == len(sharing) else left  # the pass failed for all of them
-                self._failed |= set(sharing) - set(left)
-                if self.options.on_member_error == "raise" or self._failed == set(self._candidates):
-                    raise
-                log.warning("going on without a member: %s", error)
-                sharing = left
-                continue
-            if prefixes:
-                prefixes.keep(session, self.options.prefix_cache_mb * 2**20)
-            for at, k in enumerate(sharing):
-                self._cached[k] = cached
-                rows_of = range(at * count, (at + 1) * count)
-                self.sessions[k] = session.take(rows_of) if len(sharing) > 1 else session
-                logprobs[k] = list(observed[at * count : (at + 1) * count])
-            return
+                lost, _ = self.failures.lose(error, sharing)
+                sharing = [k for k in sharing if k not in lost]
+
+    def _read_together(
+        self, sharing: Sequence[int], keep: bool, late: bool, logprobs: dict[int, list[Tensor | None]]
+    ) -> None:
+        count = len(self.encoded)
+        prompts = [encoded[k] for k in sharing for encoded in self.encoded]
+        rows, scored = [prompt.ids for prompt in prompts], [prompt.positions for prompt in prompts]
+        if len(sharing) == 1:
+            session = self.members[sharing[0]].open(rows)
+        else:
+            session = Session([self.members[k] for k in sharing for _ in self.encoded], rows)
+        session.gate = self._stop.check
+        prefixes = None if isinstance(session.member, MinedMember) else self._prefixes
+        try:
+            with blamed(session):
+                cached = prefixes.resume(session, scored) if prefixes else 0
+                observed = prefill(session, scored, keep or prefixes is not None, late)
+                if prefixes:
+                    prefixes.keep(session, self.options.prefix_cache_mb * 2**20)
+                parts = [range(at * count, (at + 1) * count) for at in range(len(sharing))]
+                taken = [session.take(part) for part in parts] if len(sharing) > 1 else [session]
+        except BaseException:
+            session.close()
+            raise
+        for k, part, own in zip(sharing, parts, taken, strict=True):
+            self.sessions[k], self._cached[k] = own, cached
+            logprobs[k] = list(observed[part.start : part.stop])
 
     def _translate(self, logprobs: dict[int, list[Tensor | None]]) -> list[int]:
         """Put members of other vocabularies in the one of the reference: the lowest NLL per byte (paper §3.4).
@@ -247,7 +268,9 @@ class Request:
         if not isinstance(self.options.weighting, dict) or len(live) == len(self._candidates):
             return self.options
         left = {self.members[k].name: self.options.weighting[self.members[k].name] for k in live}
-        total = sum(left.values())
+        total = math.fsum(left.values())
+        if total <= 0:
+            raise WeightsError(f"weighting={left!r} is what failed members leave; it must sum to more than 0")
         return self.options.model_copy(update={"weighting": {name: value / total for name, value in left.items()}})
 
     def _over_all(self, weights: Weights, live: Sequence[int]) -> Weights:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -10,6 +9,7 @@ from contextlib import closing
 import torch
 
 from packllm.align.words import Scored, common_words, offsets
+from packllm.decode.failures import Failures, blamed
 from packllm.decode.score import Reading
 from packllm.decode.segments import Writers
 from packllm.decode.text import TextStream
@@ -18,8 +18,6 @@ from packllm.engines.transformers.member import Member, Session
 from packllm.errors import MemberError
 from packllm.results import FinishReason
 from packllm.weights.result import Weights
-
-log = logging.getLogger("packllm")
 
 TOGETHER = 8
 """Most texts that a member reads in one forward."""
@@ -58,8 +56,9 @@ def _read(session: Session, texts: Sequence[str]) -> dict[int, Scored]:
     known = {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
     if not known:
         return {}
-    reading = Reading(session, session.logprobs[0], list(known.values()))
-    reading.close()
+    with blamed(session):
+        reading = Reading(session, session.logprobs[0], list(known.values()))
+        reading.close()
     return {
         row: spelled(member, texts[row], known[row], given) for row, given in zip(known, reading.logprobs, strict=True)
     }
@@ -87,44 +86,51 @@ def _fused(text: str, by: dict[int, Scored], weights: Weights) -> float:
 
 
 def best_answer(
-    teams: Iterable[Writers], judges: Callable[[], Writers], limit: int, stream: Callable[[], TextStream], drop: bool
+    teams: Iterable[Sequence[int]],
+    writers: Callable[[Sequence[int]], Writers],
+    limit: int,
+    stream: Callable[[], TextStream],
+    failures: Failures,
 ) -> tuple[str, FinishReason, int]:
     """Cool+Rerank: the best of what several teams write (the whole pack, and each member alone), as the pack
     rates it (Cool-Fusion §3.3).
 
     Args:
-        teams: writers at the end of the prompt, made one after the other and closed here.
-        judges: makes the writers that rate, once the answers are written.
+        teams: the members of each; the first one's rate, once the answers are written.
+        writers: makes writers of members, at the end of the prompt; closed here.
         limit: most tokens of each answer.
         stream: makes what turns an answer's pieces into text.
-        drop: pass over a team that fails; the last one never.
+        failures: who takes no part any more.
 
     Returns:
         Text, why it ends, and its tokens.
     """
     answers: dict[Segment, tuple[str, FinishReason, int]] = {}
-    failure: MemberError | None = None
+    everybody: Sequence[int] = ()
     for team in teams:
+        everybody = everybody or team
+        left = [k for k in team if k not in failures.members]
         pieces = stream()
         try:
-            steps = list(team.answer(limit, pieces))
-        except MemberError as error:
-            if not drop:
+            steps = list(_steps(writers(left), limit, pieces)) if left else []
+        except MemberError:
+            if not failures.members.issuperset(team):
                 raise
-            log.warning("going on without an answer: %s", error)
-            failure = error
+            continue  # a member that wrote alone: the others go on
+        if not steps:
             continue
-        finally:
-            team.close()
         text = "".join(piece for piece, _, _ in steps)
         _, reason, count = steps[-1]
         assert reason is not None
         answers.setdefault(Segment(text, reason == "stop" and not pieces.stopped), (text, reason, count))
-    if failure and not answers:
-        raise failure
     if len(answers) == 1:
         return next(iter(answers.values()))
     segments = list(answers)
-    with closing(judges()) as judging:
+    with closing(writers([k for k in everybody if k not in failures.members])) as judging:
         ratings = judging.rate(segments)
     return answers[segments[max(range(len(segments)), key=ratings.__getitem__)]]
+
+
+def _steps(team: Writers, limit: int, pieces: TextStream) -> Iterator[tuple[str, FinishReason | None, int]]:
+    with closing(team):
+        yield from team.answer(limit, pieces)

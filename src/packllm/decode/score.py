@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from packllm.decode.pool import fuse
+from packllm.decode.failures import blamed
+from packllm.decode.tokens import fused_row
 from packllm.engines.transformers.session import BLOCK_BYTES, Session
 from packllm.weights.result import Weights
 
@@ -25,9 +26,8 @@ def continuation_logprobs(
     Yields:
         Nats, one number per continuation, in order.
     """
-    values = [weights.values[k] for k in sessions]
     size = min(session.logprobs.shape[-1] for session in sessions.values())
-    first = fuse(torch.stack([s.logprobs[0, :size].cpu() for s in sessions.values()]), values, weights.pool)
+    first = fused_row({k: session.logprobs[0].cpu() for k, session in sessions.items()}, weights)
     together = max(1, min(8, BLOCK_BYTES // (4 * size * 8)))
     for start in range(0, len(continuations), together):
         group = continuations[start : start + together]
@@ -35,15 +35,19 @@ def continuation_logprobs(
         width = max(len(ids) for ids in group) - 1
         # Padding on the right is never looked at by what comes before it.
         padded = torch.tensor([list(ids[:-1]) + [0] * (width - len(ids) + 1) for ids in group])
-        forks = [session.fork(len(group)) for session in sessions.values()] if width else []
+        forks = {k: session.fork(len(group)) for k, session in sessions.items()} if width else {}
         columns = max(1, BLOCK_BYTES // (4 * size * len(group)))
         for at in range(0, width, columns):
-            blocks = [fork.extend(padded[:, at : at + columns])[..., :size].cpu() for fork in forks]
-            fused = fuse(torch.stack(blocks), values, weights.pool)
+            fused = fused_row({k: _block(fork, padded[:, at : at + columns]) for k, fork in forks.items()}, weights)
             for row, ids in enumerate(group):
                 targets = torch.tensor(ids[at + 1 : at + 1 + fused.shape[1]], dtype=torch.long)
                 totals[row] += float(fused[row, : len(targets)].gather(-1, targets[:, None]).double().sum())
         yield from totals
+
+
+def _block(fork: Session, tokens: Tensor) -> Tensor:
+    with blamed(fork):
+        return fork.extend(tokens).cpu()
 
 
 class Reading:

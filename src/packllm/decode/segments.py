@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from packllm.decode.failures import Failures
 from packllm.decode.text import TextStream
-from packllm.decode.tokens import Row, without
+from packllm.decode.tokens import Row
 from packllm.decode.writer import Judgement, Segment, Writer
-from packllm.errors import MemberError
 from packllm.options import Scoring
 from packllm.results import FinishReason
 from packllm.weights.result import Weights
-
-log = logging.getLogger("packllm")
 
 END_BYTES = 4
 """What the end of an answer counts for in a likelihood per byte: about as much as one token."""
@@ -40,15 +37,20 @@ class Writers:
         row: the prompt's weights and sampler; its weights may lose a member that fails.
         scoring: how segments are rated, see rate().
         align: end segments at boundaries of all tokenizers; False: of their author's alone (Cool−align).
-        drop: go on without a member that fails, instead of raising.
+        failures: what becomes of a member that fails; None: it ends the work.
     """
 
     def __init__(
-        self, writers: dict[int, Writer], row: Row, scoring: Scoring = "log", align: bool = True, drop: bool = False
+        self,
+        writers: dict[int, Writer],
+        row: Row,
+        scoring: Scoring = "log",
+        align: bool = True,
+        failures: Failures | None = None,
     ) -> None:
-        self._writers, self._row = writers, row
+        self._writers, self._row, self._align = writers, row, align
         self._scoring: Scoring = scoring
-        self._align, self._drop = align, drop
+        self._failures = failures or Failures(row.weights.names, writers, False)
         encoders = {writer.member.vocabulary.fingerprint: writer.member.encoder for writer in writers.values()}
         self._encoders = list(encoders.values())
 
@@ -131,17 +133,11 @@ class Writers:
         ]
 
     def _each(self, act: Callable[[Writer], T], which: Sequence[int] | None = None) -> dict[int, T]:
-        """What `act` gives for each writer; those that fail are let go of, where that is wanted."""
-        results = {}
-        for k in list(self._writers) if which is None else which:
-            try:
-                results[k] = act(self._writers[k])
-            except MemberError as error:
-                weights = without(self._row.weights, k) if len(self._writers) > 1 else self._row.weights
-                if not self._drop or max(weights.values) <= 0 or len(self._writers) == 1:
-                    raise
-                log.warning("going on without a member: %s", error)
-                self._row.weights = weights
+        """What `act` gives for each writer; those that fail are let go of (see Failures)."""
+        asked = list(self._writers) if which is None else which
+        results = self._failures.each(lambda k: act(self._writers[k]), asked, self._row)
+        for k in asked:
+            if k not in results:
                 self._writers.pop(k).close()
         return results
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +10,12 @@ import torch
 from torch import Tensor
 
 from packllm.decode.devices import across_devices
+from packllm.decode.failures import Failures, blamed, normalised
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import Sampler
 from packllm.engines.transformers.session import Session
-from packllm.errors import MemberError
+from packllm.errors import MemberError, blamed_on
 from packllm.weights.result import Weights
-
-log = logging.getLogger("packllm")
 
 
 @dataclass
@@ -60,6 +57,11 @@ class Lane:
             self.session.select([self.slots.index(slot) for slot in slots])
             self.slots = list(slots)
 
+    def extend(self, tokens: Tensor) -> None:
+        """Session.extend, whose every failure is its members'."""
+        with blamed(self.session):
+            self.session.extend(tokens)
+
     def divided(self, role: Callable[[Slot], Hashable]) -> list[Lane]:
         """A lane for each role among the slots."""
         roles = dict.fromkeys(map(role, self.slots))
@@ -78,11 +80,11 @@ class Ensemble:
     Args:
         sessions: open, prefilled sessions by member index, each over all rows of the batch; used up.
         rows: the batch; a row's weights may lose a member that fails.
-        drop: go on without a member that fails, instead of raising.
+        failures: what becomes of a member that fails; None: it ends the work.
     """
 
-    def __init__(self, sessions: dict[int, Session], rows: Sequence[Row], drop: bool = False) -> None:
-        self._rows, self._drop = rows, drop
+    def __init__(self, sessions: dict[int, Session], rows: Sequence[Row], failures: Failures | None = None) -> None:
+        self._rows, self._failures = rows, failures
         self._lanes = [Lane(session, [(k, r) for r in range(len(rows))]) for k, session in sessions.items()]
         self.arrange()
 
@@ -95,14 +97,19 @@ class Ensemble:
         """Group the slots: those of one engine and one role run in one pass. What is done leaves."""
         self._retire()
         groups: dict[tuple[int, Hashable], list[Lane]] = {}
-        for lane in self._lanes:
-            for part in lane.divided(role):
-                key = id(part.session.engine if part.session.joinable() else lane), part.role
-                groups.setdefault(key, []).append(part)
-        self._lanes = [
-            Lane(Session.join([lane.session for lane in lanes]), [slot for lane in lanes for slot in lane.slots], kind)
-            for (_, kind), lanes in groups.items()
-        ]
+        with blamed_on(*(owner.name for lane in self._lanes for owner in lane.session.owners)):
+            for lane in self._lanes:
+                for part in lane.divided(role):
+                    key = id(part.session.engine if part.session.joinable() else lane), part.role
+                    groups.setdefault(key, []).append(part)
+            self._lanes = [
+                Lane(
+                    Session.join([part.session for part in parts]),
+                    [slot for part in parts for slot in part.slots],
+                    kind,
+                )
+                for (_, kind), parts in groups.items()
+            ]
 
     def _retire(self) -> None:
         """Let go of rows that are done or give a member no weight, and of sessions without rows."""
@@ -151,10 +158,11 @@ class Ensemble:
             float32 (n, V_k) for each slot that did not fail, the log-probabilities after each token.
         """
         lanes = [lane for lane in self._lanes if among(lane)]
-        runs = [partial(lane.session.extend, torch.tensor([blocks[r] for _, r in lane.slots])) for lane in lanes]
-        failures = across_devices([lane.session.engine.device for lane in lanes], runs, self._drop)
+        runs = [partial(lane.extend, torch.tensor([blocks[r] for _, r in lane.slots])) for lane in lanes]
+        go_on = self._failures is not None and self._failures.drop
+        failures = across_devices([lane.session.engine.device for lane in lanes], runs, go_on)
         for lane, failure in zip(lanes, failures, strict=True):
-            if failure is not None:
+            if failure is not None and lane in self._lanes:
                 self._lose(lane, failure)
         return {
             slot: part
@@ -170,28 +178,20 @@ class Ensemble:
             lane.session.forget([counts.get(r, common) for _, r in lane.slots], common)
 
     def _lose(self, lane: Lane, error: Exception) -> None:
-        """Go on without the member that failed, or raise."""
-        if not isinstance(error, MemberError):
+        """Go on without the members of a lane that failed, in the whole batch, or raise."""
+        if self._failures is None:
             raise error
-        owners = lane.session.owners
-        named = [slot for slot, owner in zip(lane.slots, owners, strict=True) if owner.name == error.member]
-        failed = {k for k, _ in named or lane.slots}  # a failed pass names all its members, and takes all along
-        lost = [(k, r) for k, r in lane.slots if k in failed]
-        if not self._drop or any({(k, r) for k in self.running(r)} <= set(lost) for _, r in lost):
-            raise error
-        log.warning("going on without a member: %s", error)
-        for k, r in lost:
-            self._rows[r].weights = without(self._rows[r].weights, k)
-        left = [slot for slot in lane.slots if slot[0] not in failed]
-        if not left:
-            lane.session.close()
-            self._lanes.remove(lane)
-            return
-        lane.keep(left)
-        try:
-            lane.session.check()
-        except MemberError as another:
-            self._lose(lane, another)
+        among = {k for k, _ in lane.slots}
+        rows = [row for row in self._rows if not row.done and any(row.weights.values[k] for k in among)]
+        _, left = self._failures.lose(error, among, [row.weights for row in rows])
+        for row, weights in zip(rows, left, strict=True):
+            row.weights = weights
+        self._retire()
+        if lane in self._lanes:
+            try:
+                lane.session.check()
+            except MemberError as another:
+                self._lose(lane, another)
 
     def close(self) -> None:
         for lane in self._lanes:
@@ -204,8 +204,9 @@ def fused_row(parts: dict[int, Tensor], weights: Weights) -> Tensor:
     members = sorted(parts)
     size = min(parts[k].shape[-1] for k in members)
     device = parts[members[0]].device
-    stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
-    return fuse(stacked, [weights.values[k] for k in members], weights.pool)
+    with blamed_on(*(weights.names[k] for k in members)):
+        stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
+        return fuse(stacked, [weights.values[k] for k in members], weights.pool)
 
 
 def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
@@ -224,12 +225,6 @@ def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int,
         ensemble.step(tokens)
 
 
-def without(weights: Weights, member: int) -> Weights:
-    """Weights with a member at 0 and the others renormalised."""
-    values = [0.0 if k == member else value for k, value in enumerate(weights.values)]
-    return replace(weights, values=_normalised(values), fused_nll=None, gap=None)
-
-
 def drop_small(weights: Weights, minimum: float) -> Weights:
     """Weights with members below `minimum` at 0 and the others renormalised.
 
@@ -241,9 +236,4 @@ def drop_small(weights: Weights, minimum: float) -> Weights:
         return weights
     floor = min(minimum, max(values))  # the largest weight always stays
     kept = [value if value >= floor else 0.0 for value in values]
-    return weights if kept == list(values) else replace(weights, values=_normalised(kept))
-
-
-def _normalised(values: Sequence[float]) -> tuple[float, ...]:
-    total = math.fsum(values)
-    return tuple(value / total for value in values)
+    return weights if kept == list(values) else replace(weights, values=normalised(kept))

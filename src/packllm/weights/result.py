@@ -47,6 +47,16 @@ class Weights:
         """Name of the member with the largest weight (the first of equals)."""
         return self.names[max(range(len(self.values)), key=self.values.__getitem__)]
 
+    @property
+    def note(self) -> str | None:
+        """Why nothing was scored, where nothing was; None elsewhere."""
+        if self.scored or self.strategy == "fixed":
+            return None
+        return (
+            "nothing was scored, so all members count the same: a model predicts tokens from those before them, and "
+            "of the text that is scored none has one before it that all members share; give a longer text"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe: non-finite numbers become None."""
 
@@ -64,4 +74,5 @@ class Weights:
             "perplexity": [safe(p) for p in self.perplexity],
             "fused_nll": safe(self.fused_nll),
             "gap": safe(self.gap),
+            "note": self.note,
         }

@@ -14,6 +14,7 @@ from packllm.align.words import Scored, common_tokens, common_words
 from packllm.chat.prompt import Encoded
 from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.session import Session
+from packllm.errors import blamed_on
 from packllm.options import Options
 from packllm.weights import Problem, Weights, find, weigh
 from packllm.weights.result import Unit
@@ -61,7 +62,8 @@ class SessionSource:
         for part in positions.split(step):
             block = buffer[: len(chosen) * len(part) * self._size].view(len(chosen), len(part), self._size)
             for k, stream in enumerate(streams):
-                block[k] = next(stream)[..., : self._size]
+                with blamed_on(self._sessions[chosen[k]].member.name):
+                    block[k] = next(stream)[..., : self._size]
             yield part, block
 
     def _step(self, rows: int) -> int:
@@ -79,6 +81,7 @@ class OneHeadSource(SessionSource):
         self._bias = None if head.bias is None else head.bias[: self._size]
         unused = {i for session in sessions for i in session.member.vocabulary.unused if i < self._size}
         self._unused = torch.tensor(sorted(unused), dtype=torch.long, device=self._device)
+        self._names = [session.member.name for session in sessions]  # who fails where the one head does
 
     @staticmethod
     def fits(sessions: Sequence[Session]) -> bool:
@@ -96,30 +99,33 @@ class OneHeadSource(SessionSource):
     def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = range(len(self._sessions)) if members is None else members
         step = self._step(len(chosen))
-        buffer = self._buffer(len(chosen) * min(step, len(positions)))
-        for part in positions.split(step):
-            hidden = self._hidden(part, chosen)
-            yield part, self._logits(hidden.flatten(0, 1), buffer).view(len(chosen), len(part), self._size)
+        with blamed_on(*self._names):
+            buffer = self._buffer(len(chosen) * min(step, len(positions)))
+            for part in positions.split(step):
+                hidden = self._hidden(part, chosen)
+                yield part, self._logits(hidden.flatten(0, 1), buffer).view(len(chosen), len(part), self._size)
 
     def losses(
         self, weights: np.ndarray, positions: Tensor, targets: Tensor, members: Sequence[int]
     ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        step = self._step(1)
-        buffer = self._buffer(min(step, len(positions)))
-        for part in positions.split(step):
-            hidden = self._hidden(part, members)
-            fused = self._logits(torch.tensordot(torch.from_numpy(weights).to(hidden), hidden, 1), buffer)
-            observed = targets[part].to(self._device)
-            score = fused.gather(-1, observed[:, None])[:, 0].clone()
-            peak = fused.amax(-1, keepdim=True)
-            chances = fused.sub_(peak).exp_()
-            total = chances.sum(-1)
-            yield total.log() + peak[:, 0] - score, partial(self._gradient, hidden, chances, total, observed)
+        with blamed_on(*self._names):
+            step = self._step(1)
+            buffer = self._buffer(min(step, len(positions)))
+            for part in positions.split(step):
+                hidden = self._hidden(part, members)
+                fused = self._logits(torch.tensordot(torch.from_numpy(weights).to(hidden), hidden, 1), buffer)
+                observed = targets[part].to(self._device)
+                score = fused.gather(-1, observed[:, None])[:, 0].clone()
+                peak = fused.amax(-1, keepdim=True)
+                chances = fused.sub_(peak).exp_()
+                total = chances.sum(-1)
+                yield total.log() + peak[:, 0] - score, partial(self._gradient, hidden, chances, total, observed)
 
     def _gradient(self, hidden: Tensor, chances: Tensor, total: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
         """Of h_k · Wᵀ(p − e_x), with p = chances / total."""
-        expected = chances[rows] @ self._matrix / total[rows, None]
-        return (hidden[:, rows] * (expected - self._matrix[observed[rows]])).sum(-1)
+        with blamed_on(*self._names):
+            expected = chances[rows] @ self._matrix / total[rows, None]
+            return (hidden[:, rows] * (expected - self._matrix[observed[rows]])).sum(-1)
 
     def _hidden(self, part: Tensor, members: Sequence[int]) -> Tensor:
         """(len(members), b, d), what the head reads at the scored positions."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ class Session:
         owners: as given.
         logprobs: float32 (B, V), distribution of each row's next token; set by prefill, step and extend.
         block: float32 (B, n, V), what extend returned last.
+        gate: called before every pass; what it raises ends the work.
     """
 
     def __init__(self, owners: Sequence[Member], rows: Sequence[Sequence[int]]) -> None:
@@ -57,6 +58,7 @@ class Session:
         self._hidden: Tensor | None = None
         self._scored: list[Tensor] = []
         self._known: Tensor | None = None
+        self.gate: Callable[[], object] = lambda: None
         self.logprobs: Tensor
         self.block: Tensor
         self._sound: Tensor
@@ -158,6 +160,7 @@ class Session:
             return
         # The model's own path once more, on a cache of its own, up to the last column asked for.
         again = Session([self.owners[row]], [self._ids[row, -self._prompt_lengths[row] :].tolist()])
+        again.gate = self.gate
         held: list[Tensor] = []
         for columns_run, logits_of in again._prompt_blocks(keep=False):
             inside = columns[(columns >= columns_run.start) & (columns < columns_run.stop)]
@@ -270,6 +273,7 @@ class Session:
     def _forward(self, function: Any, tokens: Tensor) -> Any:
         if self._cache is None:
             raise MemberError(self.member.name, "this session is closed")
+        self.gate()
         inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": self._cache, "use_cache": True}
         if self._mask is not None:
             seen = self._seen + tokens.shape[1]
