@@ -22,7 +22,7 @@ from faces import FACES, Face
 from transformers import DynamicCache
 
 from packllm import Member, Pack
-from packllm.engines.transformers.member import Session
+from packllm.engines.member import Session
 
 PROMPTS = (
     "the patient has a fever and",
@@ -106,7 +106,7 @@ def shared_pack(make_member: Callable[..., Member]) -> Iterator[Pack]:
     """Callers reuse each other's prompts, short as these are."""
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("packllm.engines.transformers.prefix.MINIMUM", 4)
+        patch.setattr("packllm.engines.prefix.MINIMUM", 4)
         yield Pack(members, max_tokens=TOKENS)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3NextConfig
 
 from packllm import Member, MemberError, OptionError, Pack
-from packllm.engines.transformers.prefix import MINIMUM, PrefixCache
+from packllm.engines.prefix import MINIMUM, PrefixCache
 from packllm.engines.transformers.session import Session
 
 CONTEXT = (

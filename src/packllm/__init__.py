@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
-    from packllm.engines.transformers.member import Member
+    from packllm.engines.member import Member
     from packllm.errors import (
         CancelledError,
         ContextOverflowError,

@@ -15,12 +15,13 @@ from packllm import starter
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer
 from packllm.decode.cancel import Stop, Stream
+from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
 from packllm.engines.load import Loader
-from packllm.engines.transformers.member import Member, Session
-from packllm.engines.transformers.prefix import PrefixCache
+from packllm.engines.member import Member
+from packllm.engines.prefix import PrefixCache
 from packllm.errors import LoadError, PromptError
 from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
@@ -52,7 +53,7 @@ class Pack:
         self.members = tuple(members)
         self.recipe = recipe
         self.options = make_options(options)
-        self.prefixes = PrefixCache()
+        self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
         self._check_weighting(self.options)
 
     @classmethod
@@ -225,7 +226,7 @@ class Pack:
             }
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
-            return request.whole(lambda sessions: list(_scores(request, sessions, continuations, ids)))
+            return request.whole(lambda lines: list(_scores(request, lines, continuations, ids)))
 
     def rerank(
         self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -260,17 +261,17 @@ class Pack:
 
 
 def _scores(
-    request: Request, sessions: dict[int, Session], texts: Sequence[str], ids: dict[int, list[list[int]]]
+    request: Request, lines: dict[int, Line], texts: Sequence[str], ids: dict[int, list[list[int]]]
 ) -> Iterator[float]:
     """The fused log-likelihood of each text, given as each member's ids too, under these members."""
-    running, weights = list(sessions), request.weights[0]
+    running, weights = list(lines), request.weights[0]
     if not request.one_vocabulary(running):
-        return text_logprobs(sessions, weights, texts)
+        return text_logprobs(lines, weights, texts)
     if request.options.decoding != "mined":
-        return continuation_logprobs(sessions, weights, ids[running[0]])
+        return continuation_logprobs(lines, weights, ids[running[0]])
     spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]
     request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
-    return continuation_logprobs(sessions, weights, spoken)
+    return continuation_logprobs(lines, weights, spoken)
 
 
 def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:

@@ -40,7 +40,8 @@ def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
                 for chunk in _segments(request, r, row, started):
                     yield r, chunk
                 row.done = True
-        ensemble = Ensemble(request.sessions, rows, request.failures)
+        lines = {(k, r): line for (k, r), line in request.lines.items() if not rows[r].done}
+        ensemble = Ensemble(lines, rows, request.failures)
         answers = {r: _answer(request, r, row, ensemble.running(r)) for r, row in enumerate(rows) if not row.done}
         for r, token in _tokens(request, ensemble, rows):
             request.timings.setdefault("first_token", time.perf_counter() - started)
@@ -98,7 +99,7 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
 
     def writers(which: Sequence[int], row: Row) -> Writers:
         def open_at(k: int) -> Writer:
-            return Writer(request.sessions[k].take([index]), len(request.encoded[index][k].ids))
+            return Writer(request.lines[k, index].fork())
 
         made = request.failures.each(open_at, which, row)
         return Writers(made, row, options.scoring, options.align, request.failures)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from packllm.engines.prefix import PrefixCache
+
 Want = Literal["all", "last", "none"] | List[int]
 """Which of the log-probabilities after the ids of a read come back.
 
-"all": float32 (n, V), after each of the n ids. "last": float32 (1, V), after the last of them. "none": float32 (0, V).
-n ids, the targets: float64 (n,) on the CPU, what is given to each target right after the id at its place; NaN where the target
-is negative.
+"all": float32 (n, V), after each of the n ids. "last": float32 (1, V), after the last of them. "none": (0, V).
+n ids, the targets: float64 (n,) on the CPU, what each target is given right after the id at its place; NaN where the
+target is negative.
 """
 
 
@@ -28,11 +31,13 @@ class Sequence(ABC):
         engine: whose it is.
         ids: what has been read; the truth from which a lost cache is made again.
         cached_tokens: how many of them did not have to be read, since an earlier sequence began alike.
+        gate: called before every pass; what it raises ends the read.
     """
 
     engine: Engine
     ids: list[int]
     cached_tokens: int = 0
+    gate: Callable[[], object] = staticmethod(lambda: None)
 
     @abstractmethod
     def crop(self, length: int) -> None:
@@ -42,6 +47,7 @@ class Sequence(ABC):
     def fork(self) -> Sequence:
         """Another sequence that has read the same; this one stays as it is."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free what is kept; the sequence cannot be read into any more."""
 
@@ -77,24 +83,30 @@ class Engine(ABC):
     packing: float = 0.1
 
     @abstractmethod
-    def open(self, adapter: int | None = None) -> Sequence:
-        """A sequence that has read nothing, on the weights as they are or with one of their adapters."""
+    def open(self, adapter: int | None = None, prefixes: PrefixCache | None = None) -> Sequence:
+        """A sequence that has read nothing.
+
+        Args:
+            adapter: one of the engine's adapters, None for the weights as they are.
+            prefixes: what is kept of earlier sequences; this one may start from it, and be kept there.
+        """
 
     @abstractmethod
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
         """Answers to reads in their order, which may come from several sequences; one sequence's happen one after the other. A
         read that failed has its exception for an answer, and the others theirs."""
 
-    def close(self) -> None:
-        """Free what is kept beside the weights."""
+    def fingerprint(self, adapter: int | None = None) -> str:
+        """Hash of the weights: changes with the answers."""
+        return f"{id(self)} {adapter}"
 
 
 @runtime_checkable
 class KeepsHidden(Protocol):
     """An engine that can tell what it made its log-probabilities of. Log-pool optimisers then need no second pass (METHODS §3)."""
 
-    def keep_hidden(self, sequence: Sequence) -> None:
-        """Before anything is read: keep hidden states of what follows, where logits are made of them alone."""
+    def keep_hidden(self, sequence: Sequence) -> bool:
+        """Before anything is read: keep hidden states of what follows, where logits are made of them alone; whether so."""
         ...
 
     def release_hidden(self, sequence: Sequence) -> None:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from packllm.cache import cache_folder
 from packllm.chat.prompt import Encoder
+from packllm.engines.member import Member
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.lora import merge, read
-from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.precision import fastest
 from packllm.errors import LoadError, OptionError
 

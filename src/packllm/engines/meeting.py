@@ -117,6 +117,7 @@ class Meeting:
         self._condition = threading.Condition()
         self._waiting: list[Job] = []
         self._busy = False
+        self._running: list[Job] = []
         self._expected: set[Circle] = set()  # of the last pass, those that have not come back
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
@@ -131,6 +132,8 @@ class Meeting:
             self._condition.notify_all()
         try:
             while any(job.answer is None for job in jobs):
+                for read in reads:
+                    read.sequence.gate()
                 with self._condition:
                     while self._busy and any(job.answer is None for job in jobs):
                         self._condition.wait()
@@ -139,8 +142,10 @@ class Meeting:
                     self._busy = True
                 self._lead()
         finally:
-            with self._condition:  # a caller that is interrupted takes its reads along
+            with self._condition:  # who is interrupted takes the reads along, but for those of a pass under way
                 self._waiting = [job for job in self._waiting if job not in jobs]
+                while self._busy and any(job in self._running for job in jobs):
+                    self._condition.wait()
         return [job.answer for job in jobs if job.answer is not None]
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
@@ -165,6 +170,7 @@ class Meeting:
             with self._condition:
                 self._gather()
                 parts = self._chosen()
+                self._running = [part.job for part in parts]
             if parts:
                 self._run(parts)
         finally:
@@ -174,7 +180,7 @@ class Meeting:
                 circles = {_circle(job.read.sequence).whole() for job in ended}
                 waiting = {_circle(job.read.sequence).whole() for job in self._waiting}
                 self._expected = {circle for circle in circles - waiting if circle.open}
-                self._busy = False
+                self._busy, self._running = False, []
                 self._condition.notify_all()
 
     def _gather(self) -> None:

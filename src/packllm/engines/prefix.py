@@ -120,5 +120,6 @@ def _of(kept: Kept, engine: Engine, adapter: int | None) -> bool:
 
 def _covers(new: Kept, old: Kept) -> bool:
     """Whether the older one is of no use beside the newer: all but its last few tokens begin that too."""
-    same = _of(old, new.sequence.engine, new.adapter) and common(new.sequence.ids, old.sequence.ids)
-    return same and new.sequence.engine.rewinds and same > len(old.sequence.ids) - MINIMUM
+    if not _of(old, new.sequence.engine, new.adapter) or not new.sequence.engine.rewinds:
+        return False
+    return common(new.sequence.ids, old.sequence.ids) > len(old.sequence.ids) - MINIMUM

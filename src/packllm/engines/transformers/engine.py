@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -125,18 +126,33 @@ class Engine(base.Engine):
                 sequence.prefixes.keep(sequence.adapter, kept, kept.nbytes())
         return answers
 
+    def fingerprint(self, adapter: int | None = None) -> str:
+        """Hash of configuration and a sample of every weight."""
+        digest = hashlib.sha256(f"{type(self.model).__name__} {self.model.dtype}".encode())
+        weights = list(self.model.named_parameters())
+        if adapter is not None and self.adapters is not None:
+            for name, factors in self.adapters.factors(adapter).items():
+                weights += [(f"{name}.down", factors[0]), (f"{name}.up", factors[1])]
+        for name, parameter in weights:
+            sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+            digest.update(f"{name} {tuple(parameter.shape)} {sample.float().tolist()}".encode())
+        return digest.hexdigest()
+
     # What log-pool optimisers ask for (base.KeepsHidden)
 
-    def keep_hidden(self, sequence: Sequence) -> None:
+    def keep_hidden(self, sequence: base.Sequence) -> bool:
+        assert isinstance(sequence, Sequence)
         if self._body is not None and sequence.hidden is None and not sequence.ids:
-            sequence.hidden = torch.empty(
-                0, self._head.weight.shape[1], dtype=self._head.weight.dtype, device=self.device
-            )
+            weight = self._head.weight
+            sequence.hidden = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return sequence.hidden is not None
 
-    def release_hidden(self, sequence: Sequence) -> None:
+    def release_hidden(self, sequence: base.Sequence) -> None:
+        assert isinstance(sequence, Sequence)
         sequence.hidden = None
 
-    def hidden(self, sequence: Sequence, places: Tensor) -> Tensor | None:
+    def hidden(self, sequence: base.Sequence, places: Tensor) -> Tensor | None:
+        assert isinstance(sequence, Sequence)
         if sequence.hidden is None or (len(places) and int(places.max()) >= len(sequence.hidden)):
             return None
         return sequence.hidden[places.to(self.device)]
@@ -146,7 +162,7 @@ class Engine(base.Engine):
             return self._real(self._head(hidden))
 
     def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        if type(self._head) is not torch.nn.Linear:
+        if self._body is None or type(self._head) is not torch.nn.Linear:
             return None
         return self._head.weight, self._head.bias, self._unused
 

@@ -86,7 +86,8 @@ def fork(cache: Any) -> Any:
 
 def crop(cache: DynamicCache, count: int) -> None:
     """Drop the last `count` tokens of a full cache."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if layer.get_seq_length():
             layer.keys, layer.values = layer.keys[..., :-count, :], layer.values[..., :-count, :]
 

@@ -56,9 +56,7 @@ class PackedCache(DynamicCache):
             raise ValueError("this architecture changes keys after they are cached")
         start = 0
         for cache, count in zip(self._caches, self._counts, strict=True):
-            layer = cache.layers[self._layer]
-            assert layer.keys is not None
-            assert layer.values is not None
+            layer: Any = cache.layers[self._layer]
             yield slice(start, start + count), layer.keys, layer.values
             start += count
 
