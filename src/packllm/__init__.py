@@ -60,7 +60,7 @@ __all__ = [
 
 _HOMES = {
     "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall", "ToolStream", "parse_tool_calls"),
-    "engines.transformers.member": ("Member",),
+    "engines.member": ("Member",),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),
     "results": ("Chunk", "Generation", "Usage"),
