@@ -111,14 +111,14 @@ def test_rows_that_finish_leave_the_batch(make_member):
     assert min(limits) > 0
     first = pack.generate(PROMPTS[0], max_tokens=20)
     stop = first.text[:2]  # ends the first row early, the others when they happen to say it
-    before = member.tokens
+    before = member.engine.tokens
     answers = pack.generate_batch(PROMPTS[:4], max_tokens=20, stop=stop)
     read = sum(len(member.encoder.encode(prompt).ids) for prompt in PROMPTS[:4])
     width = max(len(member.encoder.encode(prompt).ids) for prompt in PROMPTS[:4])
     longest = max(answer.usage.completion_tokens for answer in answers)
     assert answers[0].usage.completion_tokens < longest
     written = sum(answer.usage.completion_tokens for answer in answers)
-    assert read + written - 4 <= member.tokens - before <= 4 * width + written
+    assert read + written - 4 <= member.engine.tokens - before <= 4 * width + written
 
 
 def test_prompts_of_one_length_are_padded_little(make_pack):

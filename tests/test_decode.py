@@ -132,13 +132,13 @@ def test_members_without_weight_do_not_run(make_member):
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
     pack = Pack(members, max_tokens=6)
     weighting = {"llama-0": 1.0}
-    before = [m.forwards for m in members]
+    before = [m.engine.forwards for m in members]
     pack.generate("The capital", weighting=weighting)
-    assert [m.forwards - b for m, b in zip(members, before, strict=True)] == [6, 0, 0]
-    before = [m.forwards for m in members]
+    assert [m.engine.forwards - b for m, b in zip(members, before, strict=True)] == [6, 0, 0]
+    before = [m.engine.forwards for m in members]
     generation = pack.generate("The capital", weighting="top1")
     top = generation.weights.values.index(1.0)
-    steps = [m.forwards - b for m, b in zip(members, before, strict=True)]
+    steps = [m.engine.forwards - b for m, b in zip(members, before, strict=True)]
     assert steps == [6 if k == top else 1 for k in range(3)]
 
 

@@ -25,9 +25,9 @@ def test_prefill_scores_and_warms_the_cache_in_one_pass(make_member, architectur
     member = make_member(architecture)
     ids = ids_of(member)
     session = member.open([ids])
-    before = member.forwards
+    before = member.engine.forwards
     (observed,) = session.prefill([list(range(1, len(ids)))])
-    assert member.forwards == before + 1
+    assert member.engine.forwards == before + 1
     assert torch.allclose(observed, naive.token_logprobs(member, ids), atol=1e-4)
     assert close(session.logprobs[0], naive.next_logprobs(member, ids))
 

@@ -387,11 +387,11 @@ def test_either_vocabulary_can_be_the_reference(make_member):
 def test_one_vocabulary_is_fused_as_ever(make_pack, weighting):
     plain, mapped_ = make_pack(weighting=weighting, max_tokens=8), make_pack(weighting=weighting, decoding="mined")
     for prompt in PROMPTS[:2]:
-        before = [(m.forwards, m.tokens) for m in plain.members]
+        before = [(m.engine.forwards, m.tokens) for m in plain.members]
         one = plain.generate(prompt)
-        between = [(m.forwards, m.tokens) for m in plain.members]
+        between = [(m.engine.forwards, m.tokens) for m in plain.members]
         two = mapped_.generate(prompt, max_tokens=8)
-        after = [(m.forwards, m.tokens) for m in plain.members]
+        after = [(m.engine.forwards, m.tokens) for m in plain.members]
         assert (one.text, one.weights) == (two.text, two.weights)
         assert [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, between, strict=True)] == [
             (b[0] - a[0], b[1] - a[1]) for a, b in zip(between, after, strict=True)
@@ -575,11 +575,11 @@ def test_members_of_one_engine_stay_on_one(make_member, word_tokenizer):
     assert one.engine is two.engine is not three.engine
     pack = Pack([reference, *twins], decoding="mined", weighting="uniform", max_tokens=5)
     prompt = next(p for p in PROMPTS if reference_of(pack, p) is reference)
-    before, counted = base.engine.forwards, [twin.forwards for twin in twins]
+    before, counted = base.engine.forwards, [twin.engine.forwards for twin in twins]
     found = pack.generate(prompt)
     steps = found.usage.completion_tokens - (found.finish_reason == "length")
     assert base.engine.forwards - before == 1 + 1 + steps  # their own ids, the reference's, the answer
-    assert [twin.forwards - n for twin, n in zip(twins, counted, strict=True)] == [2 + steps] * 2
+    assert [twin.engine.forwards - n for twin, n in zip(twins, counted, strict=True)] == [2 + steps] * 2
 
 
 def test_it_is_never_the_default(mixed, monkeypatch):

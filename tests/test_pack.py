@@ -96,9 +96,9 @@ def test_one_member_is_a_pack(make_member):
 
 
 def test_one_prefill_a_member_and_request(pack):
-    before = [member.forwards for member in pack.members]
+    before = [member.engine.forwards for member in pack.members]
     pack.weigh(PROMPT, weighting="exact")
-    assert [m.forwards - b for m, b in zip(pack.members, before, strict=True)] == [1, 1, 1]
+    assert [m.engine.forwards - b for m, b in zip(pack.members, before, strict=True)] == [1, 1, 1]
 
 
 def test_nll_is_that_of_the_users_text(pack):
@@ -251,14 +251,14 @@ def test_wrong_options_say_what_is_wrong(pack, options, error, says):
 
 
 def test_options_are_checked_at_the_call(pack):
-    before = [member.forwards for member in pack.members]
+    before = [member.engine.forwards for member in pack.members]
     with pytest.raises(OptionError):
         pack.stream(PROMPT, top_p=2)
     with pytest.raises(PromptError):
         pack.stream("")
     with pytest.raises(ContextOverflowError):
         pack.stream("word " * 600)
-    assert [member.forwards for member in pack.members] == before
+    assert [member.engine.forwards for member in pack.members] == before
 
 
 @pytest.mark.parametrize(
@@ -312,12 +312,12 @@ def test_without_max_tokens_the_answer_ends_at_the_window(make_pack):
 @pytest.mark.parametrize("fault", [to_nan, fail], ids=["nan", "exception"])
 def test_a_failing_member_is_named(members, fault, after):
     pack = Pack([members[0], broken(members[1], fault, after), members[2]], max_tokens=8)
-    before = members[2].forwards
+    before = members[2].engine.forwards
     with pytest.raises(MemberError, match="gpt2-1") as raised:
         pack.generate(PROMPT, weighting="uniform")
     if fault is fail:
         assert isinstance(raised.value.__cause__, RuntimeError)
-    assert members[2].forwards - before == after - 1  # nobody went on behind it
+    assert members[2].engine.forwards - before == after - 1  # nobody went on behind it
 
 
 @pytest.mark.parametrize("fault", [to_nan, fail], ids=["nan", "exception"])
@@ -364,9 +364,9 @@ def test_closing_a_stream_stops_the_work(pack):
     stream = pack.stream(PROMPT, max_tokens=200)
     next(stream)
     next(stream)
-    before = [member.forwards for member in pack.members]
+    before = [member.engine.forwards for member in pack.members]
     stream.close()
-    assert [member.forwards for member in pack.members] == before
+    assert [member.engine.forwards for member in pack.members] == before
     gc.collect()
     assert sum(isinstance(thing, DynamicCache) for thing in gc.get_objects()) == caches
     assert list(stream) == []
@@ -375,9 +375,9 @@ def test_closing_a_stream_stops_the_work(pack):
 def test_a_token_is_computed_only_when_it_is_asked_for(pack):
     stream = pack.stream(PROMPT, max_tokens=200, weighting="uniform")
     next(stream)
-    before = pack.members[0].forwards
+    before = pack.members[0].engine.forwards
     next(stream)
-    assert pack.members[0].forwards - before <= 8  # text may wait for the rest of a character
+    assert pack.members[0].engine.forwards - before <= 8  # text may wait for the rest of a character
     stream.close()
 
 

@@ -78,7 +78,7 @@ def test_greedy_answers_are_the_same_with_reuse_and_without(ensemble, weighting,
         assert_alike(again, without)
         assert without.usage.cached_tokens == 0
         assert (again.usage.cached_tokens >= shared) == (at > 0)
-    before = [member.tokens for member in ensemble]
+    before = [member.engine.tokens for member in ensemble]
     pack.weigh(CONTEXT + "Where?")
     for member, tokens in zip(ensemble, before, strict=True):
         if weighting == "exact" and member.engine.body is None:

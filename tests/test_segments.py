@@ -208,12 +208,12 @@ def test_identical_members_write_what_one_does_at_no_cost_of_judging(make_member
         spent = one.forwards
         alone = Pack([one], max_tokens=40).generate(prompt)
         spent = one.forwards - spent
-        before = [m.forwards for m in twins]
+        before = [m.engine.forwards for m in twins]
         pack = Pack(twins, weighting="uniform", scoring=scoring, max_tokens=40)
         together = pack.generate(prompt, decoding="cool")
         assert (together.text, together.finish_reason) == (alone.text, alone.finish_reason)
         assert together.usage == alone.usage
-        assert [m.forwards - b for m, b in zip(twins, before, strict=True)] == [spent] * 3
+        assert [m.engine.forwards - b for m, b in zip(twins, before, strict=True)] == [spent] * 3
 
 
 # Caches
@@ -325,13 +325,13 @@ def test_a_cache_that_cannot_be_rolled_back_says_so_once(byte_tokenizer, make_me
 def test_work_a_round_does_not_grow_with_the_text(make_member):
     members = [make_member("llama", 1), make_member("gpt2", 2, "words"), make_member("gemma", 3, "words", "gemma-3")]
     fused = team(members, PROMPTS[0], scoring="mixture")  # under which none of them ends early
-    before = [(m.forwards, m.tokens) for m in members]
+    before = [(m.engine.forwards, m.tokens) for m in members]
     emitted = rounds = 0
     for segment in fused.write(150):
         rounds += 1
         emitted += len(segment.pieces)
-        spent = [(m.forwards - f, m.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
-        before = [(m.forwards, m.tokens) for m in members]
+        spent = [(m.engine.forwards - f, m.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
+        before = [(m.engine.forwards, m.tokens) for m in members]
         for forwards, tokens in spent:
             # A proposal, then the others' two in one forward; each at most twice the cut and a token.
             assert forwards <= 2 * SEGMENT_BYTES + 3
@@ -346,12 +346,12 @@ def test_judging_is_one_forward_a_round(tokenizers):
     b = {" are": {" is": 0.3}, " not": {" is": 0.3}, " the": {" is": 0.3}, " is": {" the": 0.3}}
     members = [follows(tokenizers[0], a, "a"), follows(tokenizers[1], b, "b")]
     pack = Pack(members, max_tokens=40, weighting={"a": 0.7, "b": 0.3})
-    before = [(m.forwards, m.tokens) for m in members]
+    before = [(m.engine.forwards, m.tokens) for m in members]
     generation = pack.generate("LLMs are")
     assert generation.text == " not the" * 20
     prompts = [len(m.encoder.encode("LLMs are").ids) for m in members]
     for m, (forwards, tokens), prompt in zip(members, before, prompts, strict=True):
-        assert m.forwards - forwards <= 1 + 2 * 40
+        assert m.engine.forwards - forwards <= 1 + 2 * 40
         assert m.tokens - tokens <= prompt + 2 * 40
 
 
@@ -378,13 +378,13 @@ def test_a_run_without_a_boundary_ends_in_bounded_work(make_member, text, tokeni
     writer = writer_of(member, "The")
     fused = Writers({0: writer}, row)
     fused._encoders = [m.encoder for m in members]
-    before = member.forwards, member.tokens
+    before = member.engine.forwards, member.tokens
     segments = written(fused, len(ids))
     assert "".join(segments) == text
     longest = max(len(member.vocabulary.text_bytes(i)) for i in ids)
     assert all(len(segment.encode()) <= SEGMENT_BYTES + longest for segment in segments)
     assert len(segments) <= 4 * len(text.encode()) / SEGMENT_BYTES + 2
-    assert (member.forwards - before[0], member.tokens - before[1]) <= (len(ids), len(ids))
+    assert (member.engine.forwards - before[0], member.tokens - before[1]) <= (len(ids), len(ids))
     assert not any(inside_character(text, len("".join(segments[:n]))) for n in range(1, len(segments)))
 
 
@@ -549,9 +549,9 @@ def test_closing_a_stream_stops_the_work(two):
     caches = sum(isinstance(thing, DynamicCache) for thing in gc.get_objects())
     stream = two.stream(PROMPTS[0], max_tokens=200)
     next(stream)
-    before = [member.forwards for member in two.members]
+    before = [member.engine.forwards for member in two.members]
     stream.close()
-    assert [member.forwards for member in two.members] == before
+    assert [member.engine.forwards for member in two.members] == before
     gc.collect()
     assert sum(isinstance(thing, DynamicCache) for thing in gc.get_objects()) == caches
 
@@ -682,9 +682,9 @@ def test_a_member_good_in_its_own_units_alone_gets_little_weight(real):
 @pytest.mark.real
 @pytest.mark.parametrize("options", [{}, {"scoring": "perplexity"}, {"decoding": "cool+rerank"}], ids=str)
 def test_real_models_of_two_vocabularies_write_together(real, options):
-    before = [m.forwards for m in real.members]
+    before = [m.engine.forwards for m in real.members]
     generation = real.generate(STORY, weighting={"smollm2": 0.5, "stories": 0.5}, **options)
-    forwards = [m.forwards - b for m, b in zip(real.members, before, strict=True)]
+    forwards = [m.engine.forwards - b for m, b in zip(real.members, before, strict=True)]
     assert generation.text[0].isspace()
     assert 0 < generation.usage.completion_tokens <= 24
     assert "\ufffd" not in generation.text

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from packllm.align.mined import NONE, alignment
 from packllm.align.vocabulary import Vocabulary
-from packllm.engines.base import Engine, Read, Sequence
+from packllm.engines.base import Engine, Prefixes, Read, Sequence
 from packllm.engines.member import Member
-from packllm.engines.prefix import PrefixCache
 
 BLOCK = 64
 """Ids of which whole rows are read at once, where only targets are asked for."""
@@ -80,7 +79,7 @@ class MinedEngine(Engine):
         self._list = self._ids.tolist()
         self._absent = found.distances[:size] == NONE
 
-    def open(self, adapter: int | None = None, prefixes: PrefixCache | None = None) -> MinedSequence:
+    def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> MinedSequence:
         return MinedSequence(self, self.inner.open(adapter))  # what is kept is kept in the text's own tokens
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:

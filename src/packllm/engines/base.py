@@ -7,13 +7,10 @@ from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from packllm.engines.prefix import PrefixCache
 
 Want = Literal["all", "last", "none"] | List[int]
 """Which of the log-probabilities after the ids of a read come back.
@@ -52,6 +49,22 @@ class Sequence(ABC):
         """Free what is kept; the sequence cannot be read into any more."""
 
 
+class Prefixes(Protocol):
+    """What is kept of earlier sequences (prefix.py)."""
+
+    def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
+        """The kept sequence of these weights that begins most like `ids`, and how many first ids are the same."""
+        ...
+
+    def note(self, tokens: int) -> None:
+        """A sequence starts, and need not read so many tokens."""
+        ...
+
+    def keep(self, adapter: int | None, sequence: Sequence, nbytes: int) -> None:
+        """Keep a sequence, which nobody else uses; it is closed when its time has come."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Read:
     """These ids come after that sequence; see Want for what comes back."""
@@ -83,7 +96,7 @@ class Engine(ABC):
     packing: float = 0.1
 
     @abstractmethod
-    def open(self, adapter: int | None = None, prefixes: PrefixCache | None = None) -> Sequence:
+    def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
         """A sequence that has read nothing.
 
         Args:

@@ -7,8 +7,7 @@ from typing import Any
 
 from packllm.align.vocabulary import Vocabulary
 from packllm.chat.prompt import Encoder
-from packllm.engines.base import Engine, Sequence
-from packllm.engines.prefix import PrefixCache
+from packllm.engines.base import Engine, Prefixes, Sequence
 from packllm.errors import MemberError
 
 
@@ -67,7 +66,7 @@ class Member:
         said = f"{self.vocabulary.fingerprint} {self.encoder.template} {self.engine.fingerprint(self.adapter)}"
         return hashlib.sha256(said.encode()).hexdigest()
 
-    def open(self, prefixes: PrefixCache | None = None) -> Sequence:
+    def open(self, prefixes: Prefixes | None = None) -> Sequence:
         """A sequence that has read nothing; it may start from what is kept of earlier ones."""
         return self.engine.open(self.adapter, prefixes)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from packllm.align.vocabulary import Vocabulary
 from packllm.engines import base
-from packllm.engines.base import Read
+from packllm.engines.base import Prefixes, Read
 from packllm.engines.meeting import Job, Meeting, Part
-from packllm.engines.prefix import MINIMUM, PrefixCache
+from packllm.engines.prefix import MINIMUM
 from packllm.engines.transformers import kv, packed
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.sequence import Sequence
@@ -108,8 +108,8 @@ class Engine(base.Engine):
 
     # What an engine does
 
-    def open(self, adapter: int | None = None, prefixes: PrefixCache | None = None) -> Sequence:
-        return Sequence(self, adapter, None if self._scaled else prefixes)
+    def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
+        return Sequence(self, self.meeting, adapter, None if self._scaled else prefixes)
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
         prompts: list[Sequence] = []

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from packllm.engines import base
-from packllm.engines.meeting import Circle
-from packllm.engines.prefix import PrefixCache
+from packllm.engines.base import Engine, Prefixes
+from packllm.engines.meeting import Circle, Meeting
 from packllm.engines.transformers import kv
-
-if TYPE_CHECKING:
-    from packllm.engines.transformers.engine import Engine
 
 
 class Sequence(base.Sequence):
     """See base.Sequence. Only its engine reads into it.
 
     Args:
-        engine: whose it is.
+        engine, meeting: whose it is, and where its reads wait.
         adapter: of the engine's adapters, None for the weights as they are.
         prefixes: where earlier prompts are kept, None for nowhere.
 
@@ -31,10 +28,11 @@ class Sequence(base.Sequence):
         hidden: (n, d), what the head reads after the first n ids; None where that is not kept.
     """
 
-    engine: Engine
-
-    def __init__(self, engine: Engine, adapter: int | None, prefixes: PrefixCache | None = None) -> None:
+    def __init__(
+        self, engine: Engine, meeting: Meeting, adapter: int | None, prefixes: Prefixes | None = None
+    ) -> None:
         self.engine, self.adapter, self.prefixes = engine, adapter, prefixes
+        self._meeting = meeting
         self.circle = Circle()
         self.closed = False
         self.ids: list[int] = []
@@ -78,14 +76,14 @@ class Sequence(base.Sequence):
         twin.ids = list(self.ids)
         if self.cache is not None:
             twin.cache = kv.fork(self.cache)
-        self.engine.meeting.fork(self, twin)
+        self._meeting.fork(self, twin)
         return twin
 
     def close(self) -> None:
         if not self.closed:
             self.closed, self.cached = True, 0
             self.cache = self.hidden = self._checkpoint = None
-            self.engine.meeting.leave(self)
+            self._meeting.leave(self)
 
     def nbytes(self) -> int:
         """Memory held, in whole allocations."""
