@@ -8,6 +8,7 @@ import naive
 import peft
 import pytest
 import torch
+from lines import scored
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,10 +60,9 @@ def test_rows_of_one_batch_equal_merged_copies(specs):
     assert len({id(member.engine) for member in copies}) == len(specs)
     ids = together[0].encoder.encode(TEXTS[0]).ids
     for member, twin in zip(together, copies, strict=True):
-        session = member.open([ids])
-        (observed,) = session.prefill([list(range(1, len(ids)))])
+        end, observed = scored(member, ids)
         assert torch.allclose(observed, naive.token_logprobs(twin, ids), atol=1e-4)
-        assert torch.allclose(session.logprobs[0].exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
+        assert torch.allclose(end.here.exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
     differ = [naive.next_logprobs(twin, ids) for twin in copies]
     assert all((differ[0] - other).abs().max() > 0.05 for other in differ[1:])
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lines import lines
 
 from packllm import Generation, Pack
+from packllm.decode.line import read_lines
 from packllm.engines.load import Loader
-from packllm.engines.transformers.session import Session
 from packllm.pack import _grouped
 
 LONG = "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. " * 3
@@ -81,20 +82,19 @@ def test_adapters_of_one_base_in_batches(experts):
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=5), steps=st.lists(st.integers(0, 300), max_size=3))
-def test_padding_never_changes_logits_of_any_adapter(experts, lengths, steps):
+def test_company_never_changes_logits_of_any_adapter(experts, lengths, steps):
     members = Loader().members(experts)
     ids = members[0].encoder.encode(LONG).ids
     rows = [ids[at : at + length] for at, length in enumerate(lengths)]
     owners = [member for member in members for _ in rows]
-    session = Session(owners, rows * len(members))
-    session.prefill([[]] * len(owners))
+    ends = lines({at: (owner, rows[at % len(rows)]) for at, owner in enumerate(owners)})
     for token in steps:
-        session.step([token] * len(owners))
+        read_lines(ends, {at: [token] for at in ends})
     alone = [member.merged() for member in members]
     for at, owner in enumerate(owners):
         read = [*rows[at % len(rows)], *steps]
         expected = naive.next_logprobs(_As(owner, alone[members.index(owner)]), read)
-        assert torch.allclose(session.logprobs[at].exp(), expected.exp(), atol=1e-5)
+        assert torch.allclose(ends[at].here.exp(), expected.exp(), atol=1e-5)
 
 
 class _As:
@@ -114,11 +114,10 @@ def test_rows_that_finish_leave_the_batch(make_member):
     before = member.engine.tokens
     answers = pack.generate_batch(PROMPTS[:4], max_tokens=20, stop=stop)
     read = sum(len(member.encoder.encode(prompt).ids) for prompt in PROMPTS[:4])
-    width = max(len(member.encoder.encode(prompt).ids) for prompt in PROMPTS[:4])
     longest = max(answer.usage.completion_tokens for answer in answers)
     assert answers[0].usage.completion_tokens < longest
     written = sum(answer.usage.completion_tokens for answer in answers)
-    assert read + written - 4 <= member.engine.tokens - before <= 4 * width + written
+    assert read + written - 4 <= member.engine.tokens - before <= read + written  # nothing is padded
 
 
 def test_prompts_of_one_length_are_padded_little(make_pack):

@@ -22,7 +22,7 @@ from faces import FACES, Face
 from transformers import DynamicCache
 
 from packllm import Member, Pack
-from packllm.engines.member import Session
+from packllm.engines.base import Sequence
 
 PROMPTS = (
     "the patient has a fever and",
@@ -53,9 +53,9 @@ def _stacks_of_a_deadlock() -> Iterator[None]:
 
 @dataclass
 class Alive:
-    """What requests hold: sessions, caches, bytes of tensors."""
+    """What requests hold: sequences, caches, bytes of tensors."""
 
-    sessions: int = 0
+    sequences: int = 0
     caches: int = 0
     bytes: int = 0
 
@@ -68,8 +68,8 @@ class Alive:
         storages = {}
         for thing in gc.get_objects():
             kind = type(thing)
-            if issubclass(kind, Session):
-                alive.sessions += 1
+            if issubclass(kind, Sequence):
+                alive.sequences += 1
             elif issubclass(kind, DynamicCache):
                 alive.caches += 1
             elif issubclass(kind, torch.Tensor):
@@ -215,7 +215,7 @@ def test_the_count_sees_what_a_request_holds(shared_pack: Pack, kind: type[Face]
     pieces = kind(shared_pack).stream(PROMPTS[0])
     next(pieces)
     during = Alive.now(shared_pack)
-    assert during.sessions > start.sessions
+    assert during.sequences > start.sequences
     assert during.caches > start.caches
     assert during.bytes > start.bytes
     pieces.close()

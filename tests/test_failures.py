@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from packllm import CancelledError, Member, MemberError, Pack
-from packllm.engines.transformers import session
+from packllm.engines import meeting
 
 PROMPT = "Diabetes is a disease in which the court shall order relief"
 TEXTS = [" The capital of France", " a sequential scan", " Paris is blue"]
@@ -204,7 +204,7 @@ CANCELLED = {
 @pytest.mark.parametrize("drop", ["raise", "drop"])
 @pytest.mark.parametrize("way", CANCELLED)
 def test_no_pass_follows_once_the_event_is_set(way, drop, make_member, monkeypatch):
-    monkeypatch.setattr(session, "PASS_TOKENS", 8)  # a prompt takes several passes
+    monkeypatch.setattr("packllm.engines.transformers.engine.PASS_TOKENS", 8)  # a prompt takes several passes
     kinds, ask = CANCELLED[way]
     members = [member_of(make_member, *kind) for kind in kinds]
     passes = Passes(members)

@@ -69,7 +69,7 @@ def test_a_lost_member_is_drawn_no_more(make_pack, make_member):
     stream = pack.stream(PROMPT, on_member_error="drop")
     failing = pack.stream(PROMPT)
     next(stream), next(failing)
-    hook = member.model.register_forward_pre_hook(fail)
+    hook = member.model.get_decoder().register_forward_pre_hook(fail)
     try:
         last = list(stream)[-1]
         with pytest.raises(MemberError, match="out of memory"):

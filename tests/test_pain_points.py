@@ -42,10 +42,15 @@ class Listener(Member):
         self.heard: list[str] = []
         self.ids: list[list[int]] = []
 
-    def open(self, rows: Any) -> Any:
-        self.ids += [list(row) for row in rows]
-        self.heard += [self.tokenizer.decode(row) for row in rows]
-        return super().open(rows)
+        encode = self.encoder.encode
+
+        def listen(*asked: Any) -> Any:
+            encoded = encode(*asked)
+            self.ids.append(encoded.ids)
+            self.heard.append(self.tokenizer.decode(encoded.ids))
+            return encoded
+
+        self.encoder.encode = listen
 
 
 @pytest.fixture

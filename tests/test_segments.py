@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lines import line
 from scripted import follows, llama3_like, phi3_like
 from test_pack import broken, fail, to_nan
 from tokenizers import Tokenizer
@@ -40,10 +41,7 @@ def greedy(logprobs: torch.Tensor) -> int:
 
 
 def writer_of(member: Member, prompt: str) -> Writer:
-    ids = member.encoder.encode(prompt).ids
-    session = member.open([ids])
-    session.prefill([[]])
-    return Writer(session, len(ids))
+    return Writer(line(member, member.encoder.encode(prompt).ids))
 
 
 def says(member: Member, text: str):
@@ -325,13 +323,13 @@ def test_a_cache_that_cannot_be_rolled_back_says_so_once(byte_tokenizer, make_me
 def test_work_a_round_does_not_grow_with_the_text(make_member):
     members = [make_member("llama", 1), make_member("gpt2", 2, "words"), make_member("gemma", 3, "words", "gemma-3")]
     fused = team(members, PROMPTS[0], scoring="mixture")  # under which none of them ends early
-    before = [(m.engine.forwards, m.tokens) for m in members]
+    before = [(m.engine.forwards, m.engine.tokens) for m in members]
     emitted = rounds = 0
     for segment in fused.write(150):
         rounds += 1
         emitted += len(segment.pieces)
-        spent = [(m.engine.forwards - f, m.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
-        before = [(m.engine.forwards, m.tokens) for m in members]
+        spent = [(m.engine.forwards - f, m.engine.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
+        before = [(m.engine.forwards, m.engine.tokens) for m in members]
         for forwards, tokens in spent:
             # A proposal, then the others' two in one forward; each at most twice the cut and a token.
             assert forwards <= 2 * SEGMENT_BYTES + 3
@@ -346,13 +344,13 @@ def test_judging_is_one_forward_a_round(tokenizers):
     b = {" are": {" is": 0.3}, " not": {" is": 0.3}, " the": {" is": 0.3}, " is": {" the": 0.3}}
     members = [follows(tokenizers[0], a, "a"), follows(tokenizers[1], b, "b")]
     pack = Pack(members, max_tokens=40, weighting={"a": 0.7, "b": 0.3})
-    before = [(m.engine.forwards, m.tokens) for m in members]
+    before = [(m.engine.forwards, m.engine.tokens) for m in members]
     generation = pack.generate("LLMs are")
     assert generation.text == " not the" * 20
     prompts = [len(m.encoder.encode("LLMs are").ids) for m in members]
     for m, (forwards, tokens), prompt in zip(members, before, prompts, strict=True):
         assert m.engine.forwards - forwards <= 1 + 2 * 40
-        assert m.tokens - tokens <= prompt + 2 * 40
+        assert m.engine.tokens - tokens <= prompt + 2 * 40
 
 
 # Characters, and runs without a boundary
@@ -378,13 +376,13 @@ def test_a_run_without_a_boundary_ends_in_bounded_work(make_member, text, tokeni
     writer = writer_of(member, "The")
     fused = Writers({0: writer}, row)
     fused._encoders = [m.encoder for m in members]
-    before = member.engine.forwards, member.tokens
+    before = member.engine.forwards, member.engine.tokens
     segments = written(fused, len(ids))
     assert "".join(segments) == text
     longest = max(len(member.vocabulary.text_bytes(i)) for i in ids)
     assert all(len(segment.encode()) <= SEGMENT_BYTES + longest for segment in segments)
     assert len(segments) <= 4 * len(text.encode()) / SEGMENT_BYTES + 2
-    assert (member.engine.forwards - before[0], member.tokens - before[1]) <= (len(ids), len(ids))
+    assert (member.engine.forwards - before[0], member.engine.tokens - before[1]) <= (len(ids), len(ids))
     assert not any(inside_character(text, len("".join(segments[:n]))) for n in range(1, len(segments)))
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import aclosing, closing
+from functools import partial
 from threading import Event
 from typing import Any
 
 import torch
 
 from packllm import starter
+from packllm.asynchronous import iterate
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer
 from packllm.decode.cancel import Stop, Stream
@@ -205,6 +207,23 @@ class Pack:
             texts[index] += chunk.text
             last[index] = chunk
         return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
+
+    async def astream(
+        self, prompt: Prompt, *, cancel: Event | None = None, **options: Any
+    ) -> AsyncGenerator[Chunk, None]:
+        """stream() for asyncio: never blocks the loop. A task that is cancelled stops the work before its next pass."""
+        async with aclosing(iterate(partial(self.stream, prompt, cancel=cancel, **options))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def agenerate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
+        """generate() for asyncio, as astream()."""
+        text, last = "", None
+        async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
+            async for last in chunks:
+                text += last.text
+        assert last is not None
+        return Generation.from_last(text, last)
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any

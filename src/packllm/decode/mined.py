@@ -74,6 +74,7 @@ class MinedEngine(Engine):
     def __init__(self, engine: Engine, vocabulary: Vocabulary, reference: Vocabulary, size: int) -> None:
         self.inner, self.vocabulary_size, self.context_window = engine, size, engine.context_window
         self.place, self.rewinds, self.size, self.packing = engine.place, engine.rewinds, engine.size, engine.packing
+        self.token_bytes = engine.token_bytes
         found = alignment(reference, vocabulary.first(engine.vocabulary_size))
         self._ids = found.ids[:size]
         self._list = self._ids.tolist()

@@ -270,6 +270,15 @@ class Request:
         first = self.members[which[0]].vocabulary
         return all(self.members[k].vocabulary.same_as(first) for k in which[1:])
 
+    def cache_bytes(self) -> int:
+        """Most that the caches of all members and prompts grow to."""
+        limits = self.limits(self.options.max_tokens)
+        return sum(
+            (len(prompt.ids) + limit) * self.members[k].engine.token_bytes
+            for encoded, limit in zip(self.encoded, limits, strict=True)
+            for k, prompt in encoded.items()
+        )
+
     def usage(self, index: int, member: int) -> Usage:
         """Tokens of a prompt as a member reads it; none of an answer yet."""
         return Usage(len(self.encoded[index][member].ids), 0, self._cached.get((member, index), 0))

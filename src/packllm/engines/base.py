@@ -84,6 +84,7 @@ class Engine(ABC):
         place: engines of different places run at the same time, those of one place in turn.
         rewinds: whether crop() is cheap, as it is for keys and values, and not for recurrent states.
         size: what one pass has to read, in bytes: how passes of several engines compare.
+        token_bytes: what is kept of each id that a sequence has read.
         packing: what each further token adds to a pass over one, as a share of it.
     """
 
@@ -93,6 +94,7 @@ class Engine(ABC):
     place: Hashable = "cpu"
     rewinds: bool = True
     size: int = 1
+    token_bytes: int = 0
     packing: float = 0.1
 
     @abstractmethod

@@ -108,8 +108,8 @@ class Meeting:
     Args:
         run: runs one pass over some parts and takes their jobs on.
         most: tokens of one pass.
-        packing: what each further token adds to a pass over one, as a share of it. Long reads beside short ones get as many
-            tokens as make the pass three times as long: they must not keep those waiting.
+        packing: what each further token adds to a pass over one, as a share of it. A request with a long read
+            may make a pass of short ones three times as long: it must not keep those waiting.
     """
 
     def __init__(self, run: Callable[[List[Part]], None], most: int, packing: float) -> None:
@@ -206,7 +206,8 @@ class Meeting:
         taken = {sequence: left[sequence] for sequence in short}
         if long:
             steps = sum(taken.values())
-            room = min(self._most, int(2 * (1 / self._packing + steps))) if steps else self._most
+            requests = len({_circle(sequence).whole() for sequence in long})
+            room = min(self._most, int(2 * requests * (1 / self._packing + steps))) if steps else self._most
             oldest, others = long[0], sorted(long[1:], key=left.__getitem__)
             if others:
                 taken[oldest] = min(left[oldest], max(1, room // 2))

@@ -24,6 +24,7 @@ from packllm.engines.prefix import MINIMUM
 from packllm.engines.transformers import kv, packed
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.sequence import Sequence
+from packllm.machine import settle_threads
 
 log = logging.getLogger("packllm")
 
@@ -71,6 +72,7 @@ class Engine(base.Engine):
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, adapters: Adapters | None = None) -> None:
+        settle_threads()
         self.model = model.eval().requires_grad_(False)
         self.adapters = adapters
         config = model.config.get_text_config(decoder=True)
@@ -81,6 +83,7 @@ class Engine(base.Engine):
         self.device: torch.device = model.device
         self.place = str(self.device)
         self.size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        self.token_bytes = _token_bytes(config) * model.dtype.itemsize
         self.forwards = self.tokens = 0
         self._unused = torch.tensor(
             sorted(i for i in vocabulary.unused if i < self.vocabulary_size), device=self.device
@@ -455,6 +458,13 @@ class Engine(base.Engine):
             bool((torch.cat(found).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std())))
             for found, right in zip(ours, own, strict=True)
         )
+
+
+def _token_bytes(config: Any) -> int:
+    """Numbers of keys and values that all layers keep of a token, going by the usual names."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _scaled(config: Any) -> bool:
