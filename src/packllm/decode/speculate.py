@@ -208,9 +208,9 @@ class Pace:
 
 
 def _cost(tokens: Mapping[Engine, int]) -> float:
-    """Of one pass of each engine over so many tokens; engines of different places run at once."""
+    """Of one pass of each engine over so many tokens, the weights shared with other requests; places run at once."""
     busy: dict[Hashable, float] = defaultdict(float)
     for engine, count in tokens.items():
         if count:
-            busy[engine.place] += engine.size * (1 + engine.packing * (count - 1))
+            busy[engine.place] += engine.size * (1 / engine.requests + engine.packing * (count - 1))
     return max(busy.values(), default=0.0)

@@ -74,6 +74,12 @@ class Read:
     want: Want = "last"
 
 
+class Reader(Protocol):
+    """What answers reads."""
+
+    def read(self, reads: List[Read]) -> list[Tensor | Exception]: ...
+
+
 class Engine(ABC):
     """Runs one set of weights. Safe to use from several threads.
 
@@ -81,20 +87,24 @@ class Engine(ABC):
         vocabulary_size: V, ids that it gives log-probabilities of; they are the first of the member's vocabulary.
         context_window: most ids that a sequence may hold, None if there is no limit.
         end_ids: ids that end an answer, as far as the model says so itself.
+        meeting: what answers reads of several engines of one place, where these meet; None: each engine does.
         place: engines of different places run at the same time, those of one place in turn.
         rewinds: whether crop() is cheap, as it is for keys and values, and not for recurrent states.
         size: what one pass has to read, in bytes: how passes of several engines compare.
         token_bytes: what is kept of each id that a sequence has read.
+        requests: how many shared the last pass: each has a part of what it cost.
         packing: what each further token adds to a pass over one, as a share of it.
     """
 
     vocabulary_size: int
     context_window: int | None = None
     end_ids: frozenset[int] = frozenset()
+    meeting: Reader | None = None
     place: Hashable = "cpu"
     rewinds: bool = True
     size: int = 1
     token_bytes: int = 0
+    requests: int = 1
     packing: float = 0.1
 
     @abstractmethod
@@ -143,11 +153,12 @@ class KeepsHidden(Protocol):
 
 def read_together(reads: List[Read]) -> list[Tensor | Exception]:
     """Answers to reads of any engines, in their order; engines of different places run at the same time."""
-    by_engine: dict[int, list[int]] = {}
+    by_reader: dict[int, list[int]] = {}
     for at, read in enumerate(reads):
-        by_engine.setdefault(id(read.sequence.engine), []).append(at)
+        engine = read.sequence.engine
+        by_reader.setdefault(id(engine.meeting or engine), []).append(at)
     by_place: dict[Hashable, list[list[int]]] = {}
-    for group in by_engine.values():
+    for group in by_reader.values():
         by_place.setdefault(reads[group[0]].sequence.engine.place, []).append(group)
     answers: list[Tensor | Exception] = [torch.empty(0)] * len(reads)
 
@@ -155,7 +166,7 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
         for group in groups:
             engine = reads[group[0]].sequence.engine
             try:
-                found = engine.read([reads[at] for at in group])
+                found = (engine.meeting or engine).read([reads[at] for at in group])
             except Exception as error:
                 found = [error] * len(group)
             for at, answer in zip(group, found, strict=True):

@@ -1,6 +1,6 @@
-"""Reads of all requests meet at an engine and run together.
+"""Reads of all requests meet and run together.
 
-Whoever finds the engine free takes the reads that wait, runs one pass over them, hands out the results and leaves. There is
+Whoever finds the place free (a CPU, a GPU) takes the reads that wait at one of its engines, runs one pass over them, hands out the results and leaves. There is
 no thread of the engine's own and no mode: threads, tasks and batches all get continuous batching, and a request stays
 plain blocking code.
 """
@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Hashable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from packllm.engines.base import Read, Sequence
+from packllm.engines.base import Engine, Read, Sequence
 
 QUIET, LONGEST = 0.01, 0.1
 """Seconds that a pass waits for readers of the pass before it: since the last one came, and at most. They are choosing
 their next tokens; a pass without them would be run again for them."""
+
+PATIENCE = 4
+"""Passes of other engines that one whose reads wait lets go first."""
 
 SHORT = 16
 """Tokens that one sequence reads in a pass at any time: a step of an answer, a drafted block."""
@@ -102,26 +107,44 @@ class Part:
         return [self.count - 1] if self.job.read.want == "last" and self.count == self.job.left else []
 
 
-class Meeting:
-    """Where the reads of one engine wait for a pass.
+class Packs(Engine):
+    """An engine that runs passes over what a meeting chooses.
 
-    Args:
-        run: runs one pass over some parts and takes their jobs on.
+    Attributes:
+        meeting: where its reads wait.
         most: tokens of one pass.
-        packing: what each further token adds to a pass over one, as a share of it. A request with a long read
-            may make a pass of short ones three times as long: it must not keep those waiting.
     """
 
-    def __init__(self, run: Callable[[List[Part]], None], most: int, packing: float) -> None:
-        self._run, self._most, self._packing = run, most, packing
-        self._condition = threading.Condition()
-        self._waiting: list[Job] = []
-        self._busy = False
-        self._running: list[Job] = []
-        self._expected: set[Circle] = set()  # of the last pass, those that have not come back
+    most: int
+
+    @abstractmethod
+    def run(self, parts: List[Part]) -> None:
+        """Run one pass over some parts, and take their jobs on."""
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        """Engine.read."""
+        assert self.meeting is not None
+        return self.meeting.read(reads)
+
+
+class Meeting:
+    """Where the reads of all engines of one place wait for a pass."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
+        self._busy = False
+        self._expected: set[Circle] = set()  # requests that were served and have not come back
+        self._passed_over: Counter[Packs] = Counter()
+
+    @staticmethod
+    def at(place: Hashable) -> Meeting:
+        """The meeting of a place."""
+        with _lock:
+            return _meetings.setdefault(place, Meeting())
+
+    def read(self, reads: List[Read]) -> list[Tensor | Exception]:
+        """Answers to reads of engines of this place, in their order."""
         jobs = [Job(read) for read in reads]
         circles = [_circle(read.sequence) for read in reads]
         with self._condition:
@@ -165,26 +188,29 @@ class Meeting:
                 self._condition.notify_all()
 
     def _lead(self) -> None:
-        """Run one pass over what waits."""
+        """Run one pass over what waits at one engine."""
         try:
             with self._condition:
                 self._gather()
-                parts = self._chosen()
+                engine = self._next()
+                parts = [] if engine is None else chosen([j for j in self._waiting if _engine(j) is engine], engine)
                 self._running = [part.job for part in parts]
-            if parts:
-                self._run(parts)
+                if engine is not None:
+                    engine.requests = len({_circle(part.sequence).whole() for part in parts})
+            if engine is not None:
+                engine.run(parts)
         finally:
             with self._condition:
-                ended = [job for job in self._waiting if job.answer is not None]
+                ended = {_circle(job.read.sequence).whole() for job in self._waiting if job.answer is not None}
                 self._waiting = [job for job in self._waiting if job.answer is None]
-                circles = {_circle(job.read.sequence).whole() for job in ended}
                 waiting = {_circle(job.read.sequence).whole() for job in self._waiting}
-                self._expected = {circle for circle in circles - waiting if circle.open}
+                self._expected = {circle for circle in self._expected | ended if circle.open} - waiting
                 self._busy, self._running = False, []
                 self._condition.notify_all()
 
     def _gather(self) -> None:
-        """Wait a moment for the requests of the last pass."""
+        """Wait a moment for the requests that were served last: they are choosing their next tokens, and a pass without them
+        would be run again for them."""
         latest = time.monotonic() + LONGEST
         while self._expected:
             count = len(self._expected)
@@ -194,40 +220,62 @@ class Meeting:
                 break
         self._expected = set()
 
-    def _chosen(self) -> list[Part]:
-        """What the next pass reads: what is short, then long reads as far as there is room, half of it for the oldest and the
-        shortest of the others next."""
-        queues: dict[Sequence, list[Job]] = {}
+    def _next(self) -> Packs | None:
+        """The engine whose turn it is: where the fewest requests wait, so that they catch up with the others; but none is passed
+        over more than a few times."""
+        requests: dict[Packs, set[Circle]] = {}
         for job in self._waiting:
-            queues.setdefault(job.read.sequence, []).append(job)
-        left = {sequence: sum(job.left for job in jobs) for sequence, jobs in queues.items()}
-        short = [sequence for sequence in queues if left[sequence] <= SHORT]
-        long = [sequence for sequence in queues if left[sequence] > SHORT]
-        taken = {sequence: left[sequence] for sequence in short}
-        if long:
-            steps = sum(taken.values())
-            requests = len({_circle(sequence).whole() for sequence in long})
-            room = min(self._most, int(2 * requests * (1 / self._packing + steps))) if steps else self._most
-            oldest, others = long[0], sorted(long[1:], key=left.__getitem__)
-            if others:
-                taken[oldest] = min(left[oldest], max(1, room // 2))
-                room -= taken[oldest]
-            for sequence in [*others, oldest]:
-                more = min(left[sequence] - taken.get(sequence, 0), room)
-                taken[sequence] = taken.get(sequence, 0) + more
-                room -= more
-        parts: list[Part] = []
-        for sequence, jobs in queues.items():
-            for job in jobs:
-                count = min(job.left, taken.get(sequence, 0))
-                if count or not job.left:
-                    parts.append(Part(job, count))
-                    taken[sequence] = taken.get(sequence, 0) - count
-                if count < job.left:
-                    break
-        return parts
+            requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).whole())
+        if not requests:
+            return None
+        engine = min(requests, key=lambda one: (self._passed_over[one] < PATIENCE, len(requests[one])))
+        self._passed_over = Counter({other: self._passed_over[other] + 1 for other in requests if other is not engine})
+        return engine
+
+
+def chosen(jobs: List[Job], engine: Packs) -> list[Part]:
+    """What the next pass of an engine reads: what is short, then long reads as far as there is room, half of it for the oldest
+    and the shortest of the others next. A request with a long read may make a pass of short ones three times as long: it
+    must not keep those waiting."""
+    queues: dict[Sequence, list[Job]] = {}
+    for job in jobs:
+        queues.setdefault(job.read.sequence, []).append(job)
+    left = {sequence: sum(job.left for job in waiting) for sequence, waiting in queues.items()}
+    long = [sequence for sequence in queues if left[sequence] > SHORT]
+    taken = {sequence: left[sequence] for sequence in queues if left[sequence] <= SHORT}
+    if long:
+        steps, requests = sum(taken.values()), len({_circle(sequence).whole() for sequence in long})
+        room = min(engine.most, int(2 * requests * (1 / engine.packing + steps))) if steps else engine.most
+        oldest, others = long[0], sorted(long[1:], key=left.__getitem__)
+        if others:
+            taken[oldest] = min(left[oldest], max(1, room // 2))
+            room -= taken[oldest]
+        for sequence in [*others, oldest]:
+            more = min(left[sequence] - taken.get(sequence, 0), room)
+            taken[sequence] = taken.get(sequence, 0) + more
+            room -= more
+    parts: list[Part] = []
+    for sequence, waiting in queues.items():
+        for job in waiting:
+            count = min(job.left, taken.get(sequence, 0))
+            if count or not job.left:
+                parts.append(Part(job, count))
+                taken[sequence] = taken.get(sequence, 0) - count
+            if count < job.left:
+                break
+    return parts
 
 
 def _circle(sequence: Sequence) -> Circle:
     circle: Circle = sequence.circle  # type: ignore[attr-defined]
     return circle
+
+
+def _engine(job: Job) -> Packs:
+    engine = job.read.sequence.engine
+    assert isinstance(engine, Packs)
+    return engine
+
+
+_lock = threading.Lock()
+_meetings: dict[Hashable, Meeting] = {}

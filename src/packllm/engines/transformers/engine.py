@@ -18,8 +18,8 @@ from torch import Tensor
 
 from packllm.align.vocabulary import Vocabulary
 from packllm.engines import base
-from packllm.engines.base import Prefixes, Read
-from packllm.engines.meeting import Job, Meeting, Part
+from packllm.engines.base import Prefixes
+from packllm.engines.meeting import Job, Meeting, Packs, Part
 from packllm.engines.prefix import MINIMUM
 from packllm.engines.transformers import kv, packed
 from packllm.engines.transformers.adapters import Adapters
@@ -57,7 +57,7 @@ class _Row:
         return [i for part in self.parts for i in part.ids]
 
 
-class Engine(base.Engine):
+class Engine(Packs):
     """Runs one transformers model for the members that share it.
 
     Args:
@@ -102,32 +102,17 @@ class Engine(base.Engine):
         self.rewinds = self.packs or kv.is_full(kv.new(config))
         on_cpu = self.device.type == "cpu"
         self.packing = PACKING if on_cpu else PACKING_ELSEWHERE
-        most = PASS_TOKENS if on_cpu else PASS_TOKENS_ELSEWHERE
+        self.most = PASS_TOKENS if on_cpu else PASS_TOKENS_ELSEWHERE
         if self._scaled or not self.rewinds:  # what is read later would change what came before, or begin anew
-            most = 2**31
+            self.most = 2**31
         if not self.packs:
             log.info("%s runs sequence by sequence: its attention cannot be packed", type(model).__name__)
-        self.meeting = Meeting(self._run, most, self.packing)
+        self.meeting = Meeting.at(self.place)
 
     # What an engine does
 
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
         return Sequence(self, self.meeting, adapter, None if self._scaled else prefixes)
-
-    def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        prompts: list[Sequence] = []
-        for read in reads:
-            sequence = read.sequence
-            assert isinstance(sequence, Sequence)
-            if not sequence.ids and sequence.prefixes is not None and sequence not in prompts:
-                prompts.append(sequence)
-                self.keep_hidden(sequence)
-        answers = self.meeting.read(reads)
-        for sequence in prompts:
-            if sequence.prefixes is not None and sequence.cached == len(sequence.ids) >= MINIMUM:
-                kept = sequence.fork()
-                sequence.prefixes.keep(sequence.adapter, kept, kept.nbytes())
-        return answers
 
     def fingerprint(self, adapter: int | None = None) -> str:
         """Hash of configuration and a sample of every weight."""
@@ -171,7 +156,7 @@ class Engine(base.Engine):
 
     # One pass
 
-    def _run(self, parts: List[Part]) -> None:
+    def run(self, parts: List[Part]) -> None:
         """Take the jobs on by their parts. A pass that fails is tried again for each sequence by itself, for the fault may be
         another request's."""
         rows = self._rows(parts)
@@ -265,8 +250,17 @@ class Engine(base.Engine):
                 sequence.ids += ids
                 sequence.cached += len(ids)
                 at += part.count
+                if part.targets is None and job.answer is not None:
+                    self._keep(sequence)
             if not self.rewinds and not row.sequence.remembers:
                 row.sequence.remember()
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep a prompt that has been read, once."""
+        prefixes, sequence.prefixes = sequence.prefixes, None
+        if prefixes is not None and len(sequence.ids) >= MINIMUM:
+            kept = sequence.fork()
+            prefixes.keep(sequence.adapter, kept, kept.nbytes())
 
     def _note(self, sequence: Sequence, job: Job, given: Tensor) -> None:
         """Remember what a prompt's own next ids were given, for prompts that begin alike."""
@@ -295,6 +289,7 @@ class Engine(base.Engine):
         job = part.job
         if sequence.ids or sequence.prefixes is None or job.done or job.read.want == "all":
             return part
+        self.keep_hidden(sequence)
         count = 0
         if found := sequence.prefixes.longest(self, sequence.adapter, job.read.ids):
             kept, count = found[0].fork(), found[1]

@@ -28,9 +28,7 @@ class Sequence(base.Sequence):
         hidden: (n, d), what the head reads after the first n ids; None where that is not kept.
     """
 
-    def __init__(
-        self, engine: Engine, meeting: Meeting, adapter: int | None, prefixes: Prefixes | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, meeting: Meeting, adapter: int | None, prefixes: Prefixes | None = None) -> None:
         self.engine, self.adapter, self.prefixes = engine, adapter, prefixes
         self._meeting = meeting
         self.circle = Circle()
