@@ -91,6 +91,7 @@ class Engine(Packs):
         self._config = config
         accepted = inspect.signature(model.forward).parameters
         self._positions, self._keeps = "position_ids" in accepted, "logits_to_keep" in accepted
+        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"  # Mamba's name
         self._scaled = _scaled(config)
         body = model.get_decoder() if hasattr(model, "get_decoder") else None
         self._body, self._head = body if body is not model else None, model.get_output_embeddings()
@@ -353,7 +354,7 @@ class Engine(Packs):
                 stack.enter_context(
                     self.adapters.use([s.adapter for s, row in zip(sequences, ids, strict=True) for _ in row])
                 )
-            inputs["past_key_values"] = cache
+            inputs[self._cache_name] = cache
             if self._positions:
                 positions = [start + at for start, row in zip(starts, ids, strict=True) for at in range(len(row))]
                 inputs["position_ids"] = torch.tensor([positions], device=self.device)
@@ -457,7 +458,8 @@ class Engine(Packs):
 
 def _token_bytes(config: Any) -> int:
     """Numbers of keys and values that all layers keep of a token, going by the usual names."""
-    heads = config.num_attention_heads
+    if not (heads := getattr(config, "num_attention_heads", 0)):  # a state, which does not grow
+        return 0
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)
 
