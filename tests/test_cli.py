@@ -163,6 +163,8 @@ def test_weigh_reads_files(run, reference, tmp_path, monkeypatch) -> None:
         refused = run("weigh", *arguments)
         assert refused.exit_code == 2
         assert remedy in refused.stderr
+    long = "a text longer than any file's name may be " * 7
+    assert json.loads(run("weigh", long, "--json").stdout) == reference.weigh(long).as_dict()
     piped = run("weigh", "-", "--json", stdin="notes.md")  # the name itself, when it is meant
     assert json.loads(piped.stdout) == reference.weigh("notes.md").as_dict()
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +24,7 @@ from faces import CHATTING, FACES, Face, LangChain, call
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import packllm
 from packllm import ContextOverflowError, Member, MemberError, Pack, PackError
@@ -331,6 +333,41 @@ async def test_a_failing_model_raises_at_once(
     }
     with pytest.raises(MemberError, match=r"'broken'.*device-side assert"):
         await asyncio.wait_for(ways[way](), 2)  # HuggingFaceLLM hangs, HuggingFacePipeline waits for 60 s
+
+
+# --- 9a. Work goes on for nobody ---
+
+
+@every_face
+@pytest.mark.parametrize("way", ["aask", "astream"])
+async def test_a_cancelled_task_stops_before_the_next_pass(
+    hooked: Callable[..., Member], face: type[Face], way: str
+) -> None:
+    """Also where the step under way is the whole answer, hundreds of passes."""
+    loop, told, passes = asyncio.get_running_loop(), threading.Event(), itertools.count(1)
+    seen = 0
+
+    def before() -> None:
+        nonlocal seen
+        seen = next(passes)
+        if seen == 8:
+            loop.call_soon_threadsafe(task.cancel)
+            assert told.wait(60)
+
+    def caches() -> int:
+        gc.collect()
+        return sum(type(thing) is DynamicCache for thing in gc.get_objects())
+
+    members = [hooked(before, "a"), hooked(before, "b")]
+    options = {"max_tokens": 40, "decoding": "cool+rerank", "weighting": {"a": 0.5, "b": 0.5}, "prefix_cache_mb": 0}
+    asked, held = face(Pack(members, **options)), caches()
+    task = asyncio.ensure_future(asked.aask(PROMPT) if way == "aask" else drain(asked, PROMPT))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    told.set()
+    while caches() > held:  # until the thread has let go of its work
+        await asyncio.sleep(0)
+    assert seen == 8
 
 
 # --- 10. Keys and network for models that are here (lc #25258, #22804, #30333) ---

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from operator import itemgetter
-from threading import Event
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -28,6 +26,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 import packllm
 from langchain_packllm.base import PackModel
+from langchain_packllm.cancel import Cancelled
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 
 METHODS = ("json_schema", "function_calling", "json_mode")
@@ -177,15 +176,13 @@ class ChatPackLLM(PackModel, BaseChatModel):
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
         *,
-        cancelled: Event | None = None,
+        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> ChatResult:
         options, tools = self._request(stop, kwargs)
         text = ""
         with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:
-            for piece in pieces:
-                if cancelled is not None and cancelled.is_set():
-                    raise CancelledError("the task that waited for this answer was cancelled")
+            for piece in cancelled.watch(pieces) if cancelled else pieces:
                 text += piece.text
         answer = packllm.parse_tool_calls(text, tools)
         calls, refused = tool_calls(answer)
@@ -208,7 +205,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         """BaseChatModel's way (`_generate` in a thread), and the thread stops when the task is cancelled."""
-        cancelled = Event()
+        cancelled = Cancelled()
         try:
             return await super()._agenerate(messages, stop, run_manager, cancelled=cancelled, **kwargs)
         finally:
@@ -219,12 +216,14 @@ class ChatPackLLM(PackModel, BaseChatModel):
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
+        *,
+        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         options, tools = self._request(stop, kwargs)
         parts = packllm.ToolStream(tools)
         with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
-            for piece in pieces:
+            for piece in cancelled.watch(pieces) if cancelled else pieces:
                 for part in parts.feed(piece.text):
                     yield _chunk(part)
         for part in parts.finish():
@@ -233,6 +232,21 @@ class ChatPackLLM(PackModel, BaseChatModel):
         metadata = {"model_provider": "packllm"}
         last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
         yield ChatGenerationChunk(message=last, generation_info=info)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        """BaseChatModel's way (`_stream` in a thread), and the thread stops when the task is cancelled."""
+        cancelled = Cancelled()
+        try:
+            async for chunk in super()._astream(messages, stop, run_manager, cancelled=cancelled, **kwargs):
+                yield chunk
+        finally:
+            cancelled.set()
 
     def _ending(self, last: packllm.Chunk, kwargs: Mapping[str, Any]) -> tuple[UsageMetadata, dict[str, Any]]:
         """What the last chunk tells of the whole answer: token counts, and what callbacks and messages carry."""

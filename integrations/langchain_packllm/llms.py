@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
-from threading import Event
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -15,6 +13,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 import packllm
 from langchain_packllm.base import OPTIONS, PackModel
+from langchain_packllm.cancel import Cancelled
 
 _FRAMEWORK_WORDS = ("tags", "metadata", "run_name", "run_id")  # keywords of BaseLLM.generate that are no options
 
@@ -72,15 +71,13 @@ class PackLLM(PackModel, BaseLLM):
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
         *,
-        cancelled: Event | None = None,
+        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> LLMResult:
         texts = [""] * len(prompts)
         infos: list[dict[str, Any] | None] = [None] * len(prompts)
         with closing(self.pack.stream_batch(prompts, **self._options(stop, kwargs))) as pieces:
-            for index, piece in pieces:
-                if cancelled is not None and cancelled.is_set():
-                    raise CancelledError("the task that waited for this answer was cancelled")
+            for index, piece in cancelled.watch(pieces) if cancelled else pieces:
                 chunk = self._chunk(piece)
                 if run_manager and len(prompts) == 1:  # of a batch, LangChain hands over the first prompt's run only
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -101,7 +98,7 @@ class PackLLM(PackModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """BaseLLM's way (`_generate` in a thread), and the thread stops when the task is cancelled."""
-        cancelled = Event()
+        cancelled = Cancelled()
         try:
             return await super()._agenerate(prompts, stop, run_manager, cancelled=cancelled, **kwargs)
         finally:
@@ -112,14 +109,31 @@ class PackLLM(PackModel, BaseLLM):
         prompt: str,
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
+        *,
+        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         with closing(self.pack.stream(prompt, **self._options(stop, kwargs))) as pieces:  # closing stops the work
-            for piece in pieces:
+            for piece in cancelled.watch(pieces) if cancelled else pieces:
                 chunk = self._chunk(piece)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        """BaseLLM's way (`_stream` in a thread), and the thread stops when the task is cancelled."""
+        cancelled = Cancelled()
+        try:
+            async for chunk in super()._astream(prompt, stop, run_manager, cancelled=cancelled, **kwargs):
+                yield chunk
+        finally:
+            cancelled.set()
 
     def _chunk(self, piece: packllm.Chunk) -> GenerationChunk:
         if piece.usage is None:  # adding chunks joins repeated strings and refuses repeated floats

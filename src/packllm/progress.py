@@ -16,7 +16,7 @@ def bars_if_slow() -> Iterator[None]:
     from transformers.utils import logging
 
     def patient(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        options = {"delay": SLOW, "disable": None, **options}
+        options = {**options, "delay": SLOW, "disable": options.get("disable") or None}
         return make(*args, **options) if before is None else before(make, args, options)
 
     before = logging.set_tqdm_hook(patient)

