@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import naive
 import peft
@@ -12,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lines import lines
 
-from packllm import Generation, Pack
+from packllm import Generation, Member, Pack
 from packllm.decode.line import read_lines
 from packllm.engines.load import Loader
+from packllm.engines.transformers.merge import merged
 from packllm.pack import _grouped
 
 LONG = "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. " * 3
@@ -31,23 +33,25 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen"])
-def experts(request, make_member, tmp_path) -> list[str]:
-    """A base and two adapters of it."""
-    member = make_member(request.param, 5)
-    member.model.save_pretrained(tmp_path / "base")
-    member.tokenizer.save_pretrained(tmp_path / "base")
-    specs = [str(tmp_path / "base")]
+def saved_experts(member: Member, folder: Path, plain: bool = True) -> list[str]:
+    """A base and two adapters of it, with linear layers of the plain kind or GPT-2's."""
+    member.model.save_pretrained(folder / "base")
+    member.tokenizer.save_pretrained(folder / "base")
+    specs = [str(folder / "base")]
     for at in range(2):
         torch.manual_seed(at)
-        plain = request.param != "gpt2"
         target = ["q_proj", "down_proj"] if plain else ["c_attn", "c_fc"]
         config = peft.LoraConfig(
             init_lora_weights=False, r=3 + at, lora_alpha=6, target_modules=target, fan_in_fan_out=not plain
         )
-        peft.get_peft_model(copy.deepcopy(member.model), config).save_pretrained(tmp_path / f"expert{at}")
-        specs.append(f"{tmp_path / 'base'}+{tmp_path / f'expert{at}'}")
+        peft.get_peft_model(copy.deepcopy(member.model), config).save_pretrained(folder / f"expert{at}")
+        specs.append(f"{folder / 'base'}+{folder / f'expert{at}'}")
     return specs
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen"])
+def experts(request, make_member, tmp_path) -> list[str]:
+    return saved_experts(make_member(request.param, 5), tmp_path, request.param != "gpt2")
 
 
 def counts(generation: Generation) -> tuple[int, int]:
@@ -90,7 +94,7 @@ def test_company_never_changes_logits_of_any_adapter(experts, lengths, steps):
     ends = lines({at: (owner, rows[at % len(rows)]) for at, owner in enumerate(owners)})
     for token in steps:
         read_lines(ends, {at: [token] for at in ends})
-    alone = [member.merged() for member in members]
+    alone = [merged(member) for member in members]
     for at, owner in enumerate(owners):
         read = [*rows[at % len(rows)], *steps]
         expected = naive.next_logprobs(_As(owner, alone[members.index(owner)]), read)
