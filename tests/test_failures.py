@@ -14,7 +14,6 @@ import torch
 from transformers import DynamicCache
 
 from packllm import CancelledError, Member, MemberError, Pack
-from packllm.engines import meeting
 
 PROMPT = "Diabetes is a disease in which the court shall order relief"
 TEXTS = [" The capital of France", " a sequential scan", " Paris is blue"]
@@ -81,7 +80,7 @@ def generated(**options) -> Callable:
 
 
 def batched(pack: Pack, **more) -> tuple[float, ...]:
-    answers = pack.generate_batch([PROMPT, "The capital of France is"], max_tokens=LENGTH, **more)
+    answers = pack.generate_batch([PROMPT, "The capital of France is"], max_tokens=LENGTH, draft_tokens=1, **more)
     assert len({answer.weights.values for answer in answers}) == 1
     return answers[0].weights.values
 
@@ -140,7 +139,9 @@ def test_a_member_that_fails_at_any_pass(way, make_member):
                 fault.left, fault.hits = n, 0
                 with pytest.raises(MemberError) as raised:
                     ask(pack)
-                assert (raised.value.member, fault.hits) == (name, 1)
+                assert raised.value.member == name
+                tries = 2 if way in ("tokens", "drafts", "lazy", "weigh") else 1 + len(TEXTS)  # rows and scores; each text
+                assert 1 <= fault.hits <= tries
         assert n >= {"weigh": 1, "lazy": 1}.get(way, 2)
 
 

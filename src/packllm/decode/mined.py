@@ -75,14 +75,14 @@ class MinedEngine(Engine):
         self.inner, self.vocabulary_size, self.context_window = engine, size, engine.context_window
         self.place, self.rewinds, self.size, self.packing = engine.place, engine.rewinds, engine.size, engine.packing
         self.token_bytes = engine.token_bytes
-
-    @property
-    def requests(self) -> int:  # type: ignore[override]
-        return self.inner.requests
         found = alignment(reference, vocabulary.first(engine.vocabulary_size))
         self._ids = found.ids[:size]
         self._list = self._ids.tolist()
         self._absent = found.distances[:size] == NONE
+
+    @property
+    def requests(self) -> int:  # type: ignore[override]
+        return self.inner.requests
 
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> MinedSequence:
         return MinedSequence(self, self.inner.open(adapter))  # what is kept is kept in the text's own tokens

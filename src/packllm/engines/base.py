@@ -12,6 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from packllm.errors import CancelledError
+
 Want = Literal["all", "last", "none"] | List[int]
 """Which of the log-probabilities after the ids of a read come back.
 
@@ -152,7 +154,11 @@ class KeepsHidden(Protocol):
 
 
 def read_together(reads: List[Read]) -> list[Tensor | Exception]:
-    """Answers to reads of any engines, in their order; engines of different places run at the same time."""
+    """Answers to reads of any engines, in their order; engines of different places run at the same time.
+
+    Raises:
+        CancelledError: a gate said so.
+    """
     by_reader: dict[int, list[int]] = {}
     for at, read in enumerate(reads):
         engine = read.sequence.engine
@@ -167,6 +173,8 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
             engine = reads[group[0]].sequence.engine
             try:
                 found = (engine.meeting or engine).read([reads[at] for at in group])
+            except CancelledError:
+                raise  # not a fault of the engine's
             except Exception as error:
                 found = [error] * len(group)
             for at, answer in zip(group, found, strict=True):
