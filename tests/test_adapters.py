@@ -71,12 +71,14 @@ def test_one_pass_reads_all_options_of_a_question(specs, monkeypatch):
     together, copies = Loader().members(specs), apart(specs)
     options = [" the dog", " a", " an index scan of the table"]
     chosen = [((k,), Weights((1.0,), (m.name,), "linear", (None,), "token", "fixed")) for k, m in enumerate(together)]
-    for most, passes in ((8, 1), (1, 3)):  # all together; an option at a time
+    for most, passes in ((8, 1), (1, 3)):  # all together; an option at a time, the second of which takes none
         monkeypatch.setattr("packllm_eval.reading.TOGETHER", most)
         with Reading(together, [TEXTS[1]]) as reading:
             before = together[0].engine.forwards
             found = reading.options(options, chosen)
-            assert together[0].engine.forwards - before == passes
+            assert together[0].engine.forwards - before == passes - (
+                most == 1 and len(together[0].encoder.continuation(" a")) == 1
+            )
         for twin, scores in zip(copies, found, strict=True):
             ids = twin.encoder.encode(TEXTS[1]).ids
             for option, score in zip(options, scores, strict=True):

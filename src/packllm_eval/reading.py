@@ -13,7 +13,7 @@ from torch import Tensor
 
 from packllm.align.words import Scored, common_tokens, common_words, is_word_boundary
 from packllm.chat.prompt import Encoded, Encoder, check
-from packllm.decode.line import Line, open_lines, read_forks, read_lines
+from packllm.decode.line import Line, open_lines, read_lines, score_rows
 from packllm.decode.pool import fuse
 from packllm.decode.tokens import drop_small
 from packllm.engines.base import KeepsHidden
@@ -158,7 +158,7 @@ class Reading:
         }
         ids = {k: [self._members[k].encoder.continuation(text) for text in texts] for k in used}
         for begin in range(0, len(texts), TOGETHER):
-            given = {k: self._given(k, ids[k][begin : begin + TOGETHER], k in whole) for k in used}
+            given = self._given({k: ids[k][begin : begin + TOGETHER] for k in used}, whole)
             for at, text in enumerate(texts[begin : begin + TOGETHER]):
                 parts = {}
                 for k in used:
@@ -176,27 +176,25 @@ class Reading:
                     result.append(mixture(text, [parts[k] for k in members], common, values))
         return results
 
-    def _given(self, k: int, rows: Sequence[list[int]], whole: bool) -> list[tuple[Tensor, Tensor]]:
-        """What a member gives continuations of the reading: float64 (n,) of their ids, and with `whole` float32 (n, V)."""
-        line = self._lines[k]
-        if not whole:
-            forks, scores = read_forks(line, rows)
-            for fork in forks:
-                fork.close()
-            return [(given, torch.empty(0)) for given in scores]
-        forks = [line.fork() for _ in rows]
+    def _given(self, rows: dict[int, list[list[int]]], whole: set[int]) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """What members give continuations of the reading: float64 (n,) of their ids, and of those in `whole` float32
+        (n, V). All are read together."""
+        scores = score_rows(self._lines, {k: rows[k] for k in rows if k not in whole})
+        found = {k: [(given, torch.empty(0)) for given in scores[k]] for k in scores}
+        slots = {(k, at): ids[:-1] for k in rows if k in whole for at, ids in enumerate(rows[k])}
+        forks = {(k, at): self._lines[k].fork() for k, at in slots}
         try:
-            answers = read_lines(dict(enumerate(forks)), {at: ids[:-1] for at, ids in enumerate(rows) if len(ids) > 1})
+            answers = read_lines(forks, {slot: ids for slot, ids in slots.items() if ids})
         finally:
-            for fork in forks:
+            for fork in forks.values():
                 fork.close()
-        found = []
-        for at, ids in enumerate(rows):
-            answer = answers.get(at, line.here[None][:0])
+        for k, at in slots:
+            here = self._lines[k].here[None]
+            answer = answers.get((k, at), here[:0])
             if isinstance(answer, MemberError):
                 raise answer
-            after = torch.cat([line.here[None], answer]).cpu()
-            found.append((after.gather(-1, torch.tensor(ids)[:, None])[:, 0].double(), after))
+            after, ids = torch.cat([here, answer]).cpu(), rows[k][at]
+            found.setdefault(k, []).append((after.gather(-1, torch.tensor(ids)[:, None])[:, 0].double(), after))
         return found
 
     def _log_pool(

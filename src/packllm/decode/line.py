@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from packllm.engines import base
@@ -142,3 +143,33 @@ def read_forks(line: Line, rows: Sequence[Sequence[int]]) -> tuple[list[Line], l
         first = line.here[ids[0]].double().cpu().reshape(1)
         scores.append(given.new_tensor([*first.tolist(), *given.tolist()]))
     return forks, scores
+
+
+def score_rows(lines: Mapping[K, Line], rows: Mapping[K, Sequence[Sequence[int]]]) -> dict[K, list[Tensor]]:
+    """What members give continuations of their texts, each at least one id; all read together, by forks of the lines.
+
+    Returns:
+        float64 (n,) each, log p of their ids, for the keys of `rows`.
+
+    Raises:
+        MemberError: a member failed.
+    """
+    longer = [(key, r) for key, texts in rows.items() for r, ids in enumerate(texts) if len(ids) > 1]
+    forks = {slot: lines[slot[0]].fork() for slot in longer}
+    try:
+        answers = read_together([Read(forks[k, r].sequence, rows[k][r][:-1], rows[k][r][1:]) for k, r in longer])
+    finally:
+        for fork in forks.values():
+            fork.close()
+    given: dict[tuple[K, int], list[float]] = {}
+    for slot, answer in zip(longer, answers, strict=True):
+        if isinstance(answer, Exception):
+            raise lines[slot[0]].member.failed(answer)
+        given[slot] = answer.tolist()
+    return {
+        key: [
+            torch.tensor([float(lines[key].here[ids[0]]), *given.get((key, r), ())], dtype=torch.float64)
+            for r, ids in enumerate(texts)
+        ]
+        for key, texts in rows.items()
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from packllm.align.words import Scored, common_words, offsets
 from packllm.decode.failures import Failures
-from packllm.decode.line import Line, read_forks
+from packllm.decode.line import Line, score_rows
 from packllm.decode.segments import Writers
 from packllm.decode.text import TextStream
 from packllm.decode.writer import Segment
@@ -42,25 +42,20 @@ def text_logprobs(lines: dict[int, Line], weights: Weights, texts: Sequence[str]
     """
     for start in range(0, len(texts), TOGETHER):
         group = texts[start : start + TOGETHER]
+        known = {k: _known(line.member, group) for k, line in lines.items()}
+        scores = score_rows(lines, {k: list(ids.values()) for k, ids in known.items()})
         read_by: list[dict[int, Scored]] = [{} for _ in group]
-        for k, line in lines.items():
-            for row, scored in _read(line, group).items():
-                read_by[row][k] = scored
+        for k, ids in known.items():
+            for row, given in zip(ids, scores[k], strict=True):
+                read_by[row][k] = spelled(lines[k].member, group[row], ids[row], given)
         for text, by in zip(group, read_by, strict=True):
             yield _fused(text, by, weights)
 
 
-def _read(line: Line, texts: Sequence[str]) -> dict[int, Scored]:
-    """Texts as one member's tokens with their log-probabilities, by index; none of texts that it cannot spell."""
-    member = line.member
+def _known(member: Member, texts: Sequence[str]) -> dict[int, list[int]]:
+    """Texts as a member's ids, by index; none of texts that it cannot spell."""
     ids = {row: member.encoder.continuation(text) for row, text in enumerate(texts)}
-    known = {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
-    if not known:
-        return {}
-    forks, scores = read_forks(line, list(known.values()))
-    for fork in forks:
-        fork.close()
-    return {row: spelled(member, texts[row], known[row], given) for row, given in zip(known, scores, strict=True)}
+    return {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
 
 
 def spelled(member: Member, text: str, ids: list[int], logprobs: Tensor) -> Scored:

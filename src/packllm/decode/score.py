@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from packllm.decode.line import Line, read_forks, read_lines
+from packllm.decode.line import Line, read_lines, score_rows
 from packllm.decode.tokens import fused_row
 from packllm.errors import MemberError
 from packllm.weights.result import Weights
@@ -39,11 +39,7 @@ def continuation_logprobs(
 
 def _mixed(lines: dict[int, Line], weights: Weights, rows: Sequence[Sequence[int]]) -> list[float]:
     """In the linear pool what each member gives the tokens themselves is enough (Eq. 8)."""
-    given: dict[int, list[Tensor]] = {}
-    for k, line in lines.items():
-        forks, given[k] = read_forks(line, rows)
-        for fork in forks:
-            fork.close()
+    given = score_rows(lines, dict.fromkeys(lines, rows))
     scale = torch.tensor([weights.values[k] for k in lines], dtype=torch.float64).log()[:, None]
     return [float((torch.stack([given[k][r] for k in lines]) + scale).logsumexp(0).sum()) for r in range(len(rows))]
 
