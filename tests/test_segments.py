@@ -203,9 +203,9 @@ def test_identical_members_write_what_one_does_at_no_cost_of_judging(make_member
     one = make_member("llama", 5, name="a")
     twins = [one, Member(one.model, one.tokenizer, "b"), Member(one.model, one.tokenizer, "c")]
     for prompt in PROMPTS:
-        spent = one.forwards
+        spent = one.engine.forwards
         alone = Pack([one], max_tokens=40).generate(prompt)
-        spent = one.forwards - spent
+        spent = one.engine.forwards - spent
         before = [m.engine.forwards for m in twins]
         pack = Pack(twins, weighting="uniform", scoring=scoring, max_tokens=40)
         together = pack.generate(prompt, decoding="cool")
@@ -306,15 +306,6 @@ def test_segments_of_a_text_are_tokenised_as_the_whole(make_member, text):
         for start, end in pairwise(cuts):
             writer.accept(Segment(text[start:end]))
         assert member.encoder.encode(PROMPTS[0]).ids + ids == member.encoder.encode(PROMPTS[0] + text).ids
-
-
-def test_a_cache_that_cannot_be_rolled_back_says_so_once(byte_tokenizer, make_member, caplog):
-    pack = Pack([recurrent(byte_tokenizer, "state"), make_member("llama", 1, "words")], max_tokens=20)
-    with caplog.at_level(logging.WARNING, "packllm"):
-        pack.generate(PROMPTS[0], weighting="uniform")
-    assert [r.getMessage() for r in caplog.records if r.name == "packllm"] == [
-        "member 'state': its cache cannot be rolled back; what others write is computed again"
-    ]
 
 
 # Cost
