@@ -28,21 +28,19 @@ PROMPT = "The capital of France is"
 
 
 def broken(member: Member, fault, after: int) -> Member:
-    """The member with a model of its own that calls `fault(logits)` from the given forward pass on."""
+    """The member with a model of its own whose head gives `fault(logits)` from the given forward pass on."""
     model = copy.deepcopy(member.model)
     passes: list[int] = []
 
     def hook(module, inputs, output):
-        if len(passes) >= after:
-            output.logits = fault(output.logits)
+        return fault(output) if len(passes) >= after else None
 
     def count(module, inputs):
         passes.append(1)
 
     made = Member(model, member.tokenizer, member.name)
-    assert made.engine.body is not None
-    made.engine.body.register_forward_pre_hook(count)
-    model.register_forward_hook(hook)
+    model.get_decoder().register_forward_pre_hook(count)
+    model.get_output_embeddings().register_forward_hook(hook)
     return made
 
 
@@ -317,7 +315,7 @@ def test_a_failing_member_is_named(members, fault, after):
         pack.generate(PROMPT, weighting="uniform")
     if fault is fail:
         assert isinstance(raised.value.__cause__, RuntimeError)
-    assert members[2].engine.forwards - before == after - 1  # nobody went on behind it
+    assert members[2].engine.forwards - before == after  # nobody goes on after that pass
 
 
 @pytest.mark.parametrize("fault", [to_nan, fail], ids=["nan", "exception"])
@@ -331,7 +329,7 @@ def test_the_pack_goes_on_without_a_member_that_fails_midway(members, fault):
 
 def test_the_pack_goes_on_without_a_member_that_fails_on_the_prompt(members):
     made = broken(members[1], to_nan, 1)
-    made.engine.body = None  # the model's own path from the start
+    made.engine._body = None  # the model's own path from the start
     pack = Pack([members[0], made, members[2]], max_tokens=8)
     generation = pack.generate(PROMPT, on_member_error="drop")
     rest = Pack([members[0], members[2]], max_tokens=8).generate(PROMPT)

@@ -79,10 +79,10 @@ def test_a_segment_ends_where_a_word_ends_for_all(tokenizers):
     assert common_boundaries("Multi-tasking is", both) == [13]
     for encoders, expected in ((both, " Multi-tasking"), ([llama.encoder], " Multi")):
         writer = writer_of(llama, "LLMs are")
-        before = llama.forwards
+        before = llama.engine.forwards
         segment = writer.propose(says(llama, " Multi-tasking is"), encoders, 99)
         assert segment == Segment(expected)
-        assert llama.forwards - before == expected.count("Multi") + 2 * expected.count("-tasking")
+        assert llama.engine.forwards - before == expected.count("Multi") + 2 * expected.count("-tasking")
 
 
 def test_the_last_word_is_unfinished(tokenizers):
@@ -128,14 +128,14 @@ def test_what_is_written_past_a_segment_is_kept_when_it_wins_and_dropped_when_it
     llama, phi = follows(tokenizers[0], chain, "llama"), follows(tokenizers[1], other, "phi")
     fused = team([llama, phi], "LLMs are", (0.5, 0.5), scoring="mixture")
     rounds = fused.write(99)
-    before = (llama.forwards, phi.forwards)
+    before = (llama.engine.forwards, phi.engine.forwards)
     assert "".join(next(rounds).pieces) == " not"
     # Each has put its own word through, to see the next one begin, and read the other's.
-    assert (llama.forwards - before[0], phi.forwards - before[1]) == (2, 2)
-    before = (llama.forwards, phi.forwards)
+    assert (llama.engine.forwards - before[0], phi.engine.forwards - before[1]) == (2, 2)
+    before = (llama.engine.forwards, phi.engine.forwards)
     assert "".join(next(rounds).pieces) == " the"
     # Both say " the": nothing to judge. Llama knew it; it was past its own segment.
-    assert (llama.forwards - before[0], phi.forwards - before[1]) == (1, 1)
+    assert (llama.engine.forwards - before[0], phi.engine.forwards - before[1]) == (1, 1)
     rounds.close()
 
 
