@@ -56,11 +56,14 @@ class PrefixCache:
         self._closed = False
 
     def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
-        """The kept sequence of these weights that begins most like `ids`, and how many first ids are the same."""
+        """The kept sequence of these weights that begins most like `ids`, and how many first ids are the same; where an
+        engine cannot go back, `ids` go on from its end."""
         with self._lock:
-            same = [
-                (common(kept.sequence.ids, ids), at) for at, kept in enumerate(self._kept) if _of(kept, engine, adapter)
-            ]
+            same = []
+            for at, kept in enumerate(self._kept):
+                count = common(kept.sequence.ids, ids) if _of(kept, engine, adapter) else 0
+                if engine.rewinds or count == len(kept.sequence.ids):
+                    same.append((count, at))
             count, at = max(same, default=(0, 0))
             if count < MINIMUM:
                 return None

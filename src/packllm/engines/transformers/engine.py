@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -231,7 +232,7 @@ class Engine(Packs):
     ) -> None:
         whole = some = at = 0
         for row in rows:
-            for part in row.parts:
+            for part, later in zip_longest(row.parts, row.parts[1:]):
                 job, sequence, count, ids = part.job, row.sequence, len(part.places), part.ids
                 if part.targets is None:
                     job.take(part.count, self._nothing(part) if logprobs is None else logprobs[whole : whole + count])
@@ -242,7 +243,7 @@ class Engine(Packs):
                     given[part.places] = torch.tensor(scores[some : some + count], dtype=torch.float64)
                     faulty = any(math.isnan(score) or score == math.inf for score in scores[some : some + count])
                     some += count
-                    self._note(sequence, job, given)
+                    self._note(sequence, job, given, -1 if later is None else later.ids[0])
                     job.take(part.count, given)
                 if faulty:
                     job.answer = FloatingPointError(NOT_FINITE)
@@ -263,10 +264,10 @@ class Engine(Packs):
             kept = sequence.fork()
             prefixes.keep(sequence.adapter, kept, kept.nbytes())
 
-    def _note(self, sequence: Sequence, job: Job, given: Tensor) -> None:
-        """Remember what a prompt's own next ids were given, for prompts that begin alike."""
+    def _note(self, sequence: Sequence, job: Job, given: Tensor, later: int) -> None:
+        """Remember what a prompt's own next ids were given, for prompts that begin alike; `later` follows its read."""
         if len(sequence.known) == len(sequence.ids):
-            following = [*job.read.ids[job.done + 1 :][: len(given)], -1][: len(given)]
+            following = [*job.read.ids[job.done + 1 :][: len(given)], later][: len(given)]
             targets = list(job.read.want)[job.done :][: len(given)]
             own = torch.tensor([one == other for one, other in zip(following, targets, strict=True)], dtype=torch.bool)
             sequence.known = torch.cat([sequence.known, given.where(own, torch.nan)])
