@@ -25,7 +25,7 @@ from torch import Tensor
 
 from packllm.align.mined import NONE, alignment
 from packllm.align.vocabulary import Vocabulary
-from packllm.engines.base import Engine, Prefixes, Read, Sequence
+from packllm.engines.base import Engine, Prefixes, Read, Sequence, Want
 from packllm.engines.member import Member
 
 BLOCK = 64
@@ -88,25 +88,29 @@ class MinedEngine(Engine):
         return MinedSequence(self, self.inner.open(adapter))  # what is kept is kept in the text's own tokens
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        answers: list[Tensor | Exception] = []
-        whole = [read for read in reads if isinstance(read.want, str)]
-        found = iter(self._rows(whole) if len(whole) == len(reads) else [])
-        for read in reads:
-            answers.append(next(found) if len(whole) == len(reads) else self._one(read))
-        return answers
-
-    def _one(self, read: Read) -> Tensor | Exception:
-        if isinstance(read.want, str):
-            return self._rows([read])[0]
-        scores = []
-        for at in range(0, len(read.ids), BLOCK):
-            (rows,) = self._rows([Read(read.sequence, read.ids[at : at + BLOCK], "all")])
-            if isinstance(rows, Exception):
-                return rows
-            targets = torch.tensor(list(read.want)[at : at + BLOCK])
-            given = rows.gather(-1, targets.clamp_min(0)[:, None].to(rows.device))[:, 0].double().cpu()
-            scores.append(given.masked_fill(targets < 0, torch.nan))
-        return torch.cat(scores) if scores else torch.empty(0, dtype=torch.float64)
+        queues: dict[int, list[tuple[int, slice]]] = {}
+        for at, read in enumerate(reads):
+            size = len(read.ids)
+            whole = [slice(0, size)]
+            blocks = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+            cuts = whole if isinstance(read.want, str) else blocks
+            queues.setdefault(id(read.sequence), []).extend((at, cut) for cut in cuts)
+        parts: list[list[Tensor]] = [[] for _ in reads]
+        failed: dict[int, Exception] = {}
+        while any(queues.values()):
+            now = [piece for queue in queues.values() for piece in _next(queue)]
+            wants: list[Want] = [want if isinstance(want := reads[at].want, str) else "all" for at, _ in now]
+            asked = [Read(reads[at].sequence, reads[at].ids[cut], w) for (at, cut), w in zip(now, wants, strict=True)]
+            for (at, cut), answer in zip(now, self._rows(asked), strict=True):
+                if isinstance(answer, Exception):
+                    left = queues[id(reads[at].sequence)]
+                    failed |= dict.fromkeys([at, *(later for later, _ in left)], answer)
+                    left.clear()
+                else:
+                    want = reads[at].want
+                    parts[at].append(answer if isinstance(want, str) else _given(answer, want[cut]))
+        nothing = torch.empty(0, dtype=torch.float64)
+        return [failed.get(at) or (torch.cat(found) if found else nothing) for at, found in enumerate(parts)]
 
     def _rows(self, reads: List[Read]) -> list[Tensor | Exception]:
         inner = []
@@ -123,6 +127,21 @@ class MinedEngine(Engine):
     def _gathered(self, rows: Tensor) -> Tensor:
         logits = rows.index_select(-1, self._ids.to(rows.device)).masked_fill(self._absent.to(rows.device), -torch.inf)
         return logits.log_softmax(-1)
+
+
+def _next(queue: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
+    """Take the next ids of a sequence, about a block of them."""
+    taken, count = [], 0
+    while queue and count < BLOCK:
+        taken.append(queue.pop(0))
+        count += taken[-1][1].stop - taken[-1][1].start
+    return taken
+
+
+def _given(rows: Tensor, targets: List[int]) -> Tensor:
+    chosen = torch.tensor(targets, dtype=torch.long)
+    given = rows.gather(-1, chosen.clamp_min(0)[:, None].to(rows.device))[:, 0].double().cpu()
+    return given.masked_fill(chosen < 0, torch.nan)
 
 
 def translated(members: List[Member], reference: Member) -> list[Member]:
