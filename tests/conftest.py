@@ -97,6 +97,13 @@ def sentencepiece_tokenizer(size: int = 420) -> PreTrainedTokenizerFast:
     )
 
 
+class TextPack(Pack):
+    """A pack that continues text as it is, for tests of what comes after the prompt."""
+
+    def __init__(self, members, **options):
+        super().__init__(members, **{"chat_template": False, **options})
+
+
 def _config(architecture: str, vocab_size: int):
     common = {
         "vocab_size": vocab_size,
@@ -181,7 +188,7 @@ def members(make_member) -> list[Member]:
 @pytest.fixture
 def make_pack(members):
     """make_pack(**options): a pack of three tiny members with one vocabulary and a chat template."""
-    return lambda **options: Pack(members, **options)
+    return lambda **options: TextPack(members, **options)
 
 
 @pytest.fixture

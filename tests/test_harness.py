@@ -7,8 +7,9 @@ import math
 import random
 
 import pytest
+from conftest import TextPack as Pack
 
-from packllm import OptionError, Pack, PackError
+from packllm import OptionError, PackError
 from packllm_eval import choice, rows
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is absent: pip install packllm[lm-eval]")

@@ -27,7 +27,7 @@ QUESTION = "What is the capital of France?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 SEARCH = tool("search", {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]})
 NOW = tool("now")
-UNKEEPABLE = tool("f", {"type": "object", "properties": {"a": {"not": {}}}, "required": ["a"]})
+UNKEEPABLE = tool("f", {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]})
 
 
 class Weather(BaseModel):
@@ -168,7 +168,7 @@ def test_what_cannot_be_sent(chat, messages, said):
         ([SEARCH], "find", "none of 'auto', 'none', 'any', 'search'"),
         ([], "search", "without tools"),
         (
-            [tool("f", {"type": "object", "properties": {"a": {"not": {}}}, "required": ["a"]})],
+            [tool("f", {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]})],
             "f",
             "cannot be guaranteed",
         ),

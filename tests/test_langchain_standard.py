@@ -154,11 +154,6 @@ class _OnePack:
         return {"pack": self.pack}
 
     @property
-    def standard_chat_model_params(self) -> dict[str, Any]:
-        # Local models have no timeout, retries or key, and a misspelt field is an error.
-        return {"temperature": 0, "max_tokens": 64, "stop": []}
-
-    @property
     def supports_json_mode(self) -> bool:
         return True
 

@@ -55,6 +55,7 @@ class ScriptedPack:
     """Says given pieces at a given pace, then perhaps fails; records what it was asked."""
 
     name, fingerprint, context_window, has_chat_template, members = "packllm:a+b", "scripted", 512, True, ()
+    template_tokens = 0
 
     def __init__(self, pieces=("one ", "two ", "three"), *, error=None, delay=0.0, **options: Any) -> None:
         self.pieces, self.error, self.delay, self.recipe = pieces, error, delay, None
@@ -279,7 +280,7 @@ async def test_unknown_call_option_is_refused_at_the_call(pack, path):
 def test_metadata(make_pack):
     pack = make_pack()
     metadata = PackLLM(pack=pack, max_tokens=17).metadata
-    assert metadata.context_window == pack.context_window
+    assert metadata.context_window == pack.context_window - pack.template_tokens  # LlamaIndex counts text alone
     assert metadata.num_output == 17
     assert metadata.is_chat_model is pack.has_chat_template is True
     assert metadata.is_function_calling_model is True

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from llama_index.llms.packllm import PackLLM
 from llama_index.llms.packllm.messages import ChatReply, from_message
-from packllm import Member, OptionError, Options, Pack, PackError, PromptError
+from packllm import ContextOverflowError, Member, OptionError, Options, Pack, PackError, PromptError
 
 WITH_TOOLS = ["chat_with_tools", "stream_chat_with_tools", "achat_with_tools", "astream_chat_with_tools"]
 
@@ -658,7 +658,7 @@ def test_tool_names_that_collide(llm):
 
 
 def test_schemas_that_cannot_be_guaranteed(llm):
-    schema = {"type": "object", "properties": {"a": {"not": {"type": "integer"}}}, "required": ["a"]}
+    schema = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
     with pytest.raises(OptionError, match="json_schema"):
         llm.chat([ChatMessage("x")], json_schema=schema)
 
@@ -729,3 +729,24 @@ def test_the_example_finishes_and_shows_calls_weights_and_answers(starter_pack):
     assert {agent for agent, _ in rows} == {"FunctionAgent", "ReActAgent"}
     for _, weights in rows:
         assert sum(map(float, weights.split())) == pytest.approx(1.0, abs=0.03)
+
+
+# The window
+
+
+def test_the_window_leaves_room_for_what_the_templates_write(make_pack):
+    """LlamaIndex fills it with text, counted without the template."""
+    pack = make_pack(max_tokens=4)
+    llm = PackLLM(pack=pack)
+    window = llm.metadata.context_window
+    room = window - llm.metadata.num_output
+    around = pack.count_tokens([{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]) - 2
+    assert window == pack.context_window - around
+    system, text = "a" * 10, "é" * 3000
+    while pack.count_tokens(system) + pack.count_tokens(text) > room:
+        text = text[:-1]
+    assert room - 4 < pack.count_tokens(system) + pack.count_tokens(text) <= room
+    messages = [ChatMessage(system, role="system"), ChatMessage(text)]
+    assert llm.chat(messages).raw["usage"]["prompt_tokens"] + 4 <= pack.context_window
+    with pytest.raises(ContextOverflowError):
+        llm.chat([*messages, ChatMessage("é" * 3 * around)])

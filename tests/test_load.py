@@ -8,15 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-import gguf
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from packllm import Member, Pack
-from packllm.engines import load
-from packllm.engines.load import Loader, cache_folder, converted
+from packllm import Pack
+from packllm.engines.load import Loader
 from packllm.engines.transformers.lora import merge
 from packllm.errors import LoadError, OptionError, PackError
 
@@ -247,169 +245,27 @@ def test_an_adapter_that_is_not_there(base):
     assert refused(f"{base}+nothing").startswith("cannot load adapter 'nothing': ")
 
 
-# GGUF
-
-
-def write_gguf(member: Member, path: Path) -> None:
-    """A tiny Llama in llama.cpp's format, float32."""
-    config, weights = member.model.config, member.model.state_dict()
-    tokenizer = json.loads(member.tokenizer.backend_tokenizer.to_str())
-    pieces = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
-    special = {t["content"] for t in tokenizer["added_tokens"]}
-    tokens = sorted(pieces, key=pieces.get)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
-    writer.add_eos_token_id(2)
-    writer.add_bos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in weights.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:  # llama.cpp turns the halves of a head into pairs
-            weight = weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file(make_member, tmp_path, cache):
-    member = make_member("llama", 3)
-    path = tmp_path / "tiny.v1.gguf"
-    write_gguf(member, path)
-    loaded = Loader().members([path, f"again={path}"])[0]
-    assert loaded.name == "tiny.v1"
-    assert (logits(loaded.model) - logits(member.model)).abs().max() < 1e-4
-    text = "The quick brown fox\n\n日本 😀"
-    assert loaded.encoder.plain(text) == member.encoder.plain(text)
-    (folder,) = (cache / "gguf").iterdir()  # one folder, no drafts
-    assert (folder / "model.safetensors").exists()
-    assert converted(path) == folder
-
-
-@pytest.mark.parametrize("content", [b"no model at all", b"GGUF", b"GGUF\x03\x00\x00\x00", b""])
-def test_not_a_gguf_file(tmp_path, cache, content):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
-    assert refused(path).startswith(f"cannot read {str(path)!r}: ")
-    assert list((cache / "gguf").iterdir()) == []
-
-
-@pytest.fixture
-def conversions(monkeypatch) -> list[Path]:
-    """Stands in for the conversion, which takes long: writes one file, and notes where."""
-    drafts: list[Path] = []
-
-    def convert(path: Path, folder: Path) -> None:
-        assert folder.is_dir()
-        drafts.append(folder)
-        (folder / "content").write_bytes(path.read_bytes())
-
-    monkeypatch.setattr(load, "_convert", convert)
-    return drafts
-
-
-def test_a_file_is_converted_once(tmp_path, cache, conversions):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-    folder = converted(path)
-    assert folder.parent == cache / "gguf" == cache_folder() / "gguf"
-    assert (folder / "content").read_bytes() == b"one"
-    assert conversions[0] != folder  # made elsewhere, then renamed
-    assert converted(path) == folder
-    assert len(conversions) == 1
-    assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_another_content_is_another_folder(tmp_path, conversions):
-    path = tmp_path / "m.gguf"
-    folders = set()
-    for content in (
-        b"one",
-        b"two",
-        bytes(3 * 2**20),
-        bytes(3 * 2**20 + 1),
-        b"x" + bytes(3 * 2**20 - 1),
-        bytes(3 * 2**20 - 1) + b"x",
-    ):
-        path.write_bytes(content)
-        folders.add(converted(path))
-    assert len(folders) == len(conversions) == 6
-
-
-def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-
-    def fail(path: Path, folder: Path) -> None:
-        (folder / "half").write_text("half")
-        raise LoadError("disk full")
-
-    monkeypatch.setattr(load, "_convert", fail)
-    with pytest.raises(LoadError, match="disk full"):
-        converted(path)
-    assert list((cache / "gguf").iterdir()) == []
-    monkeypatch.setattr(load, "_convert", lambda path, folder: (folder / "whole").write_text("whole"))
-    assert os.listdir(converted(path)) == ["whole"]
-
-
-def test_a_full_disk_is_told_as_it_is(tmp_path, cache, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-
-    def fail(path: Path, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(load, "_convert", fail)
-    with pytest.raises(OSError, match="No space left"):
-        converted(path)
-    assert list((cache / "gguf").iterdir()) == []
-
-
-def test_another_process_that_was_faster_wins(tmp_path, cache, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-    theirs = cache / "gguf" / f"m-{load._file_key(path)}"
-
-    def convert(path: Path, folder: Path) -> None:
-        (folder / "ours").write_text("")
-        theirs.mkdir()
-        (theirs / "theirs").write_text("")
-
-    monkeypatch.setattr(load, "_convert", convert)
-    assert converted(path) == theirs
-    assert os.listdir(theirs) == ["theirs"]
-    assert list(theirs.parent.iterdir()) == [theirs]
-
-
-def test_the_cache_folder(monkeypatch):
-    monkeypatch.setenv("PACKLLM_CACHE", "/somewhere")
-    assert cache_folder() == Path("/somewhere")
-    monkeypatch.delenv("PACKLLM_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "packllm"
-
-
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
         ("llama", {"use_rslora": True}),
         ("llama", {"alpha_pattern": {"q_proj": 3, "layers.1.self_attn.v_proj": 5}, "rank_pattern": {"v_proj": 2}}),
         ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
-        ("llama", {"use_dora": True}),  # more than plain LoRA: through peft
+        ("llama", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+        ("llama", {"target_modules": r".*\.(q_proj|o_proj)", "exclude_modules": ["layers.0.self_attn.q_proj"]}),
+        ("llama", {"fan_in_fan_out": True}),
+        # More than plain LoRA: through peft.
+        ("llama", {"use_dora": True}),
+        ("llama", {"use_dora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"^model.layers.0.*q_proj": 9}}),
+        ("llama", {"modules_to_save": ["lm_head", "norm"]}),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("llama", {"trainable_token_indices": [5, 60]}),
+        ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+        ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
+        ("gpt2", {"target_modules": ["lm_head"]}),  # tied to the embedding, which it leaves alone
+        ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 60]}),  # these change the head too
     ],
+    ids=str,
 )
 def test_adapters_of_every_kind_equal_pefts_own(make_member, tmp_path, architecture, settings):
     member = make_member(architecture)
@@ -417,7 +273,11 @@ def test_adapters_of_every_kind_equal_pefts_own(make_member, tmp_path, architect
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **settings}
     )
-    peft.get_peft_model(copy.deepcopy(member.model), config).save_pretrained(tmp_path)
+    trained = peft.get_peft_model(copy.deepcopy(member.model), config)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    trained.save_pretrained(tmp_path)
     unmerged = peft.PeftModel.from_pretrained(copy.deepcopy(member.model), tmp_path)
     merged = merge(member.model, str(tmp_path))
     assert (logits(merged) - logits(unmerged)).abs().max() < 1e-4
@@ -430,3 +290,174 @@ def test_what_an_adapter_leaves_alone_is_shared(base, adapted):
     shared = {p.data_ptr() for p in plain.model.parameters()} & {p.data_ptr() for p in expert.model.parameters()}
     changed = 2 * 3  # layers, target modules
     assert len(shared) == len(list(plain.model.parameters())) - changed
+
+
+def changed(folder: Path, tmp_path: Path, config: dict | None = None, tensors: dict | None = None) -> Path:
+    """A copy of an adapter with other settings or tensors; None takes one away."""
+    copied = Path(shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True))
+    file = copied / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
+    weights = {**load_file(folder / "adapter_model.safetensors"), **(tensors or {})}
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, copied / "adapter_model.safetensors")
+    return copied
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({f"{Q}A.weight": torch.ones(4, 1)}, "layers.1.self_attn.q_proj is of size 32 x 1, the base's weight 32 x 32"),
+        ({f"{Q}B.weight": torch.ones(1, 4)}, "layers.1.self_attn.q_proj is of size 1 x 32, the base's weight 32 x 32"),
+        ({f"{Q}A.weight": torch.ones(1, 32)}, "factors of model.layers.1.self_attn.q_proj"),
+        ({f"{Q}A.weight": torch.ones(1, 32), f"{Q}B.weight": torch.ones(32, 1)}, "its rank 4"),
+        ({f"{Q}A.weight": torch.ones(32)}, "factors of model.layers.1.self_attn.q_proj"),
+        ({f"{Q}A.weight": torch.full((4, 32), torch.nan)}, "layers.1.self_attn.q_proj.lora_A.weight holds NaN"),
+        ({f"{Q}B.weight": torch.full((32, 4), torch.inf)}, "layers.1.self_attn.q_proj.lora_B.weight holds NaN or inf"),
+        ({f"{Q}B.weight": None}, "lacks model.layers.1.self_attn.q_proj.lora_B.weight"),
+        ({Q.replace("1", "7") + part + ".weight": torch.ones(4, 4) for part in "AB"}, "layers.7.self_attn.q_proj"),
+        ({"base_model.model.model.norm.weight_of_another": torch.ones(4)}, "norm.weight_of_another"),
+    ],
+    ids=["A 1 wide", "B 1 high", "A 1 high", "rank", "A flat", "NaN", "inf", "no B", "no such module", "unknown"],
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "beside its base"])
+def test_an_adapters_tensors_are_held_against_its_base(base, adapted, tmp_path, tensors, said, shared):
+    spec = f"{base}+{changed(adapted[0], tmp_path, tensors=tensors)}"
+    with pytest.raises(LoadError) as caught:
+        Loader().members([base, spec] if shared else [spec])
+    assert said in str(caught.value)
+    assert str(tmp_path / "changed") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern holds the pattern '(a+)+$', too intricate"),
+        ({"alpha_pattern": {"(.*.*)*x": 3}}, "too intricate"),
+        ({"rank_pattern": {"(x|x)(x|x)(x|x)(x|x)y": 3}}, "rank_pattern holds"),
+        ({"alpha_pattern": {"a?" * 40 + "a" * 40: 3}}, "too intricate"),
+        ({"alpha_pattern": {"[": 3}}, "cannot load adapter"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"lora_alpha": "6"}, "lora_alpha='6'"),
+        ({"r": 0}, "rank"),
+        ({"alpha_pattern": {"q_proj": True}}, "lora_alpha=True"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"use_something_new": True}, "use_something_new"),
+        ({"peft_type": "NO_SUCH"}, "cannot load adapter"),
+        ({"peft_type": "IA3"}, "cannot load adapter"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_followed_are_refused_by_name(base, adapted, tmp_path, config, said):
+    assert said in refused(f"{base}+{changed(adapted[0], tmp_path, config)}")
+
+
+def test_an_adapter_alone_is_put_on_its_base(base, adapted, tmp_path):
+    spec = changed(adapted[0], tmp_path, {"base_model_name_or_path": str(base)})
+    members = Loader().members([spec, base])
+    assert [member.name for member in members] == ["changed", "Tiny-1.7B"]
+    assert members[0].engine is members[1].engine
+    assert (logits(members[0].merged()) - adapted[1]).abs().max() < 1e-4
+    for gone in ("./no/such/base", None, 5):
+        spec = changed(adapted[0], tmp_path, {"base_model_name_or_path": gone})
+        assert f"is an adapter, and its base {gone!r} is not found here; name the base: BASE+" in refused(spec)
+    shutil.copy(base / "model.safetensors", spec)
+    assert "holds a model and an adapter" in refused(spec)
+
+
+def enlarged(base: Path, folder: Path, **settings) -> torch.Tensor:
+    """Save an adapter trained with one more token; logits of its model."""
+    (member,) = Loader().members([base])
+    tokenizer = copy.deepcopy(member.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<note>"]})
+    torch.manual_seed(2)
+    member.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **settings)
+    tuned = peft.get_peft_model(member.model, config)
+    tuned.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return logits(tuned.eval())
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}], ids=["to save", "auto"])
+def test_an_adapter_with_more_tokens_enlarges_its_base(base, tmp_path, settings):
+    expected = enlarged(base, tmp_path / "more", **settings)
+    plain, more = Loader().members([base, f"{base}+{tmp_path / 'more'}"])
+    assert (logits(more.model) - expected).abs().max() < 1e-4
+    assert more.tokenizer.convert_tokens_to_ids("<note>") == more.vocabulary_size - 1 == plain.vocabulary_size
+    assert plain.model.config.vocab_size == 424
+
+
+def test_an_adapter_of_more_rows_without_their_embedding_is_refused(base, adapted, tmp_path):
+    head = {
+        f"base_model.model.lm_head.lora_{part}.weight": torch.ones(shape)
+        for part, shape in (("A", (4, 32)), ("B", (425, 4)))
+    }
+    text = refused(f"{base}+{changed(adapted[0], tmp_path, tensors=head)}")
+    assert "lm_head is of size 425 x 32, the base's weight 424 x 32" in text
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_brings_its_template(base, adapted, tmp_path, where):
+    folder = changed(adapted[0], tmp_path)
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (folder / where).write_text(template if where.endswith("jinja") else json.dumps({"chat_template": template}))
+    plain, expert = Loader().members([base, f"{base}+{folder}"])
+    assert expert.encoder.template == template != plain.encoder.template
+    assert expert.engine is plain.engine
+
+
+# Models in memory, and words for transformers
+
+
+def test_models_in_memory(make_member):
+    from transformers import TextGenerationPipeline
+
+    member = make_member("llama", 3)
+    pipeline = TextGenerationPipeline(member.model, member.tokenizer)
+    wanted = Pack([member], max_tokens=4).generate("The court").text
+    for models in ([(member.model, member.tokenizer)], (member.model, member.tokenizer), [pipeline], pipeline):
+        with Pack.load(models, max_tokens=4) as pack:
+            assert pack.generate("The court").text == wanted
+            assert pack.recipe is None
+    names = [m.name for m in Pack.load([(member.model, member.tokenizer), member, pipeline]).members]
+    assert len(set(names)) == 3
+    for odd in (member.model, (member.model, None), (member.model, "x"), (None, member.tokenizer), (1, 2, 3)):
+        with pytest.raises(LoadError, match=r"models\[0\]"):
+            Pack.load([odd])
+
+
+def test_words_for_transformers(base):
+    pack = Pack.load([base], model_kwargs={"attn_implementation": "eager", "token": "secret"})
+    assert pack.members[0].model.config._attn_implementation == "eager"
+    assert pack.recipe["model_kwargs"] == {"attn_implementation": "eager"}
+    with pytest.raises(OptionError, match=r"model_kwargs\['dtype'\] cannot be set; give it to Pack.load as dtype="):
+        Pack.load([base], model_kwargs={"dtype": "float32"})
+    for odd in ({"use_safetensors": False}, {5: 1}, "revision"):
+        with pytest.raises(OptionError, match="model_kwargs"):
+            Pack.load([base], model_kwargs=odd)
+    for odd in ({"attn_implementation": "no_such"}, {"attn_implementaton": "eager"}, {"quantization_config": 5}):
+        with pytest.raises(LoadError, match="cannot load model"):
+            Pack.load([base], model_kwargs=odd)
+
+
+def test_a_misspelt_argument_is_guessed(base):
+    for name, near in (("dytpe", "dtype"), ("model_kwarg", "model_kwargs"), ("weigting", "weighting")):
+        with pytest.raises(OptionError, match=f"unknown option '{name}'; did you mean '{near}'"):
+            Pack.load([base], **{name: "auto"})
+    from langchain_packllm import PackLLM
+    from llama_index.llms.packllm import PackLLM as LlamaIndexPackLLM
+
+    for face in (PackLLM, LlamaIndexPackLLM):
+        with pytest.raises(ValueError, match="'temprature'; did you mean 'temperature'"):
+            face(models=[str(base)], temprature=1)
+        model = face(models=[str(base)], model_kwargs={"attn_implementation": "eager"})
+        assert model.pack.members[0].model.config._attn_implementation == "eager"
+
+
+def test_home(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(base.parent))
+    assert [m.name for m in Loader().members(["~/Tiny-1.7B", "law=~/Tiny-1.7B"])] == ["Tiny-1.7B", "law"]

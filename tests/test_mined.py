@@ -14,6 +14,7 @@ import naive
 import pytest
 import torch
 from conftest import SHARED, byte_level_tokenizer
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lines import line, scored
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import packllm.align
-from packllm import Member, Pack, weights
+from packllm import Member, weights
 from packllm.align import Vocabulary, mined
 from packllm.align.mined import NONE, ROLE, alignment, nearest
 from packllm.decode.line import read_lines

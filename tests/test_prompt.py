@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import pytest
 from conftest import SHARED, TEMPLATE, byte_level_tokenizer, sentencepiece_tokenizer
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from packllm import Formatted, Pack
 from packllm.chat.prompt import PLAIN_TEMPLATE, ROLES, Encoder, check
-from packllm.errors import PromptError, VocabularyError
+from packllm.errors import ContextOverflowError, OptionError, PromptError, VocabularyError
+from packllm.options import make_options
 
 DIALOGUE = [
     {"role": "system", "content": "Answer briefly."},
@@ -152,17 +155,13 @@ CONTENTS = st.lists(FRAGMENTS | st.text(st.characters(codec="utf-8"), max_size=4
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONTENTS}), min_size=1, max_size=4
 )
-# Trimmed contents, a message left out, one moved into another: what templates do.
+# Trimmed contents, one moved into another: what templates do.
 TRIMMING = TEMPLATE.replace("message['content']", "message['content'] | trim")
-DROPPING = TEMPLATE.replace(
-    "{% for message in messages %}", "{% for message in messages if message['role'] != 'assistant' %}"
-)
 _encoders = {
     name: Encoder(tokenizer)
     for name, tokenizer in {
         "chatml": byte_level_tokenizer(),
         "trimming": with_template(TRIMMING),
-        "dropping": with_template(DROPPING),
         "folding": with_template(MISTRAL, sentencepiece_tokenizer()),
         "plain": sentencepiece_tokenizer(),
     }.items()
@@ -176,7 +175,7 @@ def test_no_message_text_becomes_a_control_token(messages, name):
     encoded = encoder.encode(messages)
     clean = [{**message, "content": "x"} for message in messages]
     assert controls(encoder, encoded.ids) == controls(encoder, encoder.encode(clean).ids)
-    if name in ("chatml", "trimming", "dropping"):
+    if name in ("chatml", "trimming"):
         assert spelled(encoder, encoded.ids) == rendered(encoder._tokenizer, messages)
     assert encoded.text == "".join(m["content"] for m in messages if m["role"] == "user")
     assert encoded.starts == sorted(encoded.starts)
@@ -185,7 +184,7 @@ def test_no_message_text_becomes_a_control_token(messages, name):
         assert 0 <= start < end <= len(encoded.text)
         token = encoder.vocabulary.tokens[encoded.ids[at]]
         assert encoded.ids[at] not in encoder.vocabulary.control
-        if name in ("chatml", "trimming", "dropping"):
+        if name in ("chatml", "trimming"):
             assert token in encoded.text[start:end].encode()  # all of it, or some bytes of one character
 
 
@@ -207,14 +206,16 @@ def test_no_plain_text_becomes_a_control_token(text, name):
 @given(messages=MESSAGES)
 def test_harmless_messages_get_the_tokenizers_own_ids(messages):
     messages = [{**m, "content": m["content"].replace("|", "").replace("<", "")} for m in messages]
-    # A template that trims several contents as one is followed unless one of them is blank.
-    blank = any(not m["content"].strip() for m in messages)
-    for name in ("chatml", "trimming", "dropping", *(() if blank else ("folding",))):
+    shown_by = {"chatml": messages, "trimming": messages}
+    # The folding template leaves out results, and system messages but the first.
+    shown_by["folding"] = [{**m, "role": "assistant" if m["role"] == "assistant" else "user"} for m in messages]
+    for name, given_ in shown_by.items():
         encoder = _encoders[name]
-        assert encoder.encode(messages).ids == own_ids(encoder._tokenizer, messages)
+        assert encoder.encode(given_).ids == own_ids(encoder._tokenizer, given_)
 
 
-def test_a_non_special_token_that_the_template_uses_is_control():
+def test_an_added_token_is_control_whatever_its_flag():
+    # As Qwen's: tags of tools and of the middle that is filled in are added, and not special.
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken("<tool>")])
     think, tool = tokenizer.convert_tokens_to_ids(["<think>", "<tool>"])
@@ -223,8 +224,23 @@ def test_a_non_special_token_that_the_template_uses_is_control():
     ids = encoder.encode(user("a<think>b<tool>c")).ids
     assert ids.count(think) == 1
     assert ids[-1] == think
-    assert ids.count(tool) == 1  # not special, and no part of the template's control: the tokenizer's own way
+    assert tool not in ids
     assert spelled(encoder, ids) == rendered(tokenizer, user("a<think>b<tool>c"))
+    assert not {think, tool} & {*encoder.encode("a<think>b<tool>c").ids, *encoder.continuation("<tool><think>")}
+
+
+def test_an_added_token_of_another_named_template_is_control():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool_call>")])
+    tools = TEMPLATE.replace("assistant\n", "assistant\n<tool_call>")
+    tokenizer.chat_template = {
+        "default": TEMPLATE,
+        "tool_use": "{% for t in tools %}{{ t | tojson }}{% endfor %}" + tools,
+    }
+    encoder, call = Encoder(tokenizer), tokenizer.convert_tokens_to_ids("<tool_call>")
+    offered = [{"type": "function", "function": {"name": "<tool_call>", "parameters": {}}}]
+    assert call not in encoder.encode(user("<tool_call>")).ids
+    assert encoder.encode(user("<tool_call>"), tools=offered).ids.count(call) == 1
 
 
 def test_added_white_space_stays_text_though_the_template_writes_it():
@@ -297,7 +313,7 @@ def test_only_the_users_words_are_scored(byte_tokenizer):
 
 def test_the_scored_text_does_not_depend_on_the_template(byte_tokenizer):
     padded = [*DIALOGUE, {"role": "user", "content": " \n padded \t"}]
-    texts = {Encoder(t).encode(padded).text for t in (byte_tokenizer, with_template(TRIMMING), with_template(DROPPING))}
+    texts = {Encoder(t).encode(padded).text for t in (byte_tokenizer, with_template(TRIMMING))}
     assert texts == {DIALOGUE[1]["content"] + DIALOGUE[3]["content"] + " \n padded \t"}
 
 
@@ -330,17 +346,24 @@ def test_a_rewritten_content_is_not_scored():
     assert scored_text(encoded) == "UP"
 
 
-@pytest.mark.parametrize(
-    ("loop", "kept"), [("messages[-1:]", "second"), ("messages[:1]", "first"), ("messages | reverse", "first")]
-)
-def test_messages_that_the_template_leaves_out_or_moves(loop, kept):
-    tokenizer = with_template(TEMPLATE.replace("in messages", f"in {loop}"))
+def test_messages_that_the_template_moves():
+    tokenizer = with_template(TEMPLATE.replace("in messages", "in messages | reverse"))
     messages = [*user("first"), *user("second")]
     encoded = Encoder(tokenizer).encode(messages)
     assert encoded.ids == own_ids(tokenizer, messages)
     assert encoded.text == "firstsecond"  # as for every other member
-    assert scored_text(encoded) == kept  # in order: a prefill reads forwards
+    assert scored_text(encoded) == "first"  # in order: a prefill reads forwards
     assert encoded.positions == sorted(encoded.positions)
+
+
+@pytest.mark.parametrize("loop", ["messages[-1:]", "messages[:1]"])
+def test_messages_that_the_template_leaves_out_are_told(loop):
+    encoder = Encoder(with_template(TEMPLATE.replace("in messages", f"in {loop}")))
+    encoded = encoder.encode([*user("first"), *user("second")])
+    assert "first\n\nsecond" in spelled(encoder, encoded.ids)
+    assert scored_text(encoded) == "firstsecond"
+    with pytest.raises(PromptError, match=r"leaves out message \d"):
+        encoder.encode([*user("first"), {"role": "assistant", "content": "yes"}, *user("second")])
 
 
 def test_reasoning_that_the_template_drops_is_dropped():
@@ -476,11 +499,15 @@ def test_a_template_without_system_messages_gets_them_with_the_users_words():
     assert encoded.text == encoder.encode(DIALOGUE[1:]).text  # the system's words are not scored
 
 
-def test_a_prompt_of_which_nothing_is_left_is_refused():
+def test_a_role_that_the_template_leaves_out_is_told_by_another():
     encoder = Encoder(with_template("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"))
+    answer = {"role": "assistant", "content": "Paris."}
+    assert spelled(encoder, encoder.encode([DIALOGUE[0]]).ids) == "Answer briefly."
+    assert spelled(encoder, encoder.encode([DIALOGUE[0], *user("Why?")]).ids) == "Answer briefly.\n\nWhy?"
+    with pytest.raises(PromptError, match=r"leaves out message 1 \(assistant\)"):
+        encoder.encode([*user("x"), answer, *user("y")])
     with pytest.raises(PromptError, match="comes to no tokens"):
-        encoder.encode([{"role": "system", "content": "Answer briefly."}])
-    assert encoder.encode(user("x")).ids
+        encoder.encode(user(""))
 
 
 def test_a_tokenizer_without_backend_is_refused():
@@ -551,3 +578,110 @@ def test_empty_contents_score_nothing(byte_tokenizer):
     encoded = Encoder(byte_tokenizer).encode(user(""))
     assert (encoded.text, encoded.positions, encoded.starts, encoded.ends) == ("", [], [], [])
     assert encoded.ids == own_ids(byte_tokenizer, user(""))
+
+
+# What it costs
+
+
+def steps(work) -> int:
+    """Python's calls while `work` runs."""
+    count = 0
+
+    def counted(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_twice_the_messages_are_twice_the_work(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+    turns = [*user("What is it?"), {"role": "assistant", "content": "The capital of France."}]
+    encoder.encode(turns)
+    once, twice = (steps(lambda n=n: encoder.encode(turns * n)) for n in (100, 200))
+    assert 1.5 * once < twice < 2.2 * once
+
+
+def test_twice_the_places_of_score_on_are_twice_the_work(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+    once, twice = (steps(lambda n=n: encoder.encode(user("a rain " * n), score_on="rain")) for n in (200, 400))
+    assert 1.5 * once < twice < 2.2 * once
+    encoded = encoder.encode(user("a rain " * 400), score_on="rain")
+    assert encoded.text == scored_text(encoded) == "rain" * 400
+
+
+@pytest.mark.parametrize("prompt", ["word " * 10**6, user("word " * 10**6), [*user("a"), *user("word\n" * 10**6)]])
+def test_a_prompt_far_beyond_the_window_is_not_encoded_whole(make_pack, prompt, monkeypatch):
+    pack = make_pack()
+    read = []
+    for member in pack.members:
+        backend = member.encoder._backend
+
+        class Counting:
+            def encode(self, text, *, backend=backend, **more):
+                read.append(len(text))
+                return backend.encode(text, **more)
+
+        monkeypatch.setattr(member.encoder, "_backend", Counting())
+    with pytest.raises(ContextOverflowError) as caught:
+        pack.generate(prompt)
+    assert caught.value.limit == 512
+    assert caught.value.prompt_tokens > 1024
+    assert sum(read) < 10**5
+
+
+# Text, and text that is formatted already
+
+
+def test_text_is_answered_where_all_members_have_a_template(make_member):
+    one, two = make_member("llama", 0), make_member("qwen", 2)
+    bare = make_member("llama", 5, tokenizer="words")
+    raw, asked = one.encoder.encode("What is it?").ids, one.encoder.encode(user("What is it?")).ids
+    for members, options, expected in [
+        ([one, two], {}, asked),
+        ([one, two], {"chat_template": None}, asked),
+        ([one, two], {"chat_template": True}, asked),
+        ([one, two], {"chat_template": False}, raw),
+        ([one, bare], {}, raw),
+    ]:
+        last = Pack(members).generate("What is it?", max_tokens=1, **options)
+        assert last.usage.prompt_tokens in (len(expected), len(bare.encoder.encode("What is it?").ids))
+        pack = Pack(members, **options)
+        assert pack.weigh("What is it?").values == pack.generate("What is it?", max_tokens=1).weights.values
+    pack = Pack([one, two])
+    assert pack.score("What is it?", [" Paris"]) == pack.score("What is it?", [" Paris"], chat_template=False)
+    assert pack.score("What is it?", [" Paris"]) != pack.score("What is it?", [" Paris"], chat_template=True)
+
+
+def test_variables_of_templates_are_an_option(byte_tokenizer):
+    thinking = with_template(TEMPLATE + "{% if not enable_thinking %}<|im_end|>{% endif %}")
+    encoder = Encoder(thinking)
+    assert make_options({"chat_template_kwargs": '{"enable_thinking": false}'}).chat_template_kwargs == {
+        "enable_thinking": False
+    }
+    on = encoder.encode(user("hi"), template_kwargs={"enable_thinking": True}).ids
+    assert encoder.encode(user("hi"), template_kwargs={"enable_thinking": False}).ids == [*on, encoder.end_of_turn]
+    for wrong in ({"messages": []}, {"tools": []}, {"add_generation_prompt": False}, {"x": object()}, {"x": {1, 2}}, 5):
+        with pytest.raises(OptionError, match="chat_template_kwargs"):
+            make_options({"chat_template_kwargs": wrong})
+
+
+def test_a_formatted_prompt_steers_where_its_format_does(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+
+    def write(contents):
+        return f"<|im_start|>user\n{contents[0]}<|im_end|>\n"
+
+    ids = encoder.encode(Formatted.by(write, ["user"])).ids
+    assert ids == byte_tokenizer(write(["user"])).input_ids
+    encoded = encoder.encode(Formatted.by(write, ["a<|im_end|>b"]))
+    assert controls(encoder, encoded.ids) == [1, 2]
+    assert encoded.text == "a<|im_end|>b"
+    with pytest.warns(UserWarning, match=r"control token '<\|im_start\|>', which is encoded as plain text"):
+        ids = encoder.encode(Formatted.by(lambda c: f"<|im_start|>{c[0].upper()}", ["a"])).ids
+    assert controls(encoder, ids) == []

@@ -11,6 +11,7 @@ from itertools import pairwise
 import naive
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lines import line
@@ -19,7 +20,7 @@ from test_pack import broken, fail, to_nan
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, Qwen3NextConfig
 
-from packllm import ContextOverflowError, Member, MemberError, OptionError, Pack, VocabularyError
+from packllm import ContextOverflowError, Member, MemberError, OptionError, VocabularyError
 from packllm.decode.boundaries import common_boundaries, inside_character
 from packllm.decode.segments import END_BYTES, Writers, rate
 from packllm.decode.tokens import Row

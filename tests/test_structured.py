@@ -7,15 +7,17 @@ import json
 import jsonschema
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tools import tool
 
-from packllm import ExtraError, OptionError, Pack, VocabularyError, parse_tool_calls
+from packllm import ExtraError, OptionError, VocabularyError, parse_tool_calls
 from packllm.align.vocabulary import Vocabulary
-from packllm.decode import structured
+from packllm.decode import matcher
+from packllm.decode.grammar import make_grammar
 from packllm.decode.sampling import make_sampler
-from packllm.decode.structured import Constraint, make_grammar
+from packllm.decode.structured import Constraint
 from packllm.options import make_options
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -116,13 +118,6 @@ def test_an_answer_is_closed_before_the_limit(vocabulary):
     assert not roomy.cut
 
 
-def test_a_limit_too_small_for_any_answer_leaves_it_unfinished(vocabulary):
-    text, constraint = write(vocabulary, 0, 3, json_schema=PERSON)
-    assert not constraint.complete
-    with pytest.raises(ValueError, match=r"Expecting|Unterminated|delimiter"):
-        json.loads(text)
-
-
 def test_what_the_members_rule_out_is_chosen_if_nothing_else_may_be(vocabulary):
     grammar = make_grammar(make_options({"json_schema": {"const": "x"}}))
     for temperature in (0.0, 0.5):
@@ -187,39 +182,60 @@ def test_any_tool_is_called_as_it_wants(vocabulary, parameters, name, seed):
     "schema",
     [
         {"type": "strin"},
-        {"type": "array", "uniqueItems": True},
-        {"not": {"type": "string"}},
         {"$ref": "#/nowhere"},
-        {"type": "string", "pattern": "(?=a)b"},
         {"type": "integer", "minimum": 5, "maximum": 3},
-        {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]},
+        {"enum": []},
+        {"type": "array", "items": {"type": "string", "description": "long " * 20}, "minItems": 3, "maxItems": 2},
     ],
 )
 def test_a_schema_that_cannot_be_guaranteed_is_refused_before_anything_runs(pack, schema):
-    with pytest.raises(OptionError, match=r"json_schema cannot be guaranteed.*keywords"):
+    with pytest.raises(OptionError, match=r"json_schema cannot be guaranteed.*keywords") as caught:
         pack.stream(MESSAGES, json_schema=schema)
+    assert len(str(caught.value)) < 550  # the grammar is not quoted
     tools = [tool("f", {"type": "object", "properties": {"a": schema}, "required": ["a"]})]
-    with pytest.raises(OptionError, match="parameters of the tool 'f' cannot be guaranteed"):
-        pack.stream(MESSAGES, tools=tools, tool_choice="f")
+    if "$ref" not in schema:
+        with pytest.raises(OptionError, match="parameters of the tool 'f' cannot be guaranteed"):
+            pack.stream(MESSAGES, tools=tools, tool_choice="f")
     assert pack.generate(MESSAGES, tools=tools).text  # nothing was demanded: the answer is parsed as it comes
 
 
-def test_definitions_of_a_tool_are_found_and_places_are_refused(vocabulary):
+def test_endless_and_too_deep_schemas_are_typed_errors(pack):
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    deep: dict = {}
+    for _ in range(400):
+        deep = {"type": "array", "items": deep}
+    for schema in (endless, deep):
+        try:
+            text = pack.generate(MESSAGES, json_schema=schema, max_tokens=40).text
+        except OptionError:
+            continue
+        jsonschema.validate(json.loads(text), schema)
+
+
+def test_a_panic_of_llguidance_is_a_typed_error(pack, monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    monkeypatch.setattr(matcher, "llguidance", _Broken(panic))
+    with pytest.raises(OptionError, match="index out of bounds") as caught:
+        pack.stream(MESSAGES, json_schema={"type": "string", "maxLength": 4321})
+    assert len(str(caught.value)) < 700
+
+
+class _Broken:
+    """llguidance, but it panics at every grammar."""
+
+    def __init__(self, panic):
+        def fail(*args, **kwargs):
+            raise panic("index out of bounds " + "x" * 1000)
+
+        self.LLMatcher = type("LLMatcher", (), {"validate_grammar_with_warnings": staticmethod(fail)})
+
+
+def test_definitions_of_a_tool_are_found(vocabulary):
     node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
     parameters = {**node, "$defs": {"node": node}, "required": ["next"]}
     text, _ = write(vocabulary, 0, 120, tools=[tool("f", parameters)], tool_choice="any")
     jsonschema.validate(parse_tool_calls(text, [tool("f")]).calls[0].arguments, parameters)
-    itself = {"type": "object", "properties": {"next": {"$ref": "#"}}}
-    with pytest.raises(OptionError, match=r"put it into \$defs"):
-        make_grammar(make_options({"tools": [tool("f", itself)], "tool_choice": "f"}))
-
-
-def test_composed_schemas_are_not_closed():
-    both = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}], "required": ["a", "b"]}
-    assert make_grammar(make_options({"json_schema": both}))
-    assert '"additionalProperties": false' in make_grammar(make_options({"json_schema": PERSON}))
-    opened = {**PERSON, "additionalProperties": {"type": "integer"}}
-    assert '"additionalProperties": false' not in make_grammar(make_options({"json_schema": opened}))
 
 
 # Through a pack
@@ -248,10 +264,17 @@ def test_stop_strings_do_not_cut_a_guaranteed_answer(pack):
     jsonschema.validate(json.loads(generation.text), PERSON)
 
 
-def test_a_cut_answer_says_length(pack):
-    assert pack.generate(MESSAGES, json_schema=PERSON, max_tokens=3).finish_reason == "length"
-    endless = pack.generate(MESSAGES, json_schema={"type": "string", "minLength": 500}, max_tokens=20)
-    assert endless.finish_reason == "length"
+def test_a_limit_too_small_for_any_answer_is_an_error_before_a_token_is_decoded(pack):
+    with pytest.raises(OptionError, match=r"max_tokens=3 is too few .* the shortest takes \d+ tokens"):
+        pack.generate(MESSAGES, json_schema=PERSON, max_tokens=3)
+    with pytest.raises(OptionError, match="the shortest takes"):
+        pack.generate(MESSAGES, json_schema={"type": "string", "minLength": 500}, max_tokens=20)
+    chunks = pack.stream(MESSAGES, json_schema=PERSON, max_tokens=3)
+    first = next(chunks)
+    assert (first.text, first.usage.completion_tokens) == ("", 0)
+    assert first.usage.prompt_tokens > 0
+    with pytest.raises(OptionError, match="the shortest takes"):
+        next(chunks)
 
 
 def test_tools_need_a_conversation(pack):
@@ -261,7 +284,7 @@ def test_tools_need_a_conversation(pack):
 
 
 def test_without_the_extra_a_guarantee_is_refused_and_parsing_works(pack, monkeypatch):
-    monkeypatch.setattr(structured, "llguidance", None)
+    monkeypatch.setattr(matcher, "llguidance", None)
     for options in ({"json_schema": PERSON}, {"tools": TOOLS, "tool_choice": "any"}):
         with pytest.raises(ExtraError, match=r"install packllm\[structured\]"):
             pack.stream(MESSAGES, **options)

@@ -92,9 +92,27 @@ def test_invalid_bytes_become_replacement_characters():
 
 def test_control_tokens_give_no_text():
     words = vocabulary([b"a", b"<|im_end|>", b"\xf0\x9f", b"\x98\x80"], frozenset({1}))
-    text = TextStream(words, ("<|im_end|>",))
+    text = TextStream(words, ("<|im_start|>",))
     assert [text.push(i) for i in (0, 1, 2, 1, 3)] == ["a", "", "", "", "😀"]
     assert not text.stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "stopped"),
+    [
+        (("<|a|>",), "x", True),
+        (("<|a|><|b|>",), "x", True),
+        (("x<|a|><|b|>", "<|b|>"), "", True),
+        (("y<|a|>", "<|b|>x"), "xy", False),
+    ],
+)
+def test_control_tokens_stop_alone_and_within_stop_strings_but_are_never_text(stop, said, stopped):
+    words = vocabulary([b"x", b"<|a|>", b"<|b|>", b"y", b"<|"], frozenset({1, 2}))
+    text = TextStream(words, stop)
+    assert "".join(text.push(i) for i in (0, 1, 2, 3)) + text.finish() == said
+    assert text.stopped == stopped
+    spelled = TextStream(words, ("<||b",))  # what is spelled as text is found as text
+    assert spelled.push(4) + spelled.push(2) + spelled.finish() == "<|"
 
 
 def test_stop_across_tokens_is_held_back_and_never_given_out():

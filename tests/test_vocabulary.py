@@ -389,3 +389,40 @@ def test_a_tokenizer_without_backend_is_refused():
     with pytest.raises(VocabularyError, match="SlowTokenizer has no `tokenizers` backend; load the fast version"):
         Vocabulary.from_tokenizer(SlowTokenizer())
     assert issubclass(VocabularyError, PackError)
+
+
+def odd(byte_tokenizer, change) -> dict:
+    data = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    change(data)
+    return data
+
+
+ODD = {
+    "an id far out": lambda d: d["model"]["vocab"].update(a=5 * 10**7),
+    "an added id far out": lambda d: d["added_tokens"][0].update(id=5 * 10**7),
+    "a negative id": lambda d: d["model"]["vocab"].update(a=-1),
+    "a truth for an id": lambda d: d["model"]["vocab"].update(a=True),
+    "no id": lambda d: d["model"]["vocab"].update(a=None),
+    "no model": lambda d: d.update(model=None),
+    "a list for a model": lambda d: d.update(model=[1]),
+    "no vocabulary": lambda d: d["model"].pop("vocab"),
+    "numbers for pieces": lambda d: d["model"].update(vocab=[1, 2]),
+    "nulls for pieces": lambda d: d["model"].update(vocab=[[None, 1.0]]),
+    "a mapping of added tokens": lambda d: d.update(added_tokens={"a": 1}),
+    "an added token without text": lambda d: d["added_tokens"][0].pop("content"),
+    "numbers for added tokens": lambda d: d.update(added_tokens=[3]),
+    "half a character": lambda d: d["model"]["vocab"].update({"\ud800": 3}),
+    "a number for a suffix": lambda d: d["model"].update(end_of_word_suffix=7),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_tokenizer_is_refused(byte_tokenizer, kind):
+    with pytest.raises(VocabularyError):
+        Vocabulary.from_json(odd(byte_tokenizer, ODD[kind]))
+
+
+@pytest.mark.parametrize("content", [None, [], [1], "text", 5, {}, {"model": "BPE"}, {"model": {"vocab": None}}])
+def test_what_is_no_tokenizer_at_all_is_refused(content):
+    with pytest.raises(VocabularyError, match=r"no tokenizer\.json"):
+        Vocabulary.from_json(content)

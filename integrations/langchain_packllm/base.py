@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 import packllm
 
+LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs")
 OPTIONS = tuple(packllm.OptionFields.model_fields)
 
 
@@ -22,24 +24,31 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
     pack: packllm.Pack = Field(default=cast(packllm.Pack, None), exclude=True, repr=False)
     """The pack that answers, given or loaded from `models`; `pack.close()` frees it."""
 
+    max_retries: int | None = Field(default=None, exclude=True, repr=False)
+    """Accepted, as LangChain's models do, and without effect: a local member that fails would fail again."""
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """Accepted, as LangChain's models do, and without effect: local members ask for none. It is never written down."""
+
     def __init__(
         self,
         *,
-        models: Sequence[Any] | None = None,
+        models: Any = None,
         pack: packllm.Pack | None = None,
         dtype: Any = "auto",
         device_map: Any = "auto",
         trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         """Load `models`, or take `pack`: exactly one of the two.
 
         Args:
-            models: hub ids, local folders or members, as for Pack.load.
+            models: what Pack.load takes: hub ids, local folders, (model, tokenizer) pairs, members, ...
             pack: a loaded pack; its options hold where `fields` says nothing.
             dtype: of the weights of `models`, as for Pack.load.
             device_map: where `models` go, as for Pack.load.
             trust_remote_code: whether code that comes with `models` may run.
+            model_kwargs: further arguments of transformers' from_pretrained, as for Pack.load.
             fields: packllm's options (see packllm.OptionFields) and LangChain's own fields (cache, tags, ...).
 
         Raises:
@@ -47,18 +56,20 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
             OptionError: both or neither of models and pack, or words about loading beside a pack.
         """
         loading = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        if model_kwargs is not None:
+            loading["model_kwargs"] = model_kwargs
         if (models is None) == (pack is None):
             raise packllm.OptionError(f"{type(self).__name__} takes exactly one of models=[...] and pack=Pack")
         if pack is not None:
             if loading != {"dtype": "auto", "device_map": "auto", "trust_remote_code": False}:
-                raise packllm.OptionError(f"{', '.join(loading)} go with models; a pack is loaded already")
+                raise packllm.OptionError(f"{', '.join(LOADING)} go with models; a pack is loaded already")
             # The fields hold what is in force: `llm.temperature` is true, and configurable_fields, which
             # builds a new object from all fields of the old one, gets the same model.
             fields = {**pack.options.model_dump(), **fields}
         super().__init__(**fields)
         if pack is None:  # loaded after the fields were checked, for it takes long
             given = {name: getattr(self, name) for name in OPTIONS if name in self.model_fields_set}
-            pack = packllm.Pack.load(models or (), **loading, **given)
+            pack = packllm.Pack.load(models, **loading, **given)
         else:
             pack.check(**{name: getattr(self, name) for name in OPTIONS})
         self.pack = pack
@@ -68,8 +79,10 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
     def _check_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
         unknown = [name for name in fields if name not in cls.model_fields]
         if unknown:  # pydantic would refuse it too, but without saying what there is
-            valid = ["models", "dtype", "device_map", "trust_remote_code", *cls.model_fields]
-            raise ValueError(f"unknown field {unknown[0]!r}. Valid fields: {', '.join(sorted(valid))}")
+            valid = ["models", *LOADING, *cls.model_fields]
+            near = difflib.get_close_matches(unknown[0], valid, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown field {unknown[0]!r}{hint} Valid fields: {', '.join(sorted(valid))}")
         if "stop" in fields:  # as lenient as the core: one string, or None
             stop = fields["stop"] or ()
             return {**fields, "stop": (stop,) if isinstance(stop, str) else stop}
@@ -123,4 +136,4 @@ def _written(value: Any) -> Any:
     """A word about loading as JSON has it: torch's dtypes and devices by their names, which mean the same."""
     if isinstance(value, Mapping):
         return {key: _written(inner) for key, inner in value.items()}
-    return value if isinstance(value, str | int | list | None) else str(value).removeprefix("torch.")
+    return value if isinstance(value, str | int | float | list | None) else str(value).removeprefix("torch.")

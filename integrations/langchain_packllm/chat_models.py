@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from operator import itemgetter
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.output_parsers import (
-    BaseOutputParser,
-    JsonOutputKeyToolsParser,
-    JsonOutputParser,
-    PydanticOutputParser,
-    PydanticToolsParser,
-)
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, run_in_executor
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
 
 import packllm
 from langchain_packllm.base import PackModel
 from langchain_packllm.cancel import Cancelled
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
+from langchain_packllm.structured import schema_of, structured_output, tool_of
+from langchain_packllm.together import SEAT, Seat, Together
 
-METHODS = ("json_schema", "function_calling", "json_mode")
 _FOR_TRACES = ("ls_structured_output_format", "structured_output_format", "stream")  # no options of an answer
 
 
@@ -40,6 +34,9 @@ class ChatPackLLM(PackModel, BaseChatModel):
     ``ChatPackLLM(pack=pack, temperature=0.7)`` shares one. An option comes from the call, else from this object,
     else from the pack; ``model="medicine"`` at the call lets one member answer alone. Each answer says in
     ``response_metadata["packllm"]`` what every member counted for.
+
+    What members reason before they answer is in ``additional_kwargs["reasoning_content"]`` and, as LangChain 1 has it,
+    in ``content_blocks``; it is no part of the content, and no call in it is made.
 
     Tools reach each member through its own chat template, or in words where that has no place for them. With
     ``tool_choice`` "any" or a name, and with structured output, the form of the answer is guaranteed: that needs
@@ -110,18 +107,18 @@ class ChatPackLLM(PackModel, BaseChatModel):
             strict: in the tools' description; a call that is demanded fits its schema in any case.
             response_format: a schema that answers in text must have (OpenAI's dict, or what
                 with_structured_output takes).
-            kwargs: options of the calls.
+            kwargs: options of the calls; parallel_tool_calls=False: at most one call an answer.
         """
         if tools:
-            kwargs["tools"] = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+            kwargs["tools"] = [tool_of(tool, strict) for tool in tools]
         if isinstance(tool_choice, bool):
             tool_choice = "any" if tool_choice else "none"
         if isinstance(tool_choice, dict):
-            tool_choice = tool_choice.get("function", tool_choice).get("name")
+            tool_choice = _choice(tool_choice)
         if tool_choice is not None and (tools or tool_choice not in ("auto", "none")):
             kwargs["tool_choice"] = tool_choice
         if response_format is not None:
-            kwargs["json_schema"] = _schema_of(response_format)
+            kwargs["json_schema"] = schema_of(response_format)
         return self.bind(**kwargs)
 
     def with_structured_output(
@@ -136,39 +133,29 @@ class ChatPackLLM(PackModel, BaseChatModel):
         """This model with answers of a schema; they always parse.
 
         Args:
-            schema: pydantic class, TypedDict, JSON schema or OpenAI function.
+            schema: pydantic class, dataclass, enumeration, TypedDict, JSON schema (any, it is passed through) or
+                OpenAI function.
             method: "json_schema": the answer is JSON of the schema; "function_calling": it is a call of a tool with
                 such arguments; "json_mode": as json_schema.
             include_raw: give {"raw": message, "parsed": ..., "parsing_error": ...}.
             strict: in the tool's description, for function_calling; the form is guaranteed in any case.
             kwargs: options of the calls.
         """
-        if method not in METHODS:
-            raise packllm.OptionError(f"method={method!r} is none of {', '.join(METHODS)}")
-        as_class: Any = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
-        traced = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
-        parser: Any
-        if method == "function_calling":
-            tool = convert_to_openai_tool(schema)
-            name = tool["function"]["name"]
-            llm = self.bind_tools([schema], tool_choice=name, strict=strict, **traced, **kwargs)
-            parser = (
-                PydanticToolsParser(tools=[as_class], first_tool_only=True)
-                if as_class
-                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
-            )
-        else:
-            llm = self.bind(json_schema=_schema_of(schema), **traced, **kwargs)
-            parser = PydanticOutputParser(pydantic_object=as_class) if as_class else JsonOutputParser()
-        return _with_raw(llm, parser) if include_raw else llm | parser
+        return structured_output(self.bind, schema, method, include_raw, strict, kwargs)
 
-    def _request(self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
-        """The options of a call, and the tools whose calls are to be read out of the answer."""
+    def _request(
+        self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], packllm.ToolStream]:
+        """The options of a call, and what takes its answer apart."""
         options = self._options(stop, {name: value for name, value in kwargs.items() if name not in _FOR_TRACES})
         model = options.pop("model", self.model_name)
+        if not isinstance(model, str):
+            raise packllm.OptionError(f"model={model!r} is no name of a member")
         if model != self.model_name:
             options["weighting"] = {model: 1.0}
-        return options, self.pack.check(**options).offered_tools
+        parallel = options.pop("parallel_tool_calls", True)
+        tools = self.pack.check(**options).offered_tools
+        return options, packllm.ToolStream(tools, parallel=parallel is not False)
 
     def _generate(
         self,
@@ -177,18 +164,21 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         *,
         cancelled: Cancelled | None = None,
+        seat: Seat | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options, tools = self._request(stop, kwargs)
-        text = ""
-        with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:
-            for piece in cancelled.watch(pieces) if cancelled else pieces:
-                text += piece.text
-        answer = packllm.parse_tool_calls(text, tools)
+        options, parts = self._request(stop, kwargs)
+        pieces = self._pieces(pack_messages(messages), options, cancelled, seat or SEAT.get())
+        for piece in pieces:
+            parts.feed(piece.text)
+        parts.finish()
+        answer = parts.answer
         calls, refused = tool_calls(answer)
-        usage, info = self._ending(piece, kwargs)
+        reasoning = "".join(piece.reasoning for piece in pieces) + answer.reasoning
+        usage, info = self._ending(pieces[-1], kwargs)
         message = AIMessage(
             answer.content,
+            additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
             tool_calls=calls,
             invalid_tool_calls=refused,
             usage_metadata=usage,
@@ -205,11 +195,93 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         """BaseChatModel's way (`_generate` in a thread), and the thread stops when the task is cancelled."""
-        cancelled = Cancelled()
+        cancelled, seat = Cancelled(), SEAT.get()
+        seat = seat if seat is not None and seat.free_for(self) else None
+        handed = run_manager.get_sync() if run_manager else None
+        run = partial(self._generate, messages, stop, handed, cancelled=cancelled, seat=seat, **kwargs)
         try:
-            return await super()._agenerate(messages, stop, run_manager, cancelled=cancelled, **kwargs)
+            return await run_in_executor(seat.together.threads if seat else None, run)
         finally:
             cancelled.set()
+
+    def _pieces(
+        self, prompt: list[dict[str, Any]], options: dict[str, Any], cancelled: Cancelled | None, seat: Seat | None
+    ) -> list[packllm.Chunk]:
+        """The whole answer; in a batch, that which all runs of it are answered with."""
+        if seat is not None and seat.free_for(self):
+            return seat.ask(prompt, options, cancelled)
+        with closing(self.pack.stream(prompt, **options)) as stream:
+            return list(cancelled.watch(stream) if cancelled else stream)
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answers to several inputs, `batch_size` of them decoded together, or `max_concurrency` where that is less.
+
+        Each input is a run of its own, with its callbacks, its place in the cache and its errors; those that ask with
+        the same options are decoded in one batch.
+        """
+
+        def run(given: LanguageModelInput, config: RunnableConfig, together: Together) -> Any:
+            with together.seat(self):
+                try:
+                    return self.invoke(given, config, **kwargs)
+                except Exception as error:
+                    if return_exceptions:
+                        return error
+                    raise
+
+        answers: list[Any] = []
+        for group in self._groups(inputs, config, kwargs):
+            with ContextThreadPoolExecutor(len(group)) as threads:
+                answers += threads.map(
+                    partial(run, together=Together(self.pack, len(group))), *zip(*group, strict=True)
+                )
+        return answers
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """As batch."""
+
+        async def run(given: LanguageModelInput, config: RunnableConfig, together: Together) -> AIMessage:
+            with together.seat(self):
+                return await self.ainvoke(given, config, **kwargs)
+
+        answers: list[Any] = []
+        for group in self._groups(inputs, config, kwargs):
+            together = Together(self.pack, len(group))
+            try:
+                runs = [run(given, config, together) for given, config in group]
+                answers += await asyncio.gather(*runs, return_exceptions=return_exceptions)
+            finally:
+                together.threads.shutdown(wait=False)
+        return answers
+
+    def _groups(
+        self,
+        inputs: Sequence[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None,
+        kwargs: Mapping[str, Any],
+    ) -> list[list[tuple[LanguageModelInput, RunnableConfig]]]:
+        """Inputs with their configurations, as many together as are decoded together."""
+        if not inputs:
+            return []
+        configs = get_config_list(config, len(inputs))
+        size = self.pack.check(**self._options(None, {n: kwargs[n] for n in ("batch_size",) if n in kwargs})).batch_size
+        size = min(size, configs[0].get("max_concurrency") or size)
+        pairs = list(zip(inputs, configs, strict=True))
+        return [pairs[at : at + size] for at in range(0, len(pairs), size)]
 
     def _stream(
         self,
@@ -220,10 +292,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
         cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options, tools = self._request(stop, kwargs)
-        parts = packllm.ToolStream(tools)
+        options, parts = self._request(stop, kwargs)
         with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
             for piece in cancelled.watch(pieces) if cancelled else pieces:
+                if piece.reasoning:
+                    yield _chunk(packllm.ReasoningPart(piece.reasoning))
                 for part in parts.feed(piece.text):
                     yield _chunk(part)
         for part in parts.finish():
@@ -248,6 +321,14 @@ class ChatPackLLM(PackModel, BaseChatModel):
         finally:
             cancelled.set()
 
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[dict[str, Any] | type | Callable | BaseTool] | None = None
+    ) -> int:
+        """Tokens of the prompt that the messages and tools make, as the pack's first member reads it."""
+        offered = [tool_of(tool, None) for tool in tools or ()]
+        options = self._options(None, {"tools": offered} if offered else {})
+        return self.pack.count_tokens(pack_messages(messages), **options)
+
     def _ending(self, last: packllm.Chunk, kwargs: Mapping[str, Any]) -> tuple[UsageMetadata, dict[str, Any]]:
         """What the last chunk tells of the whole answer: token counts, and what callbacks and messages carry."""
         assert last.usage is not None
@@ -265,22 +346,21 @@ class ChatPackLLM(PackModel, BaseChatModel):
         }
 
 
-def _chunk(part: str | packllm.CallPart) -> ChatGenerationChunk:
+def _chunk(part: str | packllm.ReasoningPart | packllm.CallPart) -> ChatGenerationChunk:
     if isinstance(part, str):
-        return ChatGenerationChunk(message=AIMessageChunk(content=part))
-    return ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[call_chunk(part)]))
+        message = AIMessageChunk(content=part)
+    elif isinstance(part, packllm.ReasoningPart):
+        message = AIMessageChunk(content="", additional_kwargs={"reasoning_content": part.text})
+    else:
+        message = AIMessageChunk(content="", tool_call_chunks=[call_chunk(part)])
+    return ChatGenerationChunk(message=message)
 
 
-def _schema_of(given: Any) -> dict[str, Any]:
-    """The JSON schema of a class, an OpenAI function, or OpenAI's response_format."""
-    if isinstance(given, Mapping) and given.get("type") == "json_schema":
-        return dict(given["json_schema"]["schema"])
-    if isinstance(given, Mapping) and given.get("type") == "json_object":
-        return {"type": "object"}
-    return convert_to_json_schema(given)
-
-
-def _with_raw(llm: Runnable[LanguageModelInput, AIMessage], parser: BaseOutputParser) -> Runnable:
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-    failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+def _choice(given: Mapping[str, Any]) -> str:
+    """OpenAI's or Anthropic's dict of a choice: a tool's name, or "any", "auto" or "none"."""
+    function = given.get("function", given)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    choice = name if name is not None else given.get("type")
+    if not isinstance(choice, str):
+        raise packllm.OptionError(f"tool_choice={given!r} names no tool")
+    return choice

@@ -32,12 +32,12 @@ _ROLES: dict[type[BaseMessage], str] = {
     ToolMessage: "tool",
     FunctionMessage: "tool",
 }
-_SAID_ELSEWHERE = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call")  # AIMessage.tool_calls has them
-_NOT_SAID = ("thinking", "redacted_thinking", "reasoning")  # templates leave earlier thoughts out
+# AIMessage.tool_calls has them.
+_SAID_ELSEWHERE = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call")
 
 
 def pack_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """LangChain's messages as Pack takes them.
+    """LangChain's messages as Pack takes them. Earlier reasoning goes along, for templates that ask for it.
 
     Raises:
         PromptError: a message that is no part of a conversation.
@@ -58,6 +58,8 @@ def _pack_message(message: BaseMessage) -> dict[str, Any]:
         packed["name"] = message.name
     if isinstance(message, ToolMessage):
         packed["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AIMessage) and "reasoning_content" in message.additional_kwargs:
+        packed["reasoning_content"] = message.additional_kwargs["reasoning_content"]
     if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
         calls = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
         refused = [(call["id"], call["name"] or "", call["args"] or "") for call in message.invalid_tool_calls]
@@ -71,8 +73,7 @@ def _pack_message(message: BaseMessage) -> dict[str, Any]:
 def _content(content: str | Iterable[Any]) -> Any:
     if isinstance(content, str):
         return content
-    left_out = (*_SAID_ELSEWHERE, *_NOT_SAID)
-    return [part for part in content if not (isinstance(part, dict) and part.get("type") in left_out)]
+    return [part for part in content if not (isinstance(part, dict) and part.get("type") in _SAID_ELSEWHERE)]
 
 
 def tool_calls(answer: packllm.ParsedAnswer) -> tuple[list[ToolCall], list[InvalidToolCall]]:

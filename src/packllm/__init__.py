@@ -8,9 +8,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall, ToolStream, parse_tool_calls
+    from packllm.chat.calls import ToolStream, parse_tool_calls
+    from packllm.chat.formatted import Formatted
+    from packllm.chat.reasoning import ReasoningPart
+    from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall
     from packllm.engines.member import Member
     from packllm.errors import (
+        AnswerTimeout,
         CancelledError,
         ContextOverflowError,
         DataError,
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
         OptionError,
         PackError,
         PromptError,
+        StructureError,
         VocabularyError,
         WeightsError,
     )
@@ -31,12 +36,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerTimeout",
     "CallPart",
     "CancelledError",
     "Chunk",
     "ContextOverflowError",
     "DataError",
     "ExtraError",
+    "Formatted",
     "Generation",
     "InvalidToolCall",
     "LoadError",
@@ -49,6 +56,8 @@ __all__ = [
     "PackError",
     "ParsedAnswer",
     "PromptError",
+    "ReasoningPart",
+    "StructureError",
     "ToolCall",
     "ToolStream",
     "Usage",
@@ -59,7 +68,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall", "ToolStream", "parse_tool_calls"),
+    "chat.formatted": ("Formatted",),
+    "chat.calls": ("ToolStream", "parse_tool_calls"),
+    "chat.reasoning": ("ReasoningPart",),
+    "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall"),
     "engines.member": ("Member",),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),

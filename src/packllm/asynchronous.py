@@ -1,4 +1,5 @@
-"""Blocking generators for asyncio: each runs in a thread of its own, so that the loop never waits and all run at once."""
+"""Blocking generators for asyncio: each runs in a thread of its own, so that the loop never waits and all run at
+once."""
 
 from __future__ import annotations
 

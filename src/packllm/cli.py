@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,10 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not sys.warnoptions:  # on a terminal, those of libraries would come in the middle of an answer
+                    warnings.simplefilter("ignore")
+                return super().invoke(ctx)
         except PackError as error:
             Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error: {escape(str(error))}[/]")
             raise typer.Exit(2) from None
@@ -152,7 +156,7 @@ def ask(
     packllm ask - -m ./base -m ./base+./law-adapter -w exact < question.txt
     """
     named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
-    options = _options(weighting, option, named)
+    options = _options(weighting, option, named) | ({"chat_template": False} if raw else {})
     text = _with_context(_text(question), file or [])
     pack = _load(model, options)
     prompt = text if raw else [{"role": "user", "content": text}]

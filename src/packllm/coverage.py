@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from rich.text import Text
 from packllm.align.mined import ROLE, alignment
 from packllm.align.vocabulary import Vocabulary
 from packllm.chat.prompt import Encoder
-from packllm.engines.load import converted
-from packllm.errors import LoadError
+from packllm.engines.transformers.gguf import converted
+from packllm.errors import LoadError, VocabularyError
 
 BAR = 30  # characters of a share of 1
 WORST = 8  # worst cases to name
@@ -108,7 +109,9 @@ def read(spec: str) -> Vocabulary:
     try:
         source = converted(path) if path.is_file() else spec
         return Encoder(AutoTokenizer.from_pretrained(source)).vocabulary
-    except (OSError, ValueError, KeyError) as error:
+    except LoadError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LoadError(f"cannot load a tokenizer from {spec!r}: {reason}") from error
 
@@ -117,7 +120,7 @@ def _from_file(path: Path) -> Vocabulary:
     try:
         content = path.read_bytes()
         return Vocabulary.from_json(json.loads(gzip.decompress(content) if path.suffix == ".gz" else content))
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, VocabularyError) as error:
         raise LoadError(f"{str(path)!r} is no tokenizer.json: {type(error).__name__}: {error}") from error
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: at most 200 characters, and none of what it cannot say of itself."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class PackError(Exception):
@@ -34,6 +44,20 @@ class ContextOverflowError(PromptError):
         super().__init__(
             f"prompt of {prompt_tokens} tokens plus max_tokens={max_tokens} exceeds the context window of "
             f"{limit} tokens of member {member!r}; shorten the prompt, lower max_tokens, or leave that member out"
+        )
+
+
+class AnswerTimeout(PackError, TimeoutError):
+    """An answer took longer than the option timeout allows.
+
+    Attributes:
+        seconds: the time it had.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(
+            f"the answer was not whole after timeout={seconds:g} seconds; allow more time, lower max_tokens, or stream"
         )
 
 
@@ -77,6 +101,21 @@ def blamed_on(*names: str) -> Iterator[None]:
         raise MemberError("+".join(dict.fromkeys(names)), f"{type(error).__name__}: {error}") from error
 
 
+class StructureError(PackError):
+    """An answer violates its JSON schema in what no grammar can guarantee, and so did one drawn anew.
+
+    Attributes:
+        text: the answer.
+    """
+
+    def __init__(self, text: str, reason: str) -> None:
+        self.text = text
+        super().__init__(
+            f"the answer violates what a grammar cannot guarantee of its schema ({reason}), and so did another one; "
+            f"ask again with another seed, or with a schema without uniqueItems, not, if, contains and the like"
+        )
+
+
 class DataError(PackError, ValueError):
     """Data cannot be used: a malformed row, an answer out of range, fewer documents than asked for."""
 
@@ -91,3 +130,37 @@ class ExtraError(PackError, ImportError):
     def __init__(self, what: str, library: str, extra: str) -> None:
         self.extra = extra
         super().__init__(f"{what} needs {library}; install packllm[{extra}]")
+
+
+@contextmanager
+def loading(what: str, remedy: str = "") -> Iterator[None]:
+    """Whatever the libraries below raise while this is open becomes a LoadError that names `what`; theirs is its
+    `__cause__`. Errors of this package pass as they are, and so do MemoryError, KeyboardInterrupt and the like."""
+    try:
+        yield
+    except (PackError, MemoryError):
+        raise
+    except BaseException as error:
+        # pyo3 turns panics of Rust code (tokenizers, safetensors) into a BaseException of its own.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise LoadError(f"cannot load {what}: {told(error)}{remedy}") from error
+
+
+def refused(what: str, reason: str) -> LoadError:
+    """A LoadError of `what`, for a reason found here."""
+    return LoadError(f"cannot load {what}: {reason}")
+
+
+def told(error: BaseException) -> str:
+    """What an exception says, in one line; a bare key or index with the name of its kind."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = text if len(text) <= 500 else f"{text[:500]} ..."
+    bare = isinstance(error, LookupError | AttributeError | TypeError | ArithmeticError) or len(text) < 12
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if bare else text
+
+
+def guess(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean 'weighting'?" for a misspelt name, "." where nothing is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

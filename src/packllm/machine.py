@@ -15,7 +15,8 @@ _PASSIVE = "OMP_WAIT_POLICY"
 
 
 def cores(groups: Path = _GROUPS) -> int:
-    """Cores that this process may keep busy: its affinity, and the quota of its control group (v2 or v1), rounded up."""
+    """Cores that this process may keep busy: its affinity, and the quota of its control group (v2 or v1), rounded
+    up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(groups)
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from packllm.chat.tools import check_tools
-from packllm.errors import OptionError
+from packllm.errors import OptionError, guess, shown
 
 
 def _no_bool(value: Any) -> Any:
@@ -17,6 +17,24 @@ def _no_bool(value: Any) -> Any:
         raise ValueError("expected a number, not a boolean")
     return value
 
+
+def _template_kwargs(value: Any) -> Any:
+    if isinstance(value, str):  # as a shell gives it
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        taken = next((name for name in TEMPLATE_OWN if name in value), None)
+        if taken:
+            raise ValueError(f"{taken!r} is what the pack itself gives to templates; leave it out")
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"expected JSON: {error}") from None
+        value = dict(value)
+    return value
+
+
+TEMPLATE_OWN = ("messages", "tools", "add_generation_prompt")
+"""Variables of chat templates that are not a caller's."""
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
@@ -68,10 +86,17 @@ class OptionFields(BaseModel):
     perplexity: average perplexity per token, every member counting alike (the paper's)."""
     align: bool = True
     """`cool`: segments end at word boundaries of all tokenizers (False: of their author's alone)."""
-    chat_template: bool = False
-    """Wrap a prompt given as text into each member's chat template, as one user message."""
+    chat_template: bool | None = None
+    """Whether a prompt given as text goes into each member's chat template, as one user message, to be answered. None:
+    it does where all members have a template; False: the text is continued as it is. (`score` and `rerank` take None as
+    False.)"""
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_template_kwargs)] = None
+    """More variables of the chat templates, such as {"enable_thinking": False} or documents; JSON-safe."""
     score_on: str | None = Field(None, min_length=1)
     """Part of the prompt to score (say, the question); None: all of the user's text."""
+    timeout: Number | None = Field(None, gt=0.0)
+    """Seconds that an answer may take, from reading its prompt on; AnswerTimeout if it is not whole by then. Looked at
+    after each pass, so a pass under way is finished. None: as long as it takes."""
     on_member_error: Literal["raise", "drop"] = "raise"
     """A failing member ends the request (raise), or the others go on without it (drop)."""
     tools: tuple[dict[str, Any], ...] = ()
@@ -81,7 +106,12 @@ class OptionFields(BaseModel):
     any and a name need the extra `structured`."""
     json_schema: dict[str, Any] | None = None
     """The answer is JSON of this schema, or, with tools and tool_choice auto, a call. Needs the extra `structured`.
-    Strings in `stop` do not cut an answer whose form is guaranteed."""
+    It is whole and valid for every max_tokens: shortly before the limit only tokens are taken that leave room for the
+    rest, and where one had to give way, the answer ends by "length". Where not even the shortest answer fits, an
+    OptionError says how many tokens that takes, before any is decoded. Strings in `stop` do not cut such an answer.
+    Formats are exact (a date exists); unknown ones are notes. What no grammar can say (uniqueItems, not, if, contains,
+    bounds beyond 64 bits ...) is checked once the answer is whole: it is held back until then, streams give it in one
+    piece; one that violates its schema is drawn anew, once and at random, and then StructureError is raised."""
     batch_size: Count = Field(8, ge=1)
     """Most prompts that generate_batch decodes together."""
     prefix_cache_mb: Count = Field(1024, ge=0)
@@ -104,30 +134,35 @@ class Options(OptionFields):
         return make_options({**self.model_dump(exclude_unset=True), **changes}) if changes else self
 
 
-def make_options(values: Mapping[str, Any]) -> Options:
+def make_options(values: Mapping[str, Any], beside: Sequence[str] = ()) -> Options:
     """Options from keyword arguments.
+
+    Args:
+        beside: other names that are valid where these were given, to guess what a misspelt one means.
 
     Raises:
         OptionError: an unknown name (with the valid names) or a value out of range (with the range).
     """
     unknown = [name for name in values if name not in Options.model_fields]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], Options.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise OptionError(f"unknown option {unknown[0]!r}{hint} Valid options: {', '.join(Options.model_fields)}")
+        valid = [*Options.model_fields, *beside]
+        raise OptionError(f"unknown option {unknown[0]!r}{guess(unknown[0], valid)} Valid options: {', '.join(valid)}")
     values = dict(values)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
-    elif values.get("stop") is None:
+    stop, choice = values.get("stop"), values.get("tool_choice")
+    if isinstance(stop, str):
+        values["stop"] = (stop,)
+    elif stop is None:
         values.pop("stop", None)
     if values.get("tools", ()) is None:
         values.pop("tools")
-    if values.get("tool_choice") == "required":  # OpenAI's word
+    if isinstance(choice, str) and choice == "required":  # OpenAI's word
         values["tool_choice"] = "any"
     try:
         options = Options(**values)
     except ValidationError as error:
         raise OptionError(_describe(error)) from None
+    except (RecursionError, TypeError, ValueError) as error:  # values whose own methods fail
+        raise OptionError(f"options cannot be read: {error}") from error
     check_tools(options.tools, options.tool_choice, options.json_schema)
     return options
 
@@ -137,7 +172,7 @@ def _describe(error: ValidationError) -> str:
     name = str(errors[0]["loc"][0])
     first = [one for one in errors if one["loc"][0] == name][-1]  # of several types, the last tells most
     message = first["msg"].removeprefix("Value error, ")
-    described = f"{name}={first['input']!r}: {message[:1].lower()}{message[1:]}"
+    described = f"{name}={shown(first['input'])}: {message[:1].lower()}{message[1:]}"
     if name == "stop":
         return f"{described}; stop takes non-empty strings, an empty one would end every text at once"
     if name == "weighting":

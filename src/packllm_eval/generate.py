@@ -103,6 +103,7 @@ def evaluate(
         for method in checked:
             options = method.options.model_dump(exclude_unset=True)
             options.update(max_tokens=max_tokens, stop=("\nQuestion:", "\n\n"))
+            options["chat_template"] = bool(options.get("chat_template"))  # worked examples are text to go on with
             started = time.perf_counter()
             try:
                 answers = packs[method.label].generate_batch(prompts, **options)

@@ -68,6 +68,11 @@ class PackLM(LM):
         self.pack = pack
 
     @property
+    def _as_text(self) -> dict[str, Any]:
+        """A context that is text is continued, not answered, unless the pack is told otherwise."""
+        return {"chat_template": bool(self.pack.options.chat_template)}
+
+    @property
     def tokenizer_name(self) -> str:
         return self.pack.fingerprint
 
@@ -103,7 +108,7 @@ class PackLM(LM):
         most = max(len(encoder.continuation(text)) for text in continuations)
         found, text = [False] * len(continuations), ""
         tokenwise = one_vocabulary(self.pack, range(len(self.pack.members)))
-        stream = self.pack.stream(prompt, max_tokens=most, temperature=0.0)
+        stream = self.pack.stream(prompt, max_tokens=most, temperature=0.0, **self._as_text)
         for chunk in stream:
             text += chunk.text
             # Segments are longer than tokens, and may write more than what was asked.
@@ -147,7 +152,8 @@ class PackLM(LM):
         results = []
         for request in tqdm(requests, desc="Answers", disable=disable_tqdm or None):
             context, arguments = request.args
-            results.append(self.pack.generate(_prompt(context), **generation_options(arguments)).text)
+            options = {**generation_options(arguments), **self._as_text}
+            results.append(self.pack.generate(_prompt(context), **options).text)
             self.cache_hook.add_partial("generate_until", request.args, results[-1])
         return results
 

@@ -179,7 +179,7 @@ class Reading:
     def _given(self, rows: dict[int, list[list[int]]], whole: set[int]) -> dict[int, list[tuple[Tensor, Tensor]]]:
         """What members give continuations of the reading: float64 (n,) of their ids, and of those in `whole` float32
         (n, V). All are read together."""
-        scores = score_rows(self._lines, {k: rows[k] for k in rows if k not in whole})
+        scores = score_rows(dict(enumerate(self._lines)), {k: rows[k] for k in rows if k not in whole})
         found = {k: [(given, torch.empty(0)) for given in scores[k]] for k in scores}
         slots = {(k, at): ids[:-1] for k in rows if k in whole for at, ids in enumerate(rows[k])}
         forks = {(k, at): self._lines[k].fork() for k, at in slots}

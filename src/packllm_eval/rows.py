@@ -173,8 +173,9 @@ def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterat
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
             yield make(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = "empty" if isinstance(line, bytes) and not line.strip() else str(error)
+            reason = "nested too deeply" if isinstance(error, RecursionError) else reason
             if bad == "raise":
                 raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
             log.warning("%s line %d left out: %s", path.name, number, reason)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,9 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from packllm.errors import VocabularyError
+
+_HOLES = 8
+"""Ids that may be left out for each one that is used."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -87,15 +90,30 @@ class Vocabulary:
         return cls.from_json(tokenizer_json(tokenizer), tokenizer)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], tokenizer: Any = None) -> Vocabulary:
-        """As from_tokenizer, from the content of a tokenizer.json; `tokenizer` tells the roles."""
-        pieces = data["model"]["vocab"]
-        ids = dict(pieces) if isinstance(pieces, dict) else {piece: i for i, (piece, _) in enumerate(pieces)}
-        added = {token["content"]: token for token in data["added_tokens"]}
-        size = max([*ids.values(), *(token["id"] for token in added.values())], default=-1) + 1
+    def from_json(cls, data: Any, tokenizer: Any = None) -> Vocabulary:
+        """As from_tokenizer, from the content of a tokenizer.json; `tokenizer` tells the roles.
+
+        Raises:
+            VocabularyError: the content is not a tokenizer's.
+        """
+        ids, added = _checked_ids(data), {token["content"]: token for token in _checked_added(data)}
+        size = _checked_size([*ids.values(), *(token["id"] for token in added.values())])
+        try:
+            return cls._of(ids, added, size, _piece_decoder(data), tokenizer)
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise VocabularyError(f"this tokenizer.json is odd: {type(error).__name__}: {str(error)[:200]}") from error
+
+    @classmethod
+    def _of(
+        cls,
+        ids: dict[str, int],
+        added: dict[str, dict[str, Any]],
+        size: int,
+        to_bytes: Callable[[str], bytes],
+        tokenizer: Any,
+    ) -> Vocabulary:
         tokens = [b""] * size
         used = [False] * size
-        to_bytes = _piece_decoder(data)
         for piece, token_id in ids.items():
             tokens[token_id] = to_bytes(piece)
             used[token_id] = True
@@ -105,9 +123,9 @@ class Vocabulary:
             used[token["id"]] = True
         special = {}
         for role in ("bos", "eos", "pad", "unk"):
-            token_id = getattr(tokenizer, f"{role}_token_id", None)
-            if token_id is not None:
-                special[role] = int(token_id)
+            role_id = getattr(tokenizer, f"{role}_token_id", None)
+            if role_id is not None:
+                special[role] = int(role_id)
         control = {token["id"] for token in added.values() if token["special"]} | set(special.values())
         fallback = {i: tokens[i] for piece, i in ids.items() if _BYTE_TOKEN.fullmatch(piece) and len(tokens[i]) == 1}
         spelled = {tokens[i] for i in ids.values() if i not in fallback}
@@ -118,6 +136,60 @@ class Vocabulary:
             unused=frozenset(i for i in range(size) if not used[i]),
             shadowed=frozenset(i for i, byte in fallback.items() if byte in spelled),
         )
+
+
+def _checked_ids(data: Any) -> dict[str, int]:
+    """Id of each piece of a tokenizer's model.
+
+    Raises:
+        VocabularyError: there is no model of pieces.
+    """
+    model = data.get("model") if isinstance(data, Mapping) else None
+    pieces = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(pieces, Mapping):
+        ids = dict(pieces)
+    elif isinstance(pieces, list) and all(isinstance(pair, list | tuple) and pair for pair in pieces):
+        ids = {pair[0]: i for i, pair in enumerate(pieces)}
+    else:
+        raise VocabularyError("this is no tokenizer.json: it has no model with a vocabulary (model.vocab)")
+    wrong = next((piece for piece, i in ids.items() if not isinstance(piece, str) or not _is_id(i)), None)
+    if wrong is not None:
+        raise VocabularyError(f"piece {str(wrong)[:40]!r} has the id {str(ids[wrong])[:40]}; an id is a number from 0")
+    return ids
+
+
+def _checked_added(data: Any) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.
+
+    Raises:
+        VocabularyError: one lacks its text or its id.
+    """
+    added = data.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise VocabularyError(f"added_tokens must be a list, not {type(added).__name__}")
+    for token in added:
+        if not isinstance(token, Mapping) or not isinstance(token.get("content"), str) or not _is_id(token.get("id")):
+            raise VocabularyError(f"added token {str(token)[:120]} needs a text (content) and a number from 0 (id)")
+    return [{"special": False, **token} for token in added]
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _checked_size(ids: Sequence[int]) -> int:
+    """Ids that there are, holes included.
+
+    Raises:
+        VocabularyError: an id lies far beyond the number of tokens; all ids up to it would have to be held.
+    """
+    size = max(ids, default=-1) + 1
+    most = _HOLES * len(ids) + 2**16
+    if size > most:
+        raise VocabularyError(
+            f"the highest id is {size - 1}, of {len(ids)} tokens; at most {most - 1} makes sense, the file is damaged"
+        )
+    return size
 
 
 def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
@@ -137,7 +209,7 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
 def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
     """How a piece of this tokenizer's model spells bytes, read off its parts."""
     parts = list(_parts(data.get("decoder"))) + list(_parts(data.get("pre_tokenizer")))
-    types = {part["type"] for part in parts}
+    types = {part.get("type") for part in parts}
     model = data["model"]
     suffix = model.get("end_of_word_suffix") or None
     if "ByteLevel" in types:
@@ -151,11 +223,11 @@ def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
             return piece.encode()
 
         return byte_level
-    replaced = {part.get("pattern", {}).get("String"): part["content"] for part in parts if part["type"] == "Replace"}
-    marker = next((part["replacement"] for part in parts if part["type"] == "Metaspace"), None)
-    if marker is None and ("▁" in replaced or "▁" in str(data.get("normalizer"))):
+    replaced = [part.get("pattern") for part in parts if part.get("type") == "Replace"]
+    marker = next((part.get("replacement") for part in parts if part.get("type") == "Metaspace"), None)
+    if marker is None and ({"String": "▁"} in replaced or "▁" in str(data.get("normalizer"))):
         marker = "▁"
-    prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None
+    prefix = model.get("continuing_subword_prefix") if model.get("type") == "WordPiece" else None
 
     def plain(piece: str) -> bytes:
         if byte := _BYTE_TOKEN.fullmatch(piece):
@@ -171,11 +243,11 @@ def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
     return plain
 
 
-def _parts(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
     """A decoder or pre-tokenizer, flattened out of its sequences."""
-    if part is None:
+    if not isinstance(part, Mapping):
         return
-    if part["type"] == "Sequence":
+    if part.get("type") == "Sequence":
         for inner in part.get("decoders") or part.get("pretokenizers") or ():
             yield from _parts(inner)
     else:

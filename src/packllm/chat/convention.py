@@ -4,7 +4,7 @@ The tools are listed in the system message, one JSON object a line, and a call i
 ``{"name": "<tool>", "arguments": {...}}``. An assistant's earlier calls are written in that form; a tool's result is
 a user's message, "Result of <tool>: ...". A JSON schema that the answer must fit is told in the system message too.
 
-Everything here only joins texts, so a mark that stands for a text goes through unharmed (see prompt.py).
+Everything here joins traced texts by +, so that what they are of is not forgotten (see traced.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from packllm.chat.messages import Message
+from packllm.chat.traced import Traced, leaves, own, placed
+
+_SYSTEM, _USER, _ASSISTANT = (own(role) for role in ("system", "user", "assistant"))
+_BEFORE_USER = ("system", "developer")
 
 
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -32,6 +36,11 @@ def schema_text(schema: Mapping[str, Any]) -> str:
     return f"Answer with JSON alone, in the form of this JSON schema:\n{_json(schema)}"
 
 
+def documents_text(documents: Sequence[Any]) -> str:
+    """What the system message says of documents."""
+    return "Documents:\n" + "\n".join(map(_json, documents))
+
+
 def with_system(messages: Sequence[Message], text: str) -> list[Message]:
     """The messages with `text` at the end of the system message, or as one."""
     if not text:
@@ -39,25 +48,65 @@ def with_system(messages: Sequence[Message], text: str) -> list[Message]:
     if messages[0]["role"] == "system":
         first = {**messages[0], "content": _join(messages[0]["content"], text)}
         return [first, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+    return [{"role": _SYSTEM, "content": text}, *messages]
 
 
-def written_out(messages: Sequence[Message]) -> list[Message]:
-    """The messages with calls written as text and results as the user's messages."""
-    names: dict[str, str] = {}
+def written_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of calls as JSON text, which older templates expect."""
+    return [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def system_for_developer(messages: Sequence[Message]) -> list[Message]:
+    """The messages with developers' words as the system's."""
+    return [{**m, "role": _SYSTEM} if m["role"] == "developer" else m for m in messages]
+
+
+def folded(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system's words before the next words of the user's, or as such."""
+    turns: list[Message] = []
+    held: str = ""
+    for message in messages:
+        if message["role"] in _BEFORE_USER:
+            held = _join(held, message.get("content") or "")
+        elif held and message["role"] == "user":
+            turns.append({**message, "content": _join(held, message["content"])})
+            held = ""
+        else:
+            turns.append(message)
+    return [*turns, {"role": _USER, "content": held}] if held else turns
+
+
+def written_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages with calls written as text; results stay what they are."""
     written: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
         if calls:
-            names |= {call.get("id"): call["function"]["name"] for call in calls}
-            content = "\n".join(filter(None, [message["content"], *(_json(call["function"]) for call in calls)]))
-            written.append({"role": "assistant", "content": content})
-        elif message["role"] == "tool":
+            content = message.get("content") or ""
+            for call in calls:
+                content = _join(content, _json(call["function"]), "\n")
+            message = {"role": _ASSISTANT, "content": content}
+        written.append(message)
+    return written
+
+
+def written_out(messages: Sequence[Message]) -> list[Message]:
+    """The messages with calls written as text and results as the user's messages."""
+    names: dict[str, str] = {}  # of the calls so far: some number them anew at each turn
+    written: list[Message] = []
+    for message, kept in zip(messages, written_calls(messages), strict=True):
+        if message["role"] == "assistant":
+            names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""))
-            of = f" of {name}" if name else ""
-            written.append({"role": "user", "content": f"Result{of}: {message['content']}"})
-        else:
-            written.append(message)
+            of = " of " + name if name else ""
+            kept = {"role": _USER, "content": "Result" + of + ": " + message["content"]}
+        written.append(kept)
     return written
 
 
@@ -66,7 +115,7 @@ def alternating(messages: Sequence[Message]) -> list[Message]:
     go before the user's, and messages of one role in a row become one."""
     turns: list[Message] = []
     for message in written_out(messages):
-        role = "user" if message["role"] == "system" else message["role"]
+        role = _USER if message["role"] in _BEFORE_USER else message["role"]
         if turns and turns[-1]["role"] == role:
             turns[-1] = {**turns[-1], "content": _join(turns[-1]["content"], message["content"])}
         else:
@@ -74,9 +123,17 @@ def alternating(messages: Sequence[Message]) -> list[Message]:
     return turns
 
 
-def _join(one: str, other: str) -> str:
-    return f"{one}\n\n{other}" if one and other else one + other
+def _with_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    arguments = arguments if isinstance(arguments, str) else _json(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _join(one: str, other: str, between: str = "\n\n") -> str:
+    return one + between + other if one and other else one + other
+
+
+def _json(value: Any) -> Traced:
+    text = json.dumps(value, ensure_ascii=False)
+    return placed(text, ((leaf, json.dumps(leaf, ensure_ascii=False)[1:-1]) for leaf in leaves(value)))

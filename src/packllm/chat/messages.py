@@ -1,4 +1,9 @@
-"""What a prompt may be: text, or messages in OpenAI's form."""
+"""What a prompt may be: text, or messages in OpenAI's form.
+
+In packllm's normal form a message has a role and content that is text. An assistant's may have "tool_calls", whose
+arguments are a mapping wherever they are JSON, and "reasoning_content"; a tool's has the "tool_call_id" it answers.
+Other keys stay as they are, for templates that know them.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from packllm.errors import PromptError
+from packllm.errors import PromptError, shown
 
 ROLES = ("system", "user", "assistant", "tool")
+SAME_ROLE = {"developer": "system"}
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "text-plain": "text", "refusal": "refusal"}
+"""Where the words of a part are, by its type."""
+REASONING_PARTS = {"thinking": "thinking", "reasoning": "reasoning", "redacted_thinking": ""}
+"""The same for what a model thought earlier, which is no content; the last is encrypted by its provider."""
+SILENT_PARTS = (
+    *("server_tool_call", "server_tool_call_chunk", "server_tool_result"),
+    *("server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result"),
+    *("mcp_tool_use", "mcp_tool_result", "web_search_call", "file_search_call", "code_interpreter_call", "mcp_call"),
+    *("cache_point", "cachePoint"),
+)
+"""What another provider did by itself, and marks for its cache: no words of the conversation."""
+
 
 def check(prompt: Prompt, chat_template: bool) -> Prompt:
-    """The prompt as encode() takes it: text, or messages with text contents.
+    """The prompt as encode() takes it: text, or messages in the normal form.
 
     Raises:
         PromptError: empty, an unknown role, content that is not text, text that is not Unicode, calls that are
@@ -26,8 +44,8 @@ def check(prompt: Prompt, chat_template: bool) -> Prompt:
             raise PromptError("prompt is empty; give at least one character")
         check_unicode(prompt)
         return [{"role": "user", "content": prompt}] if chat_template else prompt
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise PromptError(f"prompt must be text or a non-empty list of messages, not {prompt!r}")
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview) or not len(prompt):
+        raise PromptError(f"prompt must be text or a non-empty list of messages, not {shown(prompt)}")
     messages = [_check_message(message, at) for at, message in enumerate(prompt)]
     called: set[Any] = set()
     for at, message in enumerate(messages):
@@ -42,23 +60,91 @@ def check(prompt: Prompt, chat_template: bool) -> Prompt:
 
 
 def _check_message(message: Any, at: int) -> Message:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise PromptError(f"message {at} must be a mapping with 'role' and 'content', not {message!r}")
-    if message["role"] not in ROLES:
-        raise PromptError(f"message {at} has role {message['role']!r}; valid roles: {', '.join(ROLES)}")
-    content = message["content"]
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise PromptError(f"message {at} must be a mapping with 'role' and 'content', not {shown(message)}")
+    role = message["role"]
+    role = SAME_ROLE.get(role, role) if isinstance(role, str) else role
+    if not isinstance(role, str) or role not in ROLES:
+        raise PromptError(f"message {at} has role {shown(role)}; valid roles: {', '.join(ROLES)}")
+    if role != "assistant" and "content" not in message:
+        raise PromptError(f"message {at} must be a mapping with 'role' and 'content', not {shown(message)}")
+    content, reasoning = _check_content(message.get("content"), at)
+    checked = {**message, "role": role, "content": content}
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str | None):
+        raise PromptError(f"message {at} has tool_call_id={shown(message['tool_call_id'])}; an id is text")
+    if role == "assistant":
+        checked |= _check_assistant(message, content, reasoning, at)
+        if checked["reasoning_content"] is None:
+            del checked["reasoning_content"]
+    return checked
+
+
+def _check_assistant(message: Message, content: str, reasoning: str, at: int) -> dict[str, Any]:
+    """What only an assistant's message has."""
+    thought = message.get("reasoning_content")
+    if not isinstance(thought, str | None):
+        raise PromptError(f"message {at} has reasoning_content={shown(thought)}; reasoning is text")
+    check_unicode(thought or "")
+    refusal = message.get("refusal")
+    if not isinstance(refusal, str | None):
+        raise PromptError(f"message {at} has refusal={shown(refusal)}; a refusal is text")
+    checked: dict[str, Any] = {"content": content or refusal or "", "reasoning_content": thought or reasoning or None}
+    check_unicode(checked["content"])
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        if not isinstance(calls, list | tuple | None):
+            raise PromptError(f"message {at} has tool_calls={shown(calls)}; give a list of calls")
+        checked["tool_calls"] = [_check_call(call, at) for call in calls or ()]
+    return checked
+
+
+def _check_content(content: Any, at: int) -> tuple[str, str]:
+    """The text of a content, and the reasoning in its parts."""
     if content is None:
-        content = ""
-    elif isinstance(content, Sequence) and not isinstance(content, str | bytes | bytearray):
-        content = "".join(_text_part(part, at) for part in content)
-    elif not isinstance(content, str):
+        return "", ""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    if isinstance(content, str):
+        texts.append(content)
+    elif isinstance(content, Sequence) and not isinstance(content, bytes | bytearray | memoryview):
+        for part in content:
+            thinking = isinstance(part, Mapping) and str(part.get("type")) in REASONING_PARTS
+            (thoughts if thinking else texts).append(_part_text(part, at))
+    else:
         kind = type(content).__name__
         raise PromptError(f"message {at} has content of type {kind!r}; give text or a list of text parts")
-    check_unicode(content)
-    message = {**message, "content": content}
-    if message["role"] == "assistant" and "tool_calls" in message:
-        message["tool_calls"] = [_check_call(call, at) for call in message["tool_calls"] or ()]
-    return message
+    text, thought = "".join(texts), "\n".join(filter(None, thoughts))
+    check_unicode(text)
+    check_unicode(thought)
+    return text, thought
+
+
+def _part_text(part: Any, at: int) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if isinstance(part, Mapping) and (kind is None or isinstance(kind, str)):
+        if kind in SILENT_PARTS or (kind is None and "cachePoint" in part):
+            return ""
+        if kind in REASONING_PARTS:
+            return _thought(part, kind)
+        words = part.get(TEXT_PARTS[kind]) if kind in TEXT_PARTS else None
+        if isinstance(words, str):
+            return words
+        if kind in TEXT_PARTS:
+            raise PromptError(f"message {at} holds a part of type {kind!r} without its words: {shown(part)}")
+    raise PromptError(f"message {at} holds content of type {shown(kind)}; the members read text only")
+
+
+def _thought(part: Mapping[str, Any], kind: str) -> str:
+    """What a part says of reasoning: OpenAI gives none, or summaries of it."""
+    words = part.get(REASONING_PARTS[kind])
+    if isinstance(words, str):
+        return words
+    summary = part.get("summary")
+    summaries = summary if isinstance(summary, list | tuple) else ()
+    told = [one.get("text") for one in summaries if isinstance(one, Mapping)]
+    return "\n".join(text for text in told if isinstance(text, str))
 
 
 def _check_call(call: Any, at: int) -> Mapping[str, Any]:
@@ -66,23 +152,23 @@ def _check_call(call: Any, at: int) -> Mapping[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError(
-            f'message {at} holds the tool call {call!r}; a call is {{"id": ..., "type": "function", "function": '
+            f'message {at} holds the tool call {shown(call)}; a call is {{"id": ..., "type": "function", "function": '
             f'{{"name": ..., "arguments": ...}}}}'
         )
-    arguments = function.get("arguments") or {}
+    if not isinstance(call.get("id"), str | None):
+        raise PromptError(f"message {at} holds a tool call with the id {shown(call['id'])}; an id is text")
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str | list | tuple) and not arguments):
+        arguments = {}
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
-
-
-def _text_part(part: Any, at: int) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise PromptError(f"message {at} holds content of type {kind!r}; the members read text only")
+    checked = {"type": "function", **call, "function": {**function, "arguments": arguments}}
+    try:
+        json.dumps(checked, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"message {at} holds a tool call that is not JSON: {error}") from None
+    return checked
 
 
 def check_unicode(text: str) -> None:

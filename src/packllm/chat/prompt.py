@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from packllm.align.vocabulary import Vocabulary, tokenizer_json
-from packllm.chat import convention
+from packllm.chat.formatted import Formatted
 from packllm.chat.messages import ROLES, Message, Prompt, check, check_unicode
+from packllm.chat.rendering import PLAIN_TEMPLATE, Renderer, cut
+from packllm.chat.traced import ASTRAY, TEMPLATE, Traced, content, runs_of
 from packllm.errors import PromptError
 
 __all__ = ["PLAIN_TEMPLATE", "ROLES", "Encoded", "Encoder", "Message", "Prompt", "check"]
-
-Layout = Callable[[Sequence[Message]], str]
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-"""How messages are put to a member without a chat template: one line a message, "User: ..."."""
 
 
 @dataclass(frozen=True)
@@ -47,42 +42,38 @@ class Encoded:
     ends: list[int]
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Text to score, and where a prompt shows it: prompt[start:stop] is text[lead : lead + stop - start]."""
+class TooLong(Exception):
+    """A prompt is far longer than a window; `tokens` of it were counted before that was clear."""
 
-    start: int
-    stop: int
-    text: str
-    lead: int = 0
-
-    def parts(self, part: str) -> list[_Span]:
-        """The spans of each occurrence of `part` in the text."""
-        return [self._cut(match.start(), match.end()) for match in re.finditer(re.escape(part), self.text)]
-
-    def _cut(self, begin: int, end: int) -> _Span:
-        zero = self.start - self.lead  # where the text would begin, were all of it shown
-        start, stop = (min(max(zero + at, self.start), self.stop) for at in (begin, end))
-        return _Span(start, stop, self.text[begin:end], start - zero - begin)
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
 
 
 class Encoder:
     """One tokenizer's way from prompts to ids, safe for text that nobody vouches for.
 
-    Control tokens are renamed, in a copy of the tokenizer, to names that cannot be guessed. Only what the
-    chat template itself writes is given those names, so a control token spelled inside a message is
-    encoded as the plain text it is, and everything else exactly as the tokenizer would.
+    Control tokens, which are all that were added to the tokenizer but runs of white space, are renamed, in a copy of
+    it, to names that cannot be guessed. Only what the chat template itself writes is given those names, so a control
+    token spelled inside a message is encoded as the plain text it is, and everything else exactly as the tokenizer
+    would.
+
+    Attributes:
+        template: source of the chat template, None without one.
+        vocabulary: bytes of each token id.
 
     Raises:
-        VocabularyError: the tokenizer has no `tokenizers` backend.
+        VocabularyError: the tokenizer has no `tokenizers` backend, or an odd one.
+        LoadError: the chat template cannot be read, or does not end.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.template: str | None = _template_text(tokenizer)
         data = tokenizer_json(tokenizer)
         self.vocabulary = Vocabulary.from_json(data, tokenizer)
-        self._nonce = f"{secrets.randbits(64):020d}"  # digits: no template or normaliser changes their case
+        self._renderer = Renderer(tokenizer)
+        self.template: str | None = self._renderer.template
+        self._nonce = f"{secrets.randbits(64):020d}"  # digits: no normaliser changes their case
         self._alias = self._rename(data)
         self._backend = Tokenizer.from_str(json.dumps(data))
         self._backend.no_padding()
@@ -97,11 +88,8 @@ class Encoder:
             self.vocabulary = self.vocabulary.with_role("end_of_turn", self.end_of_turn)
 
     def _rename(self, data: dict[str, Any]) -> dict[str, str]:
-        template = self.template or ""
-        # Some tokenizers add runs of spaces or newlines as tokens: a template uses them, but they are text.
-        self._control = [
-            dict(t) for t in data["added_tokens"] if t["special"] or (t["content"].strip() and t["content"] in template)
-        ]
+        # Some tokenizers add runs of white space as tokens: these are text. Any other is none, whatever its flags.
+        self._control = [dict(t) for t in data["added_tokens"] if self.vocabulary.tokens[t["id"]].strip()]
         alias = {t["content"]: f"\ue000{self._nonce}{i:x}\ue001" for i, t in enumerate(self._control)}
         for token in data["added_tokens"]:
             token["content"] = alias.get(token["content"], token["content"])
@@ -128,19 +116,16 @@ class Encoder:
     @cached_property
     def end_of_turn(self) -> int | None:
         """The control token that the chat template writes after an assistant's answer."""
-        if self.template is None:
-            return None
-        mark = self._mark(0)
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        try:
-            rendered = self._tokenizer.apply_chat_template(turn, tokenize=False)
-        except Exception:  # a template that refuses this dialogue tells nothing
-            return None
-        after = self._find_control.match(rendered.partition(mark)[2].lstrip())
-        return self._real_id_of(after[0]) if after else None
+        after = None if self.template is None else self._find_control.match(self._renderer.after_answer())
+        return self._ids_of_control[after[0]] if after else None
 
-    def _real_id_of(self, content: str) -> int:
-        return next(token["id"] for token in self._control if token["content"] == content)
+    @cached_property
+    def _ids_of_control(self) -> dict[str, int]:
+        return {token["content"]: token["id"] for token in self._control}
+
+    def control_id(self, text: str) -> int | None:
+        """The id of the control token that is spelled `text`, None if there is none."""
+        return self._ids_of_control.get(text)
 
     def encode(
         self,
@@ -148,42 +133,93 @@ class Encoder:
         score_on: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         json_schema: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
     ) -> Encoded:
         """Token ids of a checked prompt.
 
         Text is encoded as the tokenizer does, BOS included where it adds one. Messages go through the chat
         template, with the mark that an answer follows; so do tools, where the template has a place for them. What
-        it has no place for or refuses is told in words (see convention.py), a JSON schema always.
+        it has no place for, leaves out or refuses is told in words (see convention.py), a JSON schema always.
+
+        Args:
+            prompt: text, or checked messages.
+            score_on: the part of the user's text that is scored; None: all of it.
+            tools: in OpenAI's form.
+            json_schema: of the answer.
+            template_kwargs: more variables of the chat template.
+            window: tokens that the member reads. A prompt of far more is not encoded whole.
 
         Raises:
-            PromptError: the template refuses the messages or leaves nothing of them, or score_on does not
+            PromptError: the template refuses the messages or leaves out a part of them, or score_on does not
                 occur in the user's text.
+            TooLong: the prompt has more than twice as many tokens as the window.
         """
         if isinstance(prompt, str):
-            prefix, text, spans = self._prefix, prompt, [_Span(0, len(prompt), prompt)]
+            text = prompt if isinstance(prompt, Formatted) else content(prompt, 0)
+            words = prompt.words if isinstance(prompt, Formatted) else {0: prompt}
+            prefix = self._prefix
+            self._warn(prompt)
         else:
             prefix = [] if self.template else self._prefix  # a chat template writes its own BOS
-            text, spans = self._render(prompt, tools, json_schema)
+            text = self._renderer.render(prompt, tools, json_schema, template_kwargs)
             check_unicode(text)
-        if score_on is not None:
-            spans = [part for span in spans for part in span.parts(score_on)]
-            if not spans:
-                raise PromptError(f"score_on={score_on!r} does not occur in the user's text of the prompt")
-        encoding = self._backend.encode(text, add_special_tokens=False)
+            words = {i: m.get("content") or "" for i, m in enumerate(prompt) if m["role"] == "user"}
+        places = _places(words, score_on)
+        if score_on is not None and not places:
+            raise PromptError(f"score_on={cut(score_on)!r} does not occur in the user's text of the prompt")
+        written, runs = self._written(text)
+        if prefix and any(written.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
+            prefix = []
+        if window is not None:
+            self._check_length(written, window)
+        encoding = self._backend.encode(written, add_special_tokens=False)
         ids = [*prefix, *(self._real_id.get(i, i) for i in encoding.ids)]
         if not ids:
             raise PromptError("prompt comes to no tokens: the chat template or the tokenizer leaves nothing of it")
-        positions, starts, ends = [], [], []
-        shift = 0  # from offsets in `text` to offsets in the scored text
-        for span in spans:
-            moved = span.lead - span.start + shift
-            for at, (start, stop) in enumerate(encoding.offsets, len(prefix)):
-                if at > 0 and span.start <= start < stop <= span.stop:
-                    positions.append(at)
-                    starts.append(start + moved)
-                    ends.append(stop + moved)
-            shift += len(span.text)
-        return Encoded(ids, "".join(span.text for span in spans), positions, starts, ends)
+        scored = "".join(words[place.source][place.start : place.stop] for place in places)
+        return Encoded(ids, scored, *_positions(encoding.offsets, _spans(places, runs), len(prefix)))
+
+    def _warn(self, prompt: str) -> None:
+        """Say it where control tokens that were probably meant are taken as text."""
+        if isinstance(prompt, Formatted) and not prompt.vouched and (found := self._find_control.search(prompt)):
+            warnings.warn(
+                f"the formatted prompt spells the control token {found[0]!r}, which is encoded as plain text: what is "
+                f"the user's in it cannot be told. Give messages, so that the chat template writes control tokens",
+                stacklevel=2,
+            )
+
+    def _spelling(self, token_id: int) -> str:
+        return self.vocabulary.tokens[token_id].decode(errors="replace")
+
+    def _written(self, text: Traced) -> tuple[str, list[tuple[int, int, int, int]]]:
+        """The text with the control tokens that its template wrote renamed, and where its contents are in it:
+        (source, start in the source, start in the text, length)."""
+        pieces: list[str] = []
+        runs: list[tuple[int, int, int, int]] = []
+        at = size = 0
+        for length, source, start in runs_of(text):
+            piece = str.__getitem__(text, slice(at, at + length))
+            if source == TEMPLATE:
+                piece = self._find_control.sub(lambda found: self._alias[found[0]], piece)
+            elif source >= 0 and start != ASTRAY:
+                runs.append((source, start, size, length))
+            pieces.append(piece)
+            at += length
+            size += len(piece)
+        return "".join(pieces), runs
+
+    def _check_length(self, text: str, window: int) -> None:
+        """TooLong if the text is far longer than a window, found out piece by piece: a token that a cut makes or
+        hides does not matter, for the bound is twice the window."""
+        size = 4 * max(window, 1024)
+        if len(text) <= 2 * size:
+            return
+        tokens = 0
+        for at in range(0, len(text), size):
+            tokens += len(self._backend.encode(text[at : at + size], add_special_tokens=False).ids)
+            if tokens > 2 * window:
+                raise TooLong(tokens)
 
     def plain(self, text: str) -> list[int]:
         """Ids of `text` alone: no BOS, no control tokens."""
@@ -213,163 +249,79 @@ class Encoder:
             if word is None or word != before or not self.has_words
         }
 
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
-    ) -> tuple[str, list[_Span]]:
-        """The rendered template with control tokens renamed, and the spans of the user's contents in it."""
-        spelled: list[str] = []
-        messages = [self._guard(message, spelled, ("role", "content")) for message in messages]
-        tools = [self._guard(tool, spelled) for tool in tools]
-        schema = None if schema is None else self._guard(schema, spelled)
-        marks = [self._mark(i) for i in range(len(messages))]
-        rendered, contents = self._shown(messages, marks, self._layout(_marked(messages, marks), tools, schema))
-        text = {**dict(zip(marks, contents, strict=True)), **{self._spelled(i): s for i, s in enumerate(spelled)}}
-        pieces = []
-        shown: dict[str, int] = {}
-        at = 0
-        for piece in re.split(f"(\ue000{self._nonce}[\ue002\ue003][0-9]+\ue001)", rendered):
-            if piece in text:
-                shown.setdefault(piece, at)
-                piece = text[piece]
-            else:
-                piece = self._find_control.sub(lambda found: self._alias[found[0]], piece)
-            pieces.append(piece)
-            at += len(piece)
-        spans = []
-        reached = 0
-        for mark, content, message in zip(marks, contents, messages, strict=True):
-            if message["role"] == "user":
-                start, lead = shown.get(mark, -1), message["content"].find(content)
-                if start < reached or lead < 0:  # left out, moved or rewritten: nothing of it is scored
-                    spans.append(_Span(reached, reached, message["content"]))
-                    continue
-                reached = start + len(content)
-                spans.append(_Span(start, reached, message["content"], lead))
-        return "".join(pieces), spans
 
-    def _guard(self, fields: Message, spelled: list[str], leave: Sequence[str] = ()) -> Message:
-        """The fields (a message's but for its content, a tool's) with marks for the control tokens spelled in
-        them, in a name or a tool call, say; they are appended to `spelled`."""
+class _Place(NamedTuple):
+    """A part of a user's content that is scored."""
 
-        def mark(found: re.Match[str]) -> str:
-            spelled.append(found[0])
-            return self._spelled(len(spelled) - 1)
-
-        def guarded(value: Any) -> Any:
-            if isinstance(value, str):
-                return self._find_control.sub(mark, value)
-            if isinstance(value, Mapping):
-                return {guarded(key): guarded(inner) for key, inner in value.items()}
-            return [guarded(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-        return {guarded(key): value if key in leave else guarded(value) for key, value in fields.items()}
-
-    def _mark(self, index: int) -> str:
-        """Stands for a message's content while the template is rendered."""
-        return f"\ue000{self._nonce}\ue002{index}\ue001"
-
-    def _spelled(self, index: int) -> str:
-        """Stands for a control token spelled in another field."""
-        return f"\ue000{self._nonce}\ue003{index}\ue001"
-
-    def _layout(
-        self, marked: Sequence[Message], tools: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
-    ) -> Layout:
-        """The first way of putting the messages that the template neither refuses nor leaves a part out of."""
-        in_words = convention.tools_text(tools) if tools else ""
-        form = "" if schema is None else convention.schema_text(schema)
-        both = "\n\n".join(filter(None, (in_words, form)))
-        calls = any(message["role"] == "assistant" and message.get("tool_calls") for message in marked)
-        ways: list[tuple[Callable, Sequence[Mapping[str, Any]], str]] = []
-        if not calls or self._shows_calls:
-            ways += [(list, tools, form)] * bool(tools and self._shows_tools) + [(list, (), both)]
-        ways += [(convention.written_out, (), both), (convention.alternating, (), both)]
-        refusal = None
-        for arrange, shown, said in ways:
-            layout = partial(self._laid_out, arrange, shown, said)
-            try:
-                if said in layout(marked):
-                    return layout
-            except PromptError as error:
-                refusal = refusal or error
-        raise refusal or PromptError("the chat template leaves out what it is told of tools and of the answer's form")
-
-    def _laid_out(
-        self, arrange: Callable, tools: Sequence[Mapping[str, Any]], said: str, messages: Sequence[Message]
-    ) -> str:
-        return self._apply(arrange(convention.with_system(messages, said)), tools)
-
-    @cached_property
-    def _shows_tools(self) -> bool:
-        """Whether the chat template has a place for tools."""
-        mark = self._mark(0)
-        tool = {"type": "function", "function": {"name": mark, "description": "a", "parameters": {"type": "object"}}}
-        try:
-            return mark in self._apply([{"role": "user", "content": "a"}], [tool])
-        except PromptError:
-            return False
-
-    @cached_property
-    def _shows_calls(self) -> bool:
-        """Whether the chat template has a place for calls and their results."""
-        name, argument, result = (self._mark(i) for i in range(3))
-        call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": name, "arguments": {"a": argument}}}
-        dialogue: list[Message] = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "a1b2c3d4e", "name": name, "content": result},
-        ]
-        try:
-            rendered = self._apply(dialogue)
-        except PromptError:
-            return False
-        return all(mark in rendered for mark in (name, argument, result))
-
-    def _shown(self, messages: Sequence[Message], marks: Sequence[str], layout: Layout) -> tuple[str, list[str]]:
-        """The rendered template with a mark for each content, and the contents as it shows them: most
-        templates leave them alone, some trim them or drop a part."""
-        marked = _marked(messages, marks)
-        rendered = layout(marked)
-        contents = [message["content"] for message in messages]
-        if self._fill(rendered, marks, contents) == layout(messages):
-            return rendered, contents
-        for i, mark in enumerate(marks):
-            alone = layout([*marked[:i], messages[i], *marked[i + 1 :]])
-            before, found, after = rendered.partition(mark)
-            shown = len(alone) - len(before) - len(after)
-            if found and mark not in after and shown >= 0 and alone.startswith(before) and alone.endswith(after):
-                contents[i] = alone[len(before) : len(before) + shown]
-        return rendered, contents
-
-    @staticmethod
-    def _fill(rendered: str, marks: Sequence[str], contents: Sequence[str]) -> str:
-        for mark, content in zip(marks, contents, strict=True):
-            rendered = rendered.replace(mark, content)
-        return rendered
-
-    def _apply(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=True,
-                chat_template=None if self.template else PLAIN_TEMPLATE,
-            )
-        except Exception as error:  # jinja raises what the template's author chose
-            roles = ", ".join(str(message["role"]) for message in messages)
-            raise PromptError(f"the chat template refuses messages with roles [{roles}]: {error}") from error
+    source: int
+    start: int
+    stop: int
 
 
-def _marked(messages: Sequence[Message], marks: Sequence[str]) -> list[Message]:
-    return [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+def _places(words: Mapping[int, str], score_on: str | None) -> list[_Place]:
+    if score_on is None:
+        return [_Place(i, 0, len(text)) for i, text in words.items()]
+    find = re.compile(re.escape(score_on))
+    return [_Place(i, found.start(), found.end()) for i, text in words.items() for found in find.finditer(text)]
 
 
-def _template_text(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):  # several named templates
-        template = template.get("default") or "".join(template.values())
-    return template or None
+def _spans(places: Sequence[_Place], runs: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int]]:
+    """Where a text shows what is scored, in order: (start, stop, from an offset in it to one in the scored text).
+
+    A content that is shown twice counts where it is shown first; one that is shown before an earlier one, nowhere.
+    """
+    by_source: dict[int, list[tuple[int, int, int, int]]] = {}
+    for run in runs:
+        by_source.setdefault(run[0], []).append(run)
+    spans: list[tuple[int, int, int]] = []
+    reached = base = 0
+    at = 0
+    while at < len(places):
+        source = places[at].source
+        last = at
+        while last < len(places) and places[last].source == source:
+            last += 1
+        told = 0  # of the content, up to here
+        for _, start, shown, length in by_source.get(source, ()):
+            low, high = max(start, told), start + length
+            if shown < reached or low >= high:
+                continue
+            told = high
+            reached = shown + length
+            while at < last:
+                place = places[at]
+                begin, end = max(low, place.start), min(high, place.stop)
+                if begin < end:
+                    move = shown - start
+                    spans.append((begin + move, end + move, base - place.start - move))
+                if place.stop > high:
+                    break
+                base += place.stop - place.start
+                at += 1
+        base += sum(place.stop - place.start for place in places[at:last])
+        at = last
+    return spans
+
+
+def _positions(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, int]], prefix: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens inside the spans that have a token before them, and their offsets in the scored text."""
+    positions: list[int] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    which = 0
+    for at, (start, stop) in enumerate(offsets, prefix):
+        while which < len(spans) and spans[which][1] <= start:
+            which += 1
+        if which == len(spans):
+            break
+        low, high, move = spans[which]
+        if at > 0 and low <= start < stop <= high:
+            positions.append(at)
+            starts.append(start + move)
+            ends.append(stop + move)
+    return positions, starts, ends
 
 
 def _merge_pieces(pair: str | Sequence[str]) -> set[str]:

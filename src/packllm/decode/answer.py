@@ -7,6 +7,8 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
+from packllm.chat.marks import CALL_MARKS
+from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.failures import without
 from packllm.decode.lazy import lazy_ids
 from packllm.decode.request import Request
@@ -21,12 +23,68 @@ from packllm.decode.writer import Writer
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
 
+_LONGEST_OPENING = 48
+"""Tokens at the end of a prompt that may spell the opening of reasoning."""
+
 
 def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
-    """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished.
+    """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished. What is reasoned
+    before the answer of a conversation comes apart from its text.
 
     Closing the iterator frees the caches; at most the step under way is finished.
+
+    Raises:
+        AnswerTimeout: see Request.check_time.
     """
+    thoughts: dict[int, ReasoningStream] = {}
+    with closing(_pieces(request)) as pieces:
+        for r, chunk in pieces:
+            if _reasons(request, r):
+                if r not in thoughts:
+                    thoughts[r] = ReasoningStream(_opened(request, r))
+                last = chunk.finish_reason is not None
+                reasoning, text = thoughts[r].feed(chunk.text, last)
+                if not (reasoning or text or last):
+                    continue
+                chunk = replace(chunk, text=text, reasoning=reasoning)
+            yield r, chunk
+
+
+def _reasons(request: Request, index: int) -> bool:
+    """Whether an answer may begin with reasoning: in a conversation, where no form is guaranteed."""
+    return request.conversations[index] and request.grammar is None
+
+
+def _opened(request: Request, index: int) -> str | None:
+    """What closes the reasoning that the top member's prompt has opened."""
+    top = _speaker(request, index)
+    tokens = request.members[top].encoder.vocabulary.tokens
+    end = b"".join(tokens[i] for i in request.encoded[index][top].ids[-_LONGEST_OPENING:])
+    return opened_by(end.decode(errors="replace"))
+
+
+def _speaker(request: Request, index: int) -> int:
+    """The member whose tokens and template count: the one of the largest weight."""
+    return max(request.running(index), key=lambda k: request.weights[index].values[k])
+
+
+def _shown(request: Request, index: int) -> frozenset[str]:
+    """Control tokens that are text in an answer, to be taken out of it again: the marks of reasoning and of calls that
+    the top member's template knows."""
+    if not _reasons(request, index):
+        return frozenset()
+    member = request.members[_speaker(request, index)]
+    template = member.encoder.template or ""
+    marks = set(marks_in(template))
+    if request.options.offered_tools:
+        marks |= {mark for mark in CALL_MARKS if mark in template}
+    vocabulary = member.vocabulary
+    spelled = {vocabulary.tokens[i].decode(errors="replace") for i in vocabulary.control} if marks else set()
+    return frozenset(spelling for spelling in spelled if spelling and any(spelling in mark for mark in marks))
+
+
+def _pieces(request: Request) -> Generator[tuple[int, Chunk], None, None]:
+    """As chunks(), with all that is written as text."""
     started, options = time.perf_counter(), request.options
     try:
         request.prefill()
@@ -42,8 +100,16 @@ def chunks(request: Request) -> Generator[tuple[int, Chunk], None, None]:
                 row.done = True
         lines = {(k, r): line for (k, r), line in request.lines.items() if not rows[r].done}
         ensemble = Ensemble(lines, rows, request.failures)
-        answers = {r: _answer(request, r, row, ensemble.running(r)) for r, row in enumerate(rows) if not row.done}
+        answers = {}
+        for r, row in enumerate(rows):
+            if not row.done:
+                try:
+                    answers[r] = _answer(request, r, row, ensemble.running(r))
+                except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
+                    yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
+                    raise
         for r, token in _tokens(request, ensemble, rows):
+            request.check_time()
             request.timings.setdefault("first_token", time.perf_counter() - started)
             text, reason = answers[r].push(token)
             rows[r].done = reason is not None
@@ -69,14 +135,19 @@ def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterat
 
 
 def _answer(request: Request, index: int, row: Row, running: Sequence[int]) -> Answer:
-    top = max(running, key=lambda k: row.weights.values[k])
+    shown = _shown(request, index)
     ends = frozenset().union(*(request.members[k].end_ids for k in running))
+    top = _top(row, running)
     vocabulary, prompt = request.members[top].vocabulary, request.usage(index, top)
     if request.grammar is None:
-        return Answer(TextStream(vocabulary, request.options.stop), ends, row.limit, prompt)
+        return Answer(TextStream(vocabulary, request.options.stop, shown), ends, row.limit, prompt)
     constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
     row.sample = constraint.wrap(row.sample)
     return Answer(TextStream(vocabulary), ends, row.limit, prompt, constraint)
+
+
+def _top(row: Row, running: Sequence[int]) -> int:
+    return max(running, key=lambda k: row.weights.values[k])
 
 
 def _by_segments(request: Request, index: int) -> bool:
@@ -95,11 +166,11 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
     options, running = request.options, request.running(index)
     if options.scoring == "mixture" and min(row.weights.values) < 0:
         raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
-    top = max(running, key=lambda k: row.weights.values[k])
+    top = _top(row, running)
 
     def writers(which: Sequence[int], row: Row) -> Writers:
         def open_at(k: int) -> Writer:
-            return Writer(request.lines[k, index].fork())
+            return Writer(request.lines[k, index].fork(), options.stop)
 
         made = request.failures.each(open_at, which, row)
         return Writers(made, row, options.scoring, options.align, request.failures)
@@ -159,14 +230,15 @@ class Answer:
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that one more token makes sure, and why the answer ends with it, if it does."""
+        cut: FinishReason = "length" if self._constraint is not None and self._constraint.cut else "stop"
         if token in self._ends:
-            return self._text.finish(), "stop"
+            return self._text.finish(), cut
         self.count += 1
         text = self._text.push(token)
         if self._text.stopped:
             return text, "stop"
         if self._constraint is not None and self._constraint.complete:
-            return text + self._text.finish(), "length" if self._constraint.cut else "stop"
+            return text + self._text.finish(), cut
         if self.count < self._limit:
             return text, None
         text += self._text.finish()

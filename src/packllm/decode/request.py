@@ -11,19 +11,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from packllm.chat.prompt import Encoded, Prompt
+from packllm.chat.prompt import Encoded, Prompt, TooLong
 from packllm.decode.cancel import Stop
 from packllm.decode.failures import Failures
+from packllm.decode.grammar import make_grammar
 from packllm.decode.lazy import check_lazy
 from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
-from packllm.decode.structured import make_grammar
 from packllm.decode.tokens import drop_small
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden
 from packllm.engines.member import Member
 from packllm.engines.prefix import PrefixCache
-from packllm.errors import ContextOverflowError, MemberError, OptionError, VocabularyError, WeightsError
+from packllm.errors import (
+    AnswerTimeout,
+    ContextOverflowError,
+    MemberError,
+    OptionError,
+    VocabularyError,
+    WeightsError,
+)
 from packllm.options import Options
 from packllm.results import Usage
 from packllm.weights import Weights, find
@@ -50,6 +57,7 @@ class Request:
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
         timings: seconds spent so far: prefill, weighting.
         failures: what becomes of a member that fails.
+        conversations: whether each prompt is messages, not text.
         grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
             every token of the answer once and in order.
     """
@@ -71,11 +79,10 @@ class Request:
             self.options = options.model_copy(update={"weighting": given})
         if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
+        self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
-        told = options.offered_tools, options.json_schema
         self.encoded: list[dict[int, Encoded]] = [
-            {k: members[k].encoder.encode(prompt, options.score_on, *told) for k in self._candidates}
-            for prompt in prompts
+            {k: self._encode(members[k], prompt) for k in self._candidates} for prompt in prompts
         ]
         self.lines: dict[tuple[int, int], Line] = {}
         self._scores: dict[tuple[int, int], Tensor | None] = {}
@@ -84,8 +91,18 @@ class Request:
         self.failures = Failures(names, self._candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
+        self._started = time.perf_counter()
         self._prefixes = prefixes if options.prefix_cache_mb else None
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
+
+    def _encode(self, member: Member, prompt: Prompt) -> Encoded:
+        asked = self.options
+        told = asked.offered_tools, asked.json_schema, asked.chat_template_kwargs
+        try:
+            return member.encoder.encode(prompt, asked.score_on, *told, window=member.context_window)
+        except TooLong as error:
+            window = member.context_window or 0
+            raise ContextOverflowError(member.name, window, error.tokens, asked.max_tokens or 1) from None
 
     def check_decoding(self) -> None:
         """VocabularyError if the way of decoding asked for cannot serve the members that may run, OptionError if
@@ -141,8 +158,9 @@ class Request:
 
         Raises:
             MemberError: a member fails, and on_member_error is "raise" or it is the last one.
+            AnswerTimeout: see check_time.
         """
-        started = time.perf_counter()
+        started = self._started = time.perf_counter()
         self._read(self._candidates)
         if self.options.decoding == "mined" and not self.one_vocabulary(self._live()):
             self._read(self._translate())
@@ -153,6 +171,18 @@ class Request:
             if isinstance(engine := line.sequence.engine, KeepsHidden):
                 engine.release_hidden(line.sequence)
         self.timings["weighting"] = time.perf_counter() - started
+        self.check_time()
+
+    def check(self) -> None:
+        """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
+        self._stop.check()
+        self.check_time()
+
+    def check_time(self) -> None:
+        """AnswerTimeout if more time has passed since prefill() began than the option timeout allows."""
+        timeout = self.options.timeout
+        if timeout is not None and time.perf_counter() - self._started > timeout:
+            raise AnswerTimeout(timeout)
 
     def _live(self) -> list[int]:
         """Members that have read the prompts, ascending."""
@@ -197,7 +227,8 @@ class Request:
     def _read(self, which: Sequence[int]) -> None:
         """Let members read the prompts. Those that fail are left out, or raise.
 
-        Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out too: one
+        Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out
+            too: one
         product with the LM head instead of two. Not where they tell which vocabulary is the reference.
         """
         keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
@@ -207,7 +238,7 @@ class Request:
             for row, encoded in enumerate(self.encoded):
                 prompt = encoded[k]
                 sequence = self.members[k].open(self._prefixes)
-                sequence.gate = self._stop.check
+                sequence.gate = self.check
                 if keep and isinstance(sequence.engine, KeepsHidden) and sequence.engine.keep_hidden(sequence) and late:
                     unread.add((k, row))
                 asked[k, row] = sequence, self.members[k], prompt.ids, () if (k, row) in unread else prompt.positions

@@ -44,16 +44,19 @@ class Writer:
 
     Args:
         line: the member at the end of a prompt; the writer closes it.
+        stop: stop strings; those that are control tokens end its text.
 
     Attributes:
         room: tokens that still fit the member's context window.
     """
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, stop: Sequence[str] = ()) -> None:
         self.member = line.member
         window = self.member.context_window
         self.room: float = math.inf if window is None else window - len(line)
-        self._end_ids = sorted(i for i in self.member.end_ids if i < self.member.vocabulary_size)
+        tokens, stops = self.member.vocabulary.tokens, {text.encode() for text in stop}
+        self._ends = self.member.end_ids | {i for i in self.member.vocabulary.control if tokens[i] in stops}
+        self._end_ids = sorted(i for i in self._ends if i < self.member.vocabulary_size)
         self._line, self._start = line, len(line)
         self._start_at(line.here)
         self._start_round()
@@ -121,7 +124,7 @@ class Writer:
         self._feed(len(self._tokens))
         here = self._after[-1]
         token = sample(here)
-        if token in self.member.end_ids:
+        if token in self._ends:
             self._ended = True
             return
         self._tokens.append(token)

@@ -120,8 +120,8 @@ class Engine(ABC):
 
     @abstractmethod
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        """Answers to reads in their order, which may come from several sequences; one sequence's happen one after the other. A
-        read that failed has its exception for an answer, and the others theirs."""
+        """Answers to reads in their order, which may come from several sequences; one sequence's happen one after the
+        other. A read that failed has its exception for an answer, and the others theirs."""
 
     def fingerprint(self, adapter: int | None = None) -> str:
         """Hash of the weights: changes with the answers."""
@@ -130,10 +130,12 @@ class Engine(ABC):
 
 @runtime_checkable
 class KeepsHidden(Protocol):
-    """An engine that can tell what it made its log-probabilities of. Log-pool optimisers then need no second pass (METHODS §3)."""
+    """An engine that can tell what it made its log-probabilities of. Log-pool optimisers then need no second pass
+    (METHODS §3)."""
 
     def keep_hidden(self, sequence: Sequence) -> bool:
-        """Before anything is read: keep hidden states of what follows, where logits are made of them alone; whether so."""
+        """Before anything is read: keep hidden states of what follows, where logits are made of them alone; whether
+        so."""
         ...
 
     def release_hidden(self, sequence: Sequence) -> None:
@@ -149,7 +151,8 @@ class KeepsHidden(Protocol):
         ...
 
     def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """Weight (at least V, d), bias or None, and ids without mass, where logits are just that product; None elsewhere."""
+        """Weight (at least V, d), bias or None, and ids without mass, where logits are just that product; None
+        elsewhere."""
         ...
 
 

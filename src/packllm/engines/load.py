@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import re
-import shutil
-import struct
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
 
-from packllm.cache import cache_folder
 from packllm.chat.prompt import Encoder
 from packllm.engines.member import Member
+from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
-from packllm.engines.transformers.lora import merge, read
+from packllm.engines.transformers.gguf import converted
+from packllm.engines.transformers.gguf_header import MAGIC
 from packllm.engines.transformers.precision import fastest
-from packllm.errors import LoadError, OptionError
+from packllm.errors import LoadError, OptionError, loading
+
+__all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -40,11 +37,21 @@ class Loader:
             there is an accelerator), "float32", "float16", "bfloat16" or a torch dtype.
         device_map: as in accelerate; "auto" spreads over the accelerators, or stays on the CPU.
         trust_remote_code: run code that comes with a hub model.
+        model_kwargs: further arguments of transformers' from_pretrained, such as revision, token,
+            attn_implementation or quantization_config.
     """
 
     def __init__(
-        self, dtype: str | torch.dtype = "auto", device_map: Any = "auto", trust_remote_code: bool = False
+        self,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = "auto",
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        self._words = files.check_model_kwargs(model_kwargs)
+        self._hub = {name: self._words[name] for name in files.HUB if name in self._words}
+        if not isinstance(dtype, str | torch.dtype):
+            raise OptionError(f"dtype={dtype!r} is unknown; valid: auto, fastest, {', '.join(_DTYPES)}")
         if isinstance(dtype, str) and dtype not in ("auto", "fastest", *_DTYPES):
             raise OptionError(f"dtype={dtype!r} is unknown; valid: auto, fastest, {', '.join(_DTYPES)}")
         if dtype == "fastest":
@@ -54,19 +61,21 @@ class Loader:
         self._trust = trust_remote_code
         self._bases: dict[str, _Base] = {}
 
-    def members(self, models: Sequence[str | os.PathLike | Member]) -> list[Member]:
+    def members(self, models: Any) -> list[Member]:
         """One member per model, with names that differ.
+
+        Args:
+            models: as for Pack.load.
 
         Raises:
             LoadError: nothing to load, a path that does not exist, files that are no model.
         """
-        if not models:
-            raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
-        specs = {i: _Spec.of(os.fspath(model)) for i, model in enumerate(models) if not isinstance(model, Member)}
-        uses = Counter(spec.base for spec in specs.values())
+        listed = as_list(models)
+        specs = {i: self._spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model)}
+        uses = Counter(spec.key for spec in specs.values())
         members: list[Member] = []
-        for i, model in enumerate(models):
-            member = model if isinstance(model, Member) else self._member(specs[i], uses[specs[i].base] > 1)
+        for i, model in enumerate(listed):
+            member = self._member(specs[i], uses[specs[i].key] > 1) if i in specs else _member_of(model, i)
             taken = {other.name for other in members}
             name, count = member.name, 2
             while name in taken:
@@ -77,49 +86,152 @@ class Loader:
             members.append(member)
         return members
 
+    def _spec(self, text: str) -> _Spec:
+        """What a text names. An adapter by itself is one on the base that its config names."""
+        spec = _Spec.of(text)
+        if spec.adapter is not None or not (folder := self._adapter_folder(spec.base)):
+            return spec
+        with loading(f"adapter {spec.base!r}"):
+            base = lora.read_config(folder).get("base_model_name_or_path")
+        here = [base, os.path.join(folder, base)] if isinstance(base, str) and base else []
+        found = next((path for path in here if os.path.exists(path)), None)
+        if found is None and not (here and _HUB_ID.fullmatch(str(base))):
+            raise LoadError(
+                f"{spec.base!r} is an adapter, and its base {base!r} is not found here; name the base: BASE+{spec.base}"
+            )
+        return _Spec(spec.name, found or str(base), spec.base)
+
+    def _adapter_folder(self, source: str) -> Path | None:
+        """The folder of an adapter; None for anything else."""
+        folder = Path(source)
+        if folder.is_dir():
+            if not (folder / lora.CONFIG).is_file():
+                return None
+            if any(path.suffix == ".safetensors" and path.name != lora.WEIGHTS for path in folder.iterdir()):
+                raise LoadError(
+                    f"{source!r} holds a model and an adapter; move the adapter_* files to a folder of their own, and "
+                    "name what is meant: MODEL or MODEL+ADAPTER"
+                )
+            return folder
+        if folder.exists():
+            return None
+        from transformers.utils import cached_file
+
+        try:
+            words: dict[str, Any] = {**self._hub, "_raise_exceptions_for_missing_entries": False}
+            if cached_file(source, "config.json", **words) is None:
+                found = cached_file(source, lora.CONFIG, **words)
+                return Path(found).parent if found else None
+        except Exception:  # no such repository, no network: reading the model will say so
+            return None
+        return None
+
     def _member(self, spec: _Spec, shared: bool) -> Member:
         """A member of the base's own engine, if others share it; an adapter used alone is merged, which is faster."""
-        base = self._base(spec.base)
         if spec.adapter is None:
+            base = self._base(spec)
             return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine)
-        factors = read(spec.adapter) if shared else None
-        if factors is None:
-            return Member(merge(base.model, spec.adapter), base.tokenizer, spec.name, base.encoder)
-        if base.engine.adapters is None:
-            base.engine.adapters = Adapters(base.model)
-        try:
-            adapter = base.engine.adapters.attach(factors)
-        except (ValueError, AttributeError) as error:
-            raise LoadError(f"cannot load adapter {spec.adapter!r}: {_first_line(error)}") from error
-        return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine, adapter=adapter)
+        adapter = lora.open_adapter(spec.adapter, self._hub)
+        factors = adapter.factors()
+        base = self._base(spec)
+        tokenizer, encoder = base.tokenizer, base.encoder
+        with loading(f"the tokenizer of {adapter.what}"):
+            own = files.own_tokenizer(adapter.folder, base.tokenizer, base.model.config)
+            if own is not None:
+                tokenizer, encoder = own, _encoder(own)
+        with loading(adapter.what):
+            if factors is None or not shared or not encoder.vocabulary.same_as(base.encoder.vocabulary):
+                return Member(lora.merge(base.model, adapter), tokenizer, spec.name, encoder)
+            if base.engine.adapters is None:
+                base.engine.adapters = Adapters(base.model)
+            index = base.engine.adapters.attach(factors, adapter.what)
+            return Member(base.model, tokenizer, spec.name, encoder, engine=base.engine, adapter=index)
 
-    def _base(self, spec: str) -> _Base:
-        if spec not in self._bases:
-            source: str | Path = converted(Path(spec)) if spec.endswith(".gguf") else spec
-            model, tokenizer, encoder = self._read(source)
-            self._bases[spec] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
-        return self._bases[spec]
+    def _base(self, spec: _Spec) -> _Base:
+        if spec.key not in self._bases:
+            if os.path.isfile(spec.base):
+                source: str | Path = converted(_gguf(spec.base))
+                words = {name: word for name, word in self._words.items() if name not in files.HUB}
+            else:
+                source, words = spec.base, self._words
+            try:
+                model, tokenizer = files.read(source, self._dtype, self._device_map, self._trust, words)
+            except LoadError as error:
+                if spec.adapter is None:
+                    raise
+                raise LoadError(f"{error} (the base of adapter {spec.adapter!r})") from error
+            with loading(f"model {spec.base!r}"):
+                encoder = _encoder(tokenizer)
+                self._bases[spec.key] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
+        return self._bases[spec.key]
 
-    def _read(self, source: str | Path) -> tuple[Any, Any, Encoder]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=self._dtype,
-                device_map=self._device_map,
-                trust_remote_code=self._trust,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            remedy = "; trust_remote_code=True runs it" if "trust_remote_code" in str(error) else ""
-            raise LoadError(f"cannot load model {str(source)!r}: {_first_line(error)}{remedy}") from error
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
-            raise LoadError(f"model {str(source)!r} lacks {len(missing)} of its weights, such as {missing[0]!r}")
-        return model, tokenizer, Encoder(tokenizer)
+def as_list(models: Any) -> list[Any]:
+    """What Pack.load takes, as a list: one model need not be in one.
+
+    Raises:
+        LoadError: nothing, or something that names no models.
+    """
+    if is_spec(models) or isinstance(models, Member) or _parts_of(models) is not None:
+        return [models]
+    if isinstance(models, bytes | bytearray | Mapping) or not isinstance(models, Iterable):
+        raise LoadError(f"models={repr(models)[:200]} names no models; give a list of {_KINDS}")
+    if not (listed := list(models)):
+        raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
+    return listed
+
+
+def without_secrets(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """model_kwargs as they may be written down: without the hub's token, and settings of quantisation as dicts."""
+    kept = {
+        name: word.to_dict() if hasattr(word, "to_dict") else word
+        for name, word in (model_kwargs or {}).items()
+        if name != "token"
+    }
+    return kept or None
+
+
+def is_spec(model: Any) -> bool:
+    """Whether it is a text or path that names a model."""
+    return isinstance(model, str | os.PathLike) and isinstance(os.fspath(model), str)
+
+
+_KINDS = "hub ids, folders, .gguf files, base+adapter, (model, tokenizer) pairs, transformers pipelines or Members"
+
+
+def _parts_of(model: Any) -> tuple[Any, Any] | None:
+    """(model, tokenizer) of a pair or of a transformers pipeline; None for anything else."""
+    pair = model if isinstance(model, tuple | list) else (getattr(model, "model", None), getattr(model, "tokenizer", 0))
+    if len(pair) == 2 and isinstance(pair[0], torch.nn.Module) and not isinstance(pair[1], torch.nn.Module):
+        return pair[0], pair[1]
+    return None
+
+
+def _member_of(model: Any, at: int) -> Member:
+    """A member of an object that is loaded already; it is put into evaluation, without gradients."""
+    if isinstance(model, Member):
+        return model
+    parts = None if isinstance(model, torch.nn.Module) else _parts_of(model)
+    if parts is None:
+        lone = isinstance(model, torch.nn.Module)
+        remedy = "give its tokenizer too: (model, tokenizer)" if lone else f"give {_KINDS}"
+        raise LoadError(f"models[{at}] is {model if model is None else type(model).__name__}; {remedy}")
+    loaded, tokenizer = parts
+    what = f"models[{at}], a {type(loaded).__name__}"
+    with loading(what):
+        if not hasattr(loaded, "config") or isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+            raise LoadError(f"{what} with a {type(tokenizer).__name__} is no transformers model and its tokenizer")
+        files.check_decoder(loaded.config, what)
+        files.check_finite(dict(loaded.named_parameters()), what)
+        name = _name(str(getattr(loaded.config, "name_or_path", "") or type(loaded).__name__))
+        return Member(loaded, tokenizer, name, _encoder(tokenizer))
+
+
+def _encoder(tokenizer: Any) -> Encoder:
+    """Of a tokenizer that works: what is odd in it shows when it is used, and is better said at loading."""
+    encoder = Encoder(tokenizer)
+    encoder.encode("a")
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -140,6 +252,11 @@ class _Spec:
     base: str
     adapter: str | None
 
+    @property
+    def key(self) -> str:
+        """The base's own name, however it was written."""
+        return os.path.realpath(self.base) if os.path.exists(self.base) else self.base
+
     @classmethod
     def of(cls, text: str) -> _Spec:
         named = None if os.path.exists(text) else re.match(r"([\w.-]+)=", text)
@@ -148,79 +265,35 @@ class _Spec:
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    if os.path.exists(spec):
-        return spec, None
+    whole = os.path.expanduser(spec)
+    if os.path.exists(whole):
+        return whole, None
     base, plus, adapter = spec.rpartition("+")
-    parts = (base, adapter) if plus else (spec, None)
+    parts = (os.path.expanduser(base), os.path.expanduser(adapter)) if plus else (whole, None)
     for part in parts:
-        if part is not None and not os.path.exists(part) and not _HUB_ID.fullmatch(part):
-            raise LoadError(f"model {part!r} does not exist; give a hub id, a folder, a .gguf file or base+adapter")
-        if part is not None and part.endswith(".gguf") and not os.path.exists(part):
+        if part is None or os.path.exists(part):
+            continue
+        if part.endswith(".gguf"):
             raise LoadError(f"model file {part!r} does not exist")
+        if not _HUB_ID.fullmatch(part):
+            raise LoadError(f"model {part!r} does not exist; give a hub id, a folder, a .gguf file or base+adapter")
     return parts
+
+
+def _gguf(path: str) -> Path:
+    """A file that is to be a GGUF file; LoadError says what else it is."""
+    file = Path(path)
+    with loading(f"{path!r}"):
+        if files.is_lfs_pointer(file):
+            raise LoadError(f"{path!r} is a git-lfs pointer instead of the file; run `git lfs pull` there")
+        with open(file, "rb") as opened:
+            magic = opened.read(len(MAGIC)) == MAGIC
+    if file.suffix.lower() == ".gguf" or magic:
+        return file
+    kind = f"a {file.suffix} file" if file.suffix else "a file"
+    remedy = "name its folder" if file.suffix in (".safetensors", ".json") else "give a folder or a .gguf file"
+    raise LoadError(f"{path!r} is {kind}, which is no model by itself; {remedy}")
 
 
 def _name(path: str) -> str:
     return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def converted(path: Path) -> Path:
-    """Folder with the model of a .gguf file as float32 safetensors, made on the first call.
-
-    Reading GGUF takes transformers 20 to 70 seconds; the folder then loads in one or two.
-    """
-    folder = cache_folder() / "gguf" / f"{path.stem}-{_file_key(path)}"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-    try:
-        _convert(path, draft)
-        # Renaming is atomic: another process sees the whole folder or none.
-        os.rename(draft, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def _file_key(path: Path) -> str:
-    """Hash of a file's size, first and last MiB: enough to tell models apart without reading gigabytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(2**20)
-        file.seek(max(0, size - 2**20))
-        digest = hashlib.sha256(size.to_bytes(8, "big") + head + file.read())
-    return digest.hexdigest()[:16]
-
-
-def _convert(path: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401  (transformers reads the format through it)
-    except ImportError:
-        raise LoadError(f"{str(path)!r} needs the gguf package; install packllm[gguf]") from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where, file = str(path.parent), path.name
-    with tqdm(total=3, desc=f"Converting {file} (once)", unit="step", disable=None) as bar:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-            bar.update()
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-            bar.update()
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # cut files end anywhere
-            raise LoadError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
-        # The quantisation config that stays on the model blocks saving: build a clean one.
-        settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-        clean = type(model)(type(model.config).from_dict(settings))
-        clean.load_state_dict(model.state_dict())
-        clean.generation_config = model.generation_config
-        clean.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        bar.update()

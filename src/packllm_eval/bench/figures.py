@@ -110,8 +110,8 @@ def _read(member: Member, encoded: Encoded, scored: bool) -> tuple[Line, torch.T
 
 def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
     """Seconds per token after the first, greedy: generate, each member alone, one-hot weights, all fused."""
-    pack = Pack(members, max_tokens=tokens)
-    singles = [Pack([member], max_tokens=tokens) for member in members]
+    pack = Pack(members, chat_template=False, max_tokens=tokens)
+    singles = [Pack([member], chat_template=False, max_tokens=tokens) for member in members]
     even = {member.name: 1 / len(members) for member in members}
     first = members[0]
     spent: dict[str, list[float]] = {}

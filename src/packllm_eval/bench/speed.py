@@ -36,7 +36,10 @@ def speculation(report: Report, members: Sequence[Member], text: str, tokens: in
     trio += [noisy_copy(first, seed, AGREE) for seed in (1, 2)]
     for member in trio:
         member.end_ids = frozenset()
-    pack, alone = Pack(trio, max_tokens=tokens), Pack(trio[:1], max_tokens=tokens)
+    pack, alone = (
+        Pack(trio, chat_template=False, max_tokens=tokens),
+        Pack(trio[:1], chat_template=False, max_tokens=tokens),
+    )
     weights = {trio[0].name: 0.5, trio[1].name: 0.25, trio[2].name: 0.25}
     spent: dict[str, list[float]] = {}
     pack_step(pack, text, weighting=weights)
@@ -53,7 +56,7 @@ def prefix(report: Report, members: Sequence[Member], context: str, repeat: int)
     """Seconds to the first token of a second question over a context, over those of the first."""
     spent: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Prefix"):
-        pack = Pack(members, max_tokens=1)
+        pack = Pack(members, chat_template=False, max_tokens=1)
         for name, question in zip(("first_question", "second_question"), QUESTIONS, strict=True):
             synchronize()
             spent.setdefault(name, []).append(pack.generate(context + question).timings["first_token"])
@@ -65,7 +68,7 @@ def batches(report: Report, members: Sequence[Member], text: str, tokens: int, r
     """Tokens a second of eight prompts decoded together, over those of one."""
     if not _one_vocabulary(members):
         return
-    pack = Pack(members, max_tokens=tokens, batch_size=8, min_weight=0.0)
+    pack = Pack(members, chat_template=False, max_tokens=tokens, batch_size=8, min_weight=0.0)
     even = {member.name: 1 / len(members) for member in members}
     prompts = [text[at:] for at in range(8)]
     spent: dict[str, list[float]] = {}
@@ -86,7 +89,7 @@ def naive(report: Report, members: Sequence[Member], text: str, tokens: int, sam
     if not _one_vocabulary(members):
         return
     trio = members[:3]
-    pack = Pack(trio, max_tokens=tokens, weighting="opt", min_weight=0.0)
+    pack = Pack(trio, chat_template=False, max_tokens=tokens, weighting="opt", min_weight=0.0)
     generation = pack.generate(text)
     ours = generation.timings["total"] / generation.usage.completion_tokens
     ids = trio[0].encoder.encode(text).ids
@@ -107,8 +110,11 @@ def modes(report: Report, members: Sequence[Member], text: str, tokens: int, rep
     """Seconds a token of each way to decode members of several vocabularies, over those of the members alone."""
     if _one_vocabulary(members):
         return
-    packs = {"alone": [Pack([member], max_tokens=tokens) for member in members]}
-    pack, even = Pack(members, max_tokens=tokens), {member.name: 1 / len(members) for member in members}
+    packs = {"alone": [Pack([member], chat_template=False, max_tokens=tokens) for member in members]}
+    pack, even = (
+        Pack(members, chat_template=False, max_tokens=tokens),
+        {member.name: 1 / len(members) for member in members},
+    )
     for mode in MODES:
         packs[mode] = [pack]
     spent: dict[str, list[float]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import closing
@@ -18,6 +19,8 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
+    MessageRole,
+    TextBlock,
 )
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms import CustomLLM
@@ -28,12 +31,13 @@ from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_m
 from llama_index.llms.packllm.streams import off_the_loop, streaming
 from llama_index.llms.packllm.structured import StructuredOutput
 from llama_index.llms.packllm.tool_calls import ToolCalling
-from packllm import Chunk, Generation, OptionError, OptionFields, Options, Pack, PackError
+from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
-Reply = Callable[[str, dict[str, Any], bool], Response]  # piece of text, raw, whether it is the last -> response
+# Piece of text, raw, whether it is the last, piece of reasoning -> response.
+Reply = Callable[[str, dict[str, Any], bool, str], Response]
 
-LOADING = ("dtype", "device_map", "trust_remote_code")
+LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs")
 Prompt = str | list[dict[str, Any]]
 HERE_ONLY = {"callback_manager", "rate_limiter"}  # belong to the running process, not to the LLM's description
 
@@ -61,20 +65,25 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     """Where the models are placed, as accelerate has it."""
     trust_remote_code: bool = False
     """Whether loading may run code that comes with a model."""
+    model_kwargs: dict[str, Any] | None = None
+    """Further arguments of transformers' from_pretrained."""
 
     _pack: Pack = PrivateAttr()
 
-    def __init__(self, models: Sequence[Any] | None = None, *, pack: Pack | None = None, **fields: Any) -> None:
+    def __init__(self, models: Any = None, *, pack: Pack | None = None, **fields: Any) -> None:
         unknown = [name for name in fields if name not in type(self).model_fields]
         if unknown:
-            raise OptionError(f"unknown name {unknown[0]!r}. Valid names: pack, {', '.join(type(self).model_fields)}")
+            valid = ["pack", *type(self).model_fields]
+            near = difflib.get_close_matches(unknown[0], valid, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise OptionError(f"unknown name {unknown[0]!r}{hint} Valid names: {', '.join(valid)}")
         if (models is None) == (pack is None):
             raise OptionError("PackLLM takes either models=[...] to load or a loaded pack=, one of the two")
         given = {name: fields.pop(name) for name in list(fields) if name in Options.model_fields}
         options = Options.model_validate({}).override(given).model_dump(exclude_unset=True)
         loading = {name: fields[name] for name in LOADING if name in fields}
         if pack is None:
-            pack = Pack.load(models or (), **loading, **options)
+            pack = Pack.load(models, **loading, **options)
         elif loading:
             raise OptionError(f"{next(iter(loading))} belongs to models=[...]; the given pack is already loaded")
         pack.check(**options)
@@ -93,7 +102,14 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
     @property
     def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans with.
+
+        context_window leaves out what the members' chat templates write around a system's and a user's message, for
+        LlamaIndex fills the window with text, counted without them.
+        """
         window = self._pack.context_window or DEFAULT_CONTEXT_WINDOW
+        if self._pack.context_window and self._pack.has_chat_template:
+            window = max(1, window - self._pack.template_tokens)
         return LLMMetadata(
             context_window=window,
             # Prompts are cut to window - num_output, so the default must leave a small window some room.
@@ -140,7 +156,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
     def _answer(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Response:
         generation = self._pack.generate(prompt, **options)
-        response = reply(generation.text, _raw(generation), True)
+        response = reply(generation.text, _raw(generation), True, generation.reasoning)
         response.delta = None
         return response
 
@@ -161,20 +177,29 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return off_the_loop(_responses(reply, chunks), chunks)
 
     def _chat_request(
-        self, messages: Sequence[ChatMessage], *, allow_parallel_tool_calls: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        allow_parallel_tool_calls: bool = True,
+        parallel_tool_calls: bool = True,
+        **kwargs: Any,
     ) -> tuple[ChatReply, Prompt, dict[str, Any]]:
         """What makes responses of the pieces, the prompt in the pack's words, the options to send with it."""
         options = self._call_options(kwargs)
-        reply = ChatReply(self._pack.check(**options).offered_tools, allow_parallel_tool_calls)
+        parallel = allow_parallel_tool_calls and parallel_tool_calls  # LlamaIndex's word and OpenAI's
+        reply = ChatReply(self._pack.check(**options).offered_tools, parallel)
         if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
             return reply, [from_message(message) for message in messages], options
-        return reply, self.messages_to_prompt(messages), self._as_it_is(options)
+        return reply, _formatted(messages, self.messages_to_prompt), self._as_it_is(options)
 
     def _text_request(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         options = self._call_options(kwargs)
         if formatted:
-            return prompt, self._as_it_is(options)
-        return self.completion_to_prompt(prompt) if self.completion_to_prompt else prompt, options
+            return Formatted.whole(prompt), self._as_it_is(options)
+        if self.completion_to_prompt is None:
+            return prompt, options
+        write = self.completion_to_prompt
+        return Formatted.by(lambda texts: write(texts[0]), [prompt]), options
 
     def _call_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._own_options()} | kwargs
@@ -210,6 +235,20 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return super().__deepcopy__(memo)
 
 
+def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMessage]], str]) -> Formatted:
+    """The messages as a formatter writes them."""
+    users = [at for at, message in enumerate(messages) if message.role == MessageRole.USER]
+    texts = [message.content for message in messages]
+    if any(text is None for text in texts):
+        return Formatted.whole(write(messages))
+
+    def written(contents: list[str]) -> str:
+        pairs = zip(messages, contents, strict=True)
+        return write([m if m.content == c else m.model_copy(update={"blocks": [TextBlock(text=c)]}) for m, c in pairs])
+
+    return Formatted.by(written, [text or "" for text in texts], users)
+
+
 def _raw(generation: Generation) -> dict[str, Any]:
     """JSON-safe; `usage` is where LlamaIndex's TokenCountingHandler looks, `packllm` is all there is to know of it."""
     raw = generation.as_dict()
@@ -217,10 +256,10 @@ def _raw(generation: Generation) -> dict[str, Any]:
 
 
 def _responses(reply: Reply[Response], chunks: Generator[Chunk, None, None]) -> Generator[Response]:
-    text = ""
+    so_far: list[Chunk] = []
     with closing(chunks):
         for chunk in chunks:
-            text += chunk.text
+            so_far.append(chunk)
             last = chunk.finish_reason is not None
-            raw = _raw(Generation.from_last(text, chunk)) if last else {"packllm": chunk.weights.as_dict()}
-            yield reply(chunk.text, raw, last)
+            raw = _raw(Generation.from_chunks(so_far)) if last else {"packllm": chunk.weights.as_dict()}
+            yield reply(chunk.text, raw, last, chunk.reasoning)

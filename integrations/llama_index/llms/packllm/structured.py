@@ -14,6 +14,8 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel
 
+from packllm.chat.schemas import schema_of_type
+
 Model = TypeVar("Model", bound=BaseModel)
 
 dispatcher = get_dispatcher(__name__)
@@ -83,7 +85,7 @@ class _Valid(PydanticOutputParser):
 
 def _under(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Options of the pack under which the answer is of the class, and no call of a tool that the model is given."""
-    return {"json_schema": output_cls.model_json_schema(), "tools": (), "tool_choice": None, **(llm_kwargs or {})}
+    return {"json_schema": schema_of_type(output_cls), "tools": (), "tool_choice": None, **(llm_kwargs or {})}
 
 
 def _announce(output_cls: type[BaseModel], prompt: Any, prompt_args: dict[str, Any]) -> None:

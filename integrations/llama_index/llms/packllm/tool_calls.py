@@ -88,7 +88,12 @@ def _described(tool: BaseTool) -> dict[str, Any]:
 
 def _choice(choice: str | Mapping[str, Any] | None, required: bool) -> str | None:
     """tool_choice as the pack has it; OpenAI's {"type": "function", "function": {"name": ...}} names a tool."""
-    name = choice.get("function", choice).get("name") if isinstance(choice, Mapping) else choice
+    function = choice.get("function", choice) if isinstance(choice, Mapping) else {}
+    name = choice
+    if isinstance(choice, Mapping):
+        name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str | None) or (name is None and choice is not None):
+        raise OptionError(f"tool_choice={choice!r} names no tool")
     if required and name in ("auto", "none"):
         raise OptionError(f"tool_required=True demands a call and tool_choice={name!r} does not; leave one of them out")
     return "any" if required and name is None else name

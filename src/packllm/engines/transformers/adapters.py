@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packllm.engines.transformers.lora import Factors, add, module_of
+from packllm.engines.transformers.files import check_finite
+from packllm.engines.transformers.lora import Factors, add, check_fit
 
 _Part = tuple[slice, int, Tensor, Tensor]
 """Rows, how many adapters they divide among, and those adapters' factors of one module."""
@@ -31,18 +32,20 @@ class Adapters:
         self._cut: tuple[tuple[int | None, ...], dict[str, list[_Part]]] = (), {}  # as use() was last asked for
         self._parts: dict[str, list[_Part]] = {}  # of the use() that is open
 
-    def attach(self, factors: Factors) -> int:
+    def attach(self, factors: Factors, what: str = "an adapter") -> int:
         """Add an adapter; its index.
 
+        Args:
+            what: what errors call it.
+
         Raises:
-            AttributeError, ValueError: it changes modules that the base lacks or keeps elsewhere.
+            LoadError: it changes modules that the base lacks, keeps elsewhere or has in another shape, or its numbers
+                are beyond the base's number format.
         """
-        for name, (down, up) in factors.items():
-            module = module_of(self._base, name)
-            if module.weight.numel() != down.shape[1] * up.shape[0]:
-                raise ValueError(
-                    f"{name} is {tuple(module.weight.shape)}, the adapter's {up.shape[0]} x {down.shape[1]}"
-                )
+        check_fit(self._base, factors, what)
+        dtypes = {name: self._base.get_submodule(name).weight.dtype for name in factors}
+        for name, pair in factors.items():
+            check_finite({f"{name}.lora_{part}": t.to(dtypes[name]) for part, t in zip("AB", pair, strict=True)}, what)
         for name in factors:
             if name not in self._stacks:
                 self._base.get_submodule(name).register_forward_hook(_Hook(self, name))

@@ -1,10 +1,10 @@
-"""The engine of torch models from transformers: reads of all sequences in one pass, where the architecture allows it."""
+"""The engine of torch models from transformers: reads of all sequences in one pass, where the architecture allows
+it."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from packllm.engines.meeting import Job, Meeting, Packs, Part
 from packllm.engines.prefix import MINIMUM
 from packllm.engines.transformers import kv, packed
 from packllm.engines.transformers.adapters import Adapters
+from packllm.engines.transformers.architecture import Architecture, decoder
 from packllm.engines.transformers.sequence import Sequence
 from packllm.machine import settle_threads
 
@@ -36,14 +37,10 @@ PASS_TOKENS, PASS_TOKENS_ELSEWHERE = 256, 4096
 """Most tokens of a pass on a CPU and on an accelerator; larger ones are not faster, and keep others waiting."""
 
 PACKING, PACKING_ELSEWHERE = 0.1, 0.01
-"""What each further token adds to a pass over one: decoding reads all weights to compute little (135M parameters, float32:
-a pass over eight tokens takes twice one over one)."""
+"""What each further token adds to a pass over one: decoding reads all weights to compute little (135M parameters,
+float32: a pass over eight tokens takes twice one over one)."""
 
 NOT_FINITE = "its logits are not finite (NaN or infinity)"
-
-_kinds: dict[str, tuple[bool, bool]] = {}
-"""What was tried by architecture and configuration, in which weights play no part: whether logits are the head applied to the
-body's output, and whether sequences can be packed."""
 
 
 @dataclass(eq=False)
@@ -67,9 +64,11 @@ class Engine(Packs):
         adapters: LoRA adapters attached to the model, if members choose among some.
 
     Attributes:
+        architecture: how the model can be run.
         packs: whether several sequences run in one pass.
         meeting: where reads wait.
-        forwards, tokens: passes over the model's weights and token positions put through them, for tests and benchmarks.
+        forwards, tokens: passes over the model's weights and token positions put through them, for tests and
+            benchmarks.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, adapters: Adapters | None = None) -> None:
@@ -90,31 +89,28 @@ class Engine(Packs):
             sorted(i for i in vocabulary.unused if i < self.vocabulary_size), device=self.device
         )
         self._config = config
-        accepted = inspect.signature(model.forward).parameters
-        self._positions, self._keeps = "position_ids" in accepted, "logits_to_keep" in accepted
-        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"  # Mamba's name
-        self._scaled = _scaled(config)
-        body = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self._body, self._head = body if body is not model else None, model.get_output_embeddings()
-        kind = f"{type(model).__module__} {type(model).__name__} {model.dtype} {model.config.to_json_string()}"
-        if kind not in _kinds:
-            _kinds[kind] = self._head_is_whole(), self._can_pack()
-        whole, self.packs = _kinds[kind]
-        self._body = self._body if whole else None
-        self.rewinds = self.packs or kv.is_full(kv.new(config))
+        self._head = model.get_output_embeddings()
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.architecture = Architecture.of(self.model, self.vocabulary_size)
+        self._body = decoder(model) if self.architecture.whole else None
+        self.packs = self.architecture.steady and packed.can_pack(
+            self.model, self.vocabulary_size, self.architecture.carrier
+        )
+        full = kv.is_full(self.architecture.new_cache(model.config))
+        self.rewinds = self.packs or (self.architecture.croppable and full)
+        if not self.packs:
+            log.info("%s runs sequence by sequence: its attention cannot be packed", type(model).__name__)
         on_cpu = self.device.type == "cpu"
         self.packing = PACKING if on_cpu else PACKING_ELSEWHERE
         self.most = PASS_TOKENS if on_cpu else PASS_TOKENS_ELSEWHERE
-        if self._scaled or not self.rewinds:  # what is read later would change what came before, or begin anew
+        if not (self.architecture.steady and self.architecture.blocks):  # blocks after the first are read one by one
             self.most = 2**31
-        if not self.packs:
-            log.info("%s runs sequence by sequence: its attention cannot be packed", type(model).__name__)
         self.meeting = Meeting.at(self.place)
 
     # What an engine does
 
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
-        return Sequence(self, self.meeting, adapter, None if self._scaled else prefixes)
+        return Sequence(self, self.meeting, adapter, prefixes if self.architecture.steady else None)
 
     def fingerprint(self, adapter: int | None = None) -> str:
         """Hash of configuration and a sample of every weight."""
@@ -159,8 +155,8 @@ class Engine(Packs):
     # One pass
 
     def run(self, parts: List[Part]) -> None:
-        """Take the jobs on by their parts. A pass that fails is tried again for each sequence by itself, for the fault may be
-        another request's."""
+        """Take the jobs on by their parts. A pass that fails is tried again for each sequence by itself, for the
+        fault may be another request's."""
         rows = self._rows(parts)
         for group in [rows] if self.packs and rows else [[row] for row in rows]:
             try:
@@ -275,7 +271,7 @@ class Engine(Packs):
     def _catch_up(self, sequence: Sequence) -> None:
         """Read again what the cache lacks of the ids."""
         if sequence.cache is None:
-            sequence.cache = (kv.full if self.packs else kv.new)(self._config)
+            sequence.cache = kv.full(self._config) if self.packs else self.architecture.new_cache(self.model.config)
         if sequence.cached == len(sequence.ids):
             return
         with torch.inference_mode():
@@ -287,7 +283,8 @@ class Engine(Packs):
             sequence.remember()
 
     def _resumed(self, sequence: Sequence, part: Part) -> Part:
-        """Let a sequence that has read nothing start from the longest kept one that begins alike; what is left of its part."""
+        """Let a sequence that has read nothing start from the longest kept one that begins alike; what is left of its
+        part."""
         job = part.job
         if sequence.ids or sequence.prefixes is None or job.done or job.read.want == "all":
             return part
@@ -312,7 +309,8 @@ class Engine(Packs):
         return Part(job, min(part.count, job.left))
 
     def _scores_kept(self, kept: Sequence, job: Job, count: int) -> tuple[Tensor, int]:
-        """What a kept sequence tells of the first targets, and of how many of `count` ids it tells all that is wanted."""
+        """What a kept sequence tells of the first targets, and of how many of `count` ids it tells all that is
+        wanted."""
         if isinstance(job.read.want, str):
             return kept.known[:count], count
         targets = list(job.read.want)[:count]
@@ -339,50 +337,41 @@ class Engine(Packs):
         """Put ids through the model after what each sequence's cache holds, all in one row.
 
         Returns:
-            The body's output (n, d), where logits are the head of it, and float32 logits (m, V) at m of the places wanted.
+            The body's output (n, d), where logits are the head of it, and float32 logits (m, V) at m of the places
+            wanted.
         """
-        tokens = [i for row in ids for i in row]
-        if not self.rewinds and sequences[0].cached and len(tokens) > 1:
-            return self._one_by_one(sequences[0], tokens)
-        starts = [sequence.cached for sequence in sequences]
-        cache = sequences[0].cache
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([tokens], device=self.device), "use_cache": True}
+        ids_ = torch.tensor([[i for row in ids for i in row]], device=self.device)
+        chosen = [sequence.adapter for sequence, row in zip(sequences, ids, strict=True) for _ in row]
+        self.tokens += len(chosen)
+        function = self.model if self._body is None else self._body
         with ExitStack() as stack:
+            if self.adapters is not None:
+                stack.enter_context(self.adapters.use(chosen))
             if self.packs:
                 cache = packed.PackedCache([sequence.cache for sequence in sequences], [len(row) for row in ids])
                 stack.enter_context(packed.attention(self._config, cache))
-            if self.adapters is not None:
-                stack.enter_context(
-                    self.adapters.use([s.adapter for s, row in zip(sequences, ids, strict=True) for _ in row])
-                )
-            inputs[self._cache_name] = cache
-            if self._positions:
-                positions = [start + at for start, row in zip(starts, ids, strict=True) for at in range(len(row))]
-                inputs["position_ids"] = torch.tensor([positions], device=self.device)
-            self.forwards += 1
-            self.tokens += len(tokens)
-            if self._body is not None:
-                hidden = self._body(**inputs).last_hidden_state[0]
-                return hidden, lambda places: self._real(self._head(hidden[places]))
-            at = {place: place for place in range(len(tokens))}
-            if self._keeps:
-                kept = list(wanted) or [len(tokens) - 1]
-                inputs["logits_to_keep"] = torch.tensor(kept, device=self.device)
-                at = {place: index for index, place in enumerate(kept)}
-            logits = self.model(**inputs).logits[0]
-        return None, lambda places: self._real(logits[[at[place] for place in places]])
+                starts = [sequence.cached for sequence in sequences]
+                places = [start + at for start, row in zip(starts, ids, strict=True) for at in range(len(row))]
+                inputs = {"position_ids": torch.tensor([places], device=self.device), "use_cache": True}
+                if self._body is None and self._keeps:
+                    kept = list(wanted) or [len(places) - 1]
+                    inputs["logits_to_keep"] = torch.tensor(kept, device=self.device)
+                output = self._call(function, input_ids=ids_, **{str(self.architecture.carrier): cache}, **inputs)
+                states = output.logits[0] if self._body is None else output.last_hidden_state[0]
+                if "logits_to_keep" in inputs:
+                    at = {place: index for index, place in enumerate(kept)}
+                    return None, lambda wanted: self._real(states[[at[place] for place in wanted]])
+            else:
+                (sequence,) = sequences
+                states = self.architecture.read(function, ids_, sequence.cache, sequence.cached, self._call)[0]
+        if self._body is None:
+            return None, lambda wanted: self._real(states[list(wanted)])
+        return states, lambda wanted: self._real(self._head(states[list(wanted)]))
 
-    def _one_by_one(self, sequence: Sequence, tokens: List[int]) -> tuple[Tensor | None, Callable[[List[int]], Tensor]]:
-        """Recurrent layers may begin a block of several tokens from an empty state."""
-        before, rows, hidden = sequence.cached, [], []
-        for token in tokens:
-            state, logits_of = self._forward([sequence], [[token]], [0])
-            rows.append(logits_of([0]))
-            hidden += [] if state is None else [state]
-            sequence.cached += 1
-        sequence.cached = before  # whoever asked counts them
-        logits = torch.cat(rows)
-        return torch.cat(hidden) if hidden else None, lambda places: logits[list(places)]
+    def _call(self, function: Any, **inputs: Any) -> Any:
+        """One pass over the weights."""
+        self.forwards += 1
+        return function(**inputs)
 
     def _real(self, logits: Tensor) -> Tensor:
         """float32 logits of the ids that tokenizer and model share."""
@@ -403,59 +392,6 @@ class Engine(Packs):
             scores += (chosen - logits.logsumexp(-1)).tolist()
         return scores
 
-    # What is tried once a kind
-
-    def _head_is_whole(self) -> bool:
-        """Try the head on the body's output against the model's own logits: some models cap or scale them after."""
-        if self._body is None or self._head is None:
-            return False
-        ids = torch.arange(1, min(9, self.vocabulary_size), device=self.device)[None]
-        with torch.inference_mode():
-            try:
-                own = self.model(input_ids=ids, use_cache=False).logits
-                ours = self._head(self._body(input_ids=ids, use_cache=False).last_hidden_state)
-            except Exception:  # a body with other arguments: the model's own path always works
-                return False
-        return own.shape == ours.shape and torch.allclose(own.float(), ours.float(), atol=1e-4, rtol=1e-4)
-
-    def _can_pack(self) -> bool:
-        """Try two packed sequences, in two passes, against the model's own logits."""
-        known = type(self.model).__module__.startswith("transformers.")  # a model of others may do more with its cache
-        if not known or not self._positions or self._scaled or getattr(self._config, "attention_chunk_size", None):
-            return False
-        rows = [list(range(1, 7)), list(range(3, 6))]
-        rows = [[i % self.vocabulary_size for i in row] for row in rows]
-        caches = [kv.full(self._config) for _ in rows]
-        with torch.inference_mode():
-            try:
-                own = [
-                    self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False).logits[0]
-                    for row in rows
-                ]
-                ours: list[list[Tensor]] = [[], []]
-                for cuts in ((slice(0, 4), slice(0, 1)), (slice(4, 6), slice(1, 3))):
-                    parts = [row[cut] for row, cut in zip(rows, cuts, strict=True)]
-                    cache = packed.PackedCache(caches, [len(part) for part in parts])
-                    ids = torch.tensor([[i for part in parts for i in part]], device=self.device)
-                    places = torch.tensor(
-                        [[p for row, cut in zip(rows, cuts, strict=True) for p in range(len(row))[cut]]]
-                    )
-                    with packed.attention(self._config, cache):
-                        logits = self.model(
-                            input_ids=ids, position_ids=places.to(self.device), past_key_values=cache, use_cache=True
-                        ).logits[0]
-                    for found, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
-                        found.append(part)
-            except Exception:  # attention that goes another way than transformers' interface
-                return False
-        if sum(window is not None for window in cache.windows.values()) != _windows(self._config):
-            return False
-        scale = 1e-3 if self.model.dtype == torch.float32 else 0.2
-        return all(
-            bool((torch.cat(found).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std())))
-            for found, right in zip(ours, own, strict=True)
-        )
-
 
 def _token_bytes(config: Any) -> int:
     """Numbers of keys and values that all layers keep of a token, going by the usual names."""
@@ -463,18 +399,3 @@ def _token_bytes(config: Any) -> int:
         return 0
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)
-
-
-def _scaled(config: Any) -> bool:
-    """Whether rotary positions are scaled by the length of what is read, so that keys change as it grows."""
-    said = json.dumps(getattr(config, "rope_parameters", None), default=str)
-    return "dynamic" in said or "longrope" in said
-
-
-def _windows(config: Any) -> int:
-    """Layers that look back a few tokens only."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return sum(kind == "sliding_attention" for kind in kinds)
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return config.num_hidden_layers if window else 0

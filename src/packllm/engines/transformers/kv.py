@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 SPARE = 64
 """Tokens that a layer leaves room for. Every step reads all that is there; copying it at one step in 64 is little."""
@@ -57,7 +57,8 @@ class RoomyLayer(DynamicLayer):
 
 
 def full(config: Any) -> DynamicCache:
-    """An empty cache whose layers all keep all that is read, also where they look back a few tokens only: it can go back."""
+    """An empty cache whose layers all keep all that is read, also where they look back a few tokens only: it can go
+    back."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() for _ in cache.layers]
     return cache
@@ -68,6 +69,26 @@ def new(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def text() -> DynamicCache:
+    """An empty cache for a model that carries no state: it holds the ids that were read, as keys of width 1."""
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer()]
+    return cache
+
+
+def append_text(cache: DynamicCache, tokens: Tensor) -> Tensor:
+    """Append int64 (1, n) ids to a cache whose last layer holds the text; all ids of it, (1, N)."""
+    ids = tokens[:, None, :, None]
+    return cache.update(ids, ids[..., :0], len(cache.layers) - 1)[0][:, 0, :, 0]
+
+
+def is_recurrent(cache: DynamicCache) -> bool:
+    """Whether no layer attends to tokens read before: each keeps a running state alone."""
+    return all(
+        isinstance(layer, LinearAttentionLayer) and not isinstance(layer, DynamicLayer) for layer in cache.layers
+    )
 
 
 def is_full(cache: Any) -> bool:

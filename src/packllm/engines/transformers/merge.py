@@ -43,8 +43,8 @@ def average(members: Sequence[Member], name: str = "average") -> Member:
 
 
 def merged(member: Member) -> Any:
-    """A transformers model that is this member by itself: the model, or a copy of the base with the adapter added to its
-    weights."""
+    """A transformers model that is this member by itself: the model, or a copy of the base with the adapter added to
+    its weights."""
     adapters = getattr(member.engine, "adapters", None)
     return member.model if member.adapter is None or adapters is None else adapters.merged(member.adapter)
 

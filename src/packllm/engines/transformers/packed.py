@@ -1,6 +1,7 @@
 """Rows of different lengths in one pass: all tokens as one row of a batch of one, each attending to its own cache.
 
-Every matrix product of the model runs once over the tokens of all sequences. Only attention goes sequence by sequence, each
+Every matrix product of the model runs once over the tokens of all sequences. Only attention goes sequence by
+sequence, each
 over its own keys and values, so no cache is padded, copied or moved when sequences come and go. transformers lets a
 model's attention be replaced by name (its attention interface); a name without a mask function gets no mask, and the
 function here knows what each token may look at.
@@ -8,6 +9,7 @@ function here knows what each token may look at.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
+
+from packllm.engines.transformers import kv
 
 NAME = "packllm"
 _here = threading.local()
@@ -149,3 +153,60 @@ def attention(config: Any, cache: PackedCache) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         del _here.cache
+
+
+_packable: dict[str, bool] = {}
+"""By class and configuration: models of one kind are tried once."""
+
+
+def can_pack(model: Any, vocabulary_size: int, carrier: str | None) -> bool:
+    """Whether sequences of a model can be packed: its attention goes through transformers' interface, tells its
+    windows, and two packed sequences, in two passes, give what fresh passes give."""
+    kind = f"{type(model).__module__} {type(model).__name__} {model.dtype} {model.config.to_json_string()}"
+    if kind not in _packable:
+        _packable[kind] = carrier is not None and _tried(model, vocabulary_size, carrier)
+    return _packable[kind]
+
+
+def _tried(model: Any, vocabulary_size: int, carrier: str) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    accepted = inspect.signature(model.forward).parameters
+    known = type(model).__module__.startswith("transformers.")  # a class of others may do more with its cache
+    if not known or not {"position_ids", carrier} <= accepted.keys():
+        return False
+    if getattr(config, "attention_chunk_size", None):
+        return False
+    rows = [[i % vocabulary_size for i in row] for row in (range(1, 7), range(3, 6))]
+    caches = [kv.full(config) for _ in rows]
+    ours: list[list[Tensor]] = [[], []]
+    with torch.inference_mode():
+        try:
+            own = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
+            for cuts in ((slice(0, 4), slice(0, 1)), (slice(4, 6), slice(1, 3))):
+                parts = [row[cut] for row, cut in zip(rows, cuts, strict=True)]
+                cache = PackedCache(caches, [len(part) for part in parts])
+                ids = torch.tensor([[i for part in parts for i in part]], device=model.device)
+                places = [place for row, cut in zip(rows, cuts, strict=True) for place in range(len(row))[cut]]
+                at = torch.tensor([places], device=model.device)
+                with attention(config, cache):
+                    logits = model(input_ids=ids, position_ids=at, use_cache=True, **{carrier: cache}).logits[0]
+                for found, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
+                    found.append(part)
+        except Exception:  # attention that goes another way
+            return False
+    if sum(window is not None for window in cache.windows.values()) != _windows(config):
+        return False
+    scale = 1e-3 if model.dtype == torch.float32 else 0.2
+    return all(
+        bool((torch.cat(found).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std())))
+        for found, right in zip(ours, own, strict=True)
+    )
+
+
+def _windows(config: Any) -> int:
+    """Layers that look back a few tokens only."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return sum(kind == "sliding_attention" for kind in kinds)
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return config.num_hidden_layers if window else 0

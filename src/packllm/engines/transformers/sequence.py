@@ -24,7 +24,8 @@ class Sequence(base.Sequence):
 
     Attributes:
         cache: transformers' cache of the first `cached` ids; None where there is none.
-        known: float64, what each id but the first was given, NaN where nobody asked; of the ids that were read as a prompt.
+        known: float64, what each id but the first was given, NaN where nobody asked; of the ids that were read as a
+            prompt.
         hidden: (n, d), what the head reads after the first n ids; None where that is not kept.
     """
 
@@ -56,7 +57,8 @@ class Sequence(base.Sequence):
             self.lose()
 
     def lose(self) -> None:
-        """The cache cannot be used any more: go back to the last state that is sure, and read the rest of the ids again."""
+        """The cache cannot be used any more: go back to the last state that is sure, and read the rest of the ids
+        again."""
         self.cache, self.cached = None, 0
         if self._checkpoint is not None and self._checkpoint[0] <= len(self.ids):
             self.cached, self.cache = self._checkpoint[0], copy.deepcopy(self._checkpoint[1])

@@ -1,0 +1,381 @@
+"""The forms of a call, each read one character at a time from where it begins (see calls.py)."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import regex
+
+from packllm.chat.arguments import python_arguments, tagged_arguments, xml_arguments
+from packllm.chat.characters import Reading
+from packllm.chat.json_text import SPACE, JsonText, loads
+from packllm.chat.marks import AFTER_NAME, CLOSING, ENDS_XML, FENCE, NAME_FOLLOWS, TAGGED, XML
+from packllm.chat.reasoning import Thinking
+from packllm.chat.tools import InvalidToolCall, ToolCall, new_call_id
+
+_NAME_KEYS = ("name", "tool_name")
+_ARGUMENT_KEYS = ("arguments", "parameters")
+_FIRST_KEYS = (*_NAME_KEYS, *_ARGUMENT_KEYS, "id", "type", "function", "tool_calls", "tool_call_id")
+
+
+@dataclass
+class _Call:
+    """A call under way."""
+
+    index: int
+    id: str = field(default_factory=new_call_id)
+    said: list[str] = field(default_factory=list)
+    streamed: bool = False
+
+
+class CallForms(Thinking):
+    """Reads calls; whoever inherits it finds where they begin, and takes what they are and what is none."""
+
+    def __init__(self, parameters: Mapping[str, Mapping[str, Any]], parallel: bool) -> None:
+        self._parameters = parameters  # JSON schemas of the arguments, by tool
+        self._longest = max(map(len, parameters), default=0)
+        self._parallel = parallel
+        self._calls: list[ToolCall] = []
+        self._invalid: list[InvalidToolCall] = []
+        self._count = 0
+        self._blank = True  # nothing but white space stands on this line so far
+        self._after: str | None = None  # what was just read: "call", "python" or "thought"
+        super().__init__()
+
+    def _say(self, text: str) -> None:
+        """Takes content."""
+        raise NotImplementedError
+
+    def _part_content(self) -> None:
+        """What comes next is no content; what content follows begins on a line of its own."""
+        raise NotImplementedError
+
+    def _give(self, kind: int, text: str, **first: str) -> None:
+        """Takes a piece of the arguments of the call of a number; `first` are its id and name."""
+        raise NotImplementedError
+
+    def _give_up(self, read: str) -> None:
+        """What was read is no call; its first character is content, and what follows may be anything."""
+        self._say(read[0])
+        self._unread(read[1:])
+        self._after = None
+
+    def _label(self) -> Generator[None, str, str]:
+        """The rest of a line that opens fenced code, if it is a word alone; its label."""
+        label: list[str] = []
+        while (character := (yield from self._next())).isalpha() or character in ("_", "-"):
+            label.append(character)
+        self._unread(character)
+        return "".join(label)
+
+    def _skipped(self, held: list[str]) -> Generator[None, str, str]:
+        """The next character that is no white space; all of it is held."""
+        while True:
+            character = yield from self._next()
+            held.append(character)
+            if not character or character not in SPACE:
+                return character
+
+    def _closed(self, kind: str) -> Reading:
+        """Skip what closes a call."""
+        self._part_content()
+        self._after, self._blank = kind, False
+        fences = 1
+        while character := (yield from self._next()):
+            if character in ",;]" or character.isspace():
+                self._blank = character == "\n" or (self._blank and character in " \t")
+            elif character in CLOSING.first and (yield from self._word(character, CLOSING)):
+                self._blank = False
+            elif character == "`" and fences and (yield from self._word(character, FENCE)):
+                self._blank, fences = False, 0
+            else:
+                self._unread(character)
+                return
+
+    def _object(self, marked: bool, before: str = "") -> Reading:
+        """A call, or several, in one JSON object, whose "{" is read. `before`: what was held in front of it."""
+        scan, call = JsonText(), _Call(self._count)
+        scan.push("{")
+        known = marked
+        while not scan.done and (character := (yield from self._next())):
+            if character == "<" and not scan.quoted and (mark := (yield from self._word(character, CLOSING))):
+                self._unread(mark)
+                break
+            scan.push(character)
+            if not known:
+                verdict = self._begins_call(scan)
+                if verdict is False:
+                    self._give_up(before + "".join(scan.raw))
+                    return
+                known = bool(verdict)
+            self._stream(scan, call)
+        scan.finish()
+        written = "".join(scan.raw)
+        read, error = _calls_in(loads("".join(scan.text)) if scan.done else None, self._parameters if marked else ())
+        known_names = [name for name, _ in read if name in self._parameters]
+        if not scan.done and not marked and not call.streamed:
+            found = regex.search(r'"name"\s*+:\s*+"((?:[^"\\]|\\.)*+)"', written)
+            known_names = [found[1]] if found and found[1] in self._parameters else []
+        if not (marked or call.streamed or known_names):
+            self._say(before + written)  # JSON, but not a call
+            self._after = None
+            return
+        if call.streamed:
+            said = "".join(call.said)
+            # The braces around whole arguments are often forgotten, or cut off.
+            arguments = loads(said) if scan.arguments_end else None
+            self._add(call, scan.name, arguments, said, error)
+        elif not read:
+            self._add(call, known_names[0] if known_names else "", None, written.strip(), error)
+        else:
+            for name, arguments in read:
+                said = written.strip() if arguments is None else ""
+                self._add(call, name, arguments, said, error)
+                call = _Call(self._count)
+        yield from self._closed("call")
+
+    def _begins_call(self, scan: JsonText) -> bool | None:
+        """Whether an object that no mark announces may be a call; None until that is known."""
+        head, written = scan.head, scan.string
+        if not head:
+            return None if written is None or any(key.startswith(written) for key in _FIRST_KEYS) else False
+        key = head[0][1:-1]
+        if head[0][0] != '"' or key not in _FIRST_KEYS or (len(head) > 1 and head[1] != ":"):
+            return False
+        if len(head) == 1:
+            return None
+        if key not in _NAME_KEYS:
+            return True
+        if len(head) > 2:
+            return head[2][:1] == '"' and loads(head[2]) in self._parameters
+        if written is None:
+            return None
+        if "\\" in written:  # each character may be spelled with up to twelve
+            return None if len(written) <= 12 * self._longest else False
+        return None if any(name.startswith(written) for name in self._parameters) else False
+
+    def _stream(self, scan: JsonText, call: _Call, name: str | None = None) -> None:
+        """Give out what of the arguments is new."""
+        if scan.arguments_at is None:
+            return
+        text = scan.text[scan.arguments_at + len(call.said) : scan.arguments_end]
+        if not text and call.streamed:
+            return
+        if self._parallel or not self._count:
+            first = {} if call.streamed else {"id": call.id, "name": name or scan.name}
+            self._give(call.index, "".join(text), **first)
+        call.streamed = True
+        call.said += text
+
+    def _add(self, call: _Call, name: str, arguments: dict[str, Any] | None, said: str, error: str = "") -> None:
+        """A call is whole."""
+        if self._count and not self._parallel:
+            return
+        self._count += 1
+        if arguments is not None and name:
+            self._calls.append(ToolCall(call.id, name, arguments))
+            said = json.dumps(arguments, ensure_ascii=False)
+        else:
+            self._invalid.append(InvalidToolCall(call.id, name, said, error or _CUT))
+        if not call.streamed:
+            self._give(call.index, said, id=call.id, name=name)
+
+    def _unreadable(self, read: list[str], error: str) -> Reading:
+        """A call that is in none of the forms ends with its line, or with what closes it."""
+        while (character := (yield from self._next())) and character != "\n":
+            if character in CLOSING.first and (mark := (yield from self._word(character, CLOSING))):
+                character = mark
+                break
+            read.append(character)
+        self._unread(character)
+        self._add(_Call(self._count), "", None, "".join(read).strip(), error)
+        yield from self._closed("call")
+
+    def _xml(self, mark: str, held: str, anyone: bool) -> Reading:
+        """<function=name>...</function>. `anyone`: whether a name that is no tool's makes a call too."""
+        name: list[str] = []
+        while (character := (yield from self._next())) and character not in '"<>\n':
+            name.append(character)
+        called = "".join(name)
+        if not character or character not in '">' or not (anyone or called in self._parameters):
+            self._give_up(held + called + character)
+            return
+        while character == '"' and (character := (yield from self._next())) not in ("", ">"):
+            character = '"'
+        body: list[str] = []
+        end = ""
+        while character := (yield from self._next()):
+            if character in ENDS_XML.first and (end := (yield from self._word(character, ENDS_XML))):
+                break
+            body.append(character)
+        if end not in XML.values():
+            self._unread(end)
+        text = "".join(body)
+        arguments = xml_arguments(text, self._parameters.get(called, {})) if end else None
+        self._add(_Call(self._count), called, arguments, text.strip())
+        yield from self._closed("call")
+
+    def _named(self, character: str) -> Reading:
+        """A call that begins with its name."""
+        read: list[str] = []
+        name = ""
+        while character and character not in "([{<\n":
+            read.append(character)
+            character = yield from self._next()
+        name = _bare_name("".join(read), self._parameters)
+        fenced = False
+        while True:
+            if character == "(":
+                yield from self._python(read, name, marked=True)
+                return
+            if character == "{" and name:
+                yield from self._arguments(name)
+                return
+            mark = (yield from self._word(character, AFTER_NAME)) if character in AFTER_NAME.first else ""
+            if mark in NAME_FOLLOWS and (name == "function" or mark == "<|tool_call:name|>"):
+                yield from self._named((yield from self._next()))
+                return
+            if mark in TAGGED:
+                yield from self._tagged(name, mark)
+                return
+            if mark == "[CALL_ID]":
+                while (character := (yield from self._next())).isalnum():
+                    pass
+                continue
+            if mark in CLOSING.whole or not character:
+                arguments: dict[str, Any] | None = {} if mark and name in self._parameters else None
+                self._unread(mark or character)
+                said = "" if arguments is not None else "".join(read).strip()
+                self._add(_Call(self._count), name if arguments is not None else "", arguments, said, _FORM)
+                yield from self._closed("call")
+                return
+            if not mark and character == "`" and not fenced and (yield from self._word(character, FENCE)):
+                yield from self._label()
+                fenced = True
+            elif not mark and character not in SPACE:
+                self._unread(character)
+                yield from self._unreadable(read, _FORM)
+                return
+            if character == "\n" and name not in self._parameters and not fenced:
+                self._unread(character)
+                yield from self._unreadable(read, _FORM)
+                return
+            character = yield from self._next()
+
+    def _arguments(self, name: str) -> Reading:
+        """A JSON object of arguments, whose "{" is read."""
+        scan, call = JsonText(arguments=True), _Call(self._count)
+        scan.push("{")
+        self._stream(scan, call, name)
+        while not scan.done and (character := (yield from self._next())):
+            if character == "<" and not scan.quoted and (mark := (yield from self._word(character, CLOSING))):
+                self._unread(mark)
+                break
+            scan.push(character)
+            self._stream(scan, call, name)
+        scan.finish()
+        self._add(call, name, loads("".join(scan.text)) if scan.done else None, "".join(call.said))
+        yield from self._closed("call")
+
+    def _tagged(self, name: str, mark: str) -> Reading:
+        """GLM's <arg_key>key</arg_key><arg_value>value</arg_value>..., up to what closes the call."""
+        body = [mark]
+        end = ""
+        while character := (yield from self._next()):
+            if character in CLOSING.first and (end := (yield from self._word(character, CLOSING))):
+                break
+            body.append(character)
+        self._unread(end)
+        text = "".join(body)
+        arguments = tagged_arguments(text, self._parameters.get(name, {})) if end else None
+        self._add(_Call(self._count), name, arguments, text.strip())
+        yield from self._closed("call")
+
+    def _python_unmarked(self, held: str) -> Reading:
+        """A call in Python whose name's first character is read, the last of what is held."""
+        name = held[-1]
+        while any(known.startswith(name) for known in self._parameters):
+            character = yield from self._next()
+            if character == "(" and name in self._parameters:
+                yield from self._python([held + name[1:]], name, marked=False)
+                return
+            name += character
+            if not character:
+                break
+        self._give_up(held + name[1:])
+
+    def _python(self, read: list[str], name: str, marked: bool) -> Reading:
+        """A call in Python, whose "(" is read."""
+        scan: list[str] = []
+        quote, escaped, depth = "", False, 1
+        while depth and (character := (yield from self._next())):
+            if escaped:
+                escaped = False
+            elif quote:
+                escaped = character == "\\"
+                quote = "" if character == quote else quote
+            elif character in "\"'":
+                quote = character
+            elif character == "<" and (mark := (yield from self._word(character, CLOSING))):
+                self._unread(mark)
+                break
+            else:
+                depth += (character in "([{") - (character in ")]}")
+            scan.append(character)
+        written = "".join(scan)
+        arguments = None if depth else python_arguments(written[:-1], self._parameters.get(name, {}))
+        if arguments is None and not marked:
+            self._say("".join([*read, "(", written]))
+            self._after = None
+            return
+        said = "".join([*read, "(", written]).strip()
+        self._add(_Call(self._count), name if arguments is not None else "", arguments, said, _FORM)
+        yield from self._closed("python")
+
+
+_CUT = "the arguments are not a JSON object; they may have been cut off by max_tokens"
+_FORM = 'a call is {"name": ..., "arguments": {...}}'
+
+
+def _bare_name(written: str, tools: Mapping[str, Any]) -> str:
+    """The tool's name, without what some models put around it: functions.name:0, name.call, call:name."""
+    name = written.strip()
+    if name in tools:
+        return name
+    bare = name.removeprefix("functions.").removeprefix("call:").removesuffix(".call").rstrip(string.digits)
+    return bare.removesuffix(":") if bare.removesuffix(":") in tools else name
+
+
+def _calls_in(
+    value: Any, tools: Mapping[str, Any] | Sequence[str]
+) -> tuple[list[tuple[str, dict[str, Any] | None]], str]:
+    """Names and arguments of the calls that a JSON object holds, arguments None where they are none, and why.
+
+    Args:
+        tools: names that may also stand as the only key, before the arguments.
+    """
+    if not isinstance(value, Mapping):
+        return [], "the call is not a JSON object; it may have been cut off by max_tokens"
+    if isinstance(value.get("tool_calls"), list):
+        read = [_calls_in(inner, ()) for inner in value["tool_calls"]]
+        return [call for calls, _ in read for call in calls], next((error for _, error in read if error), _FORM)
+    if isinstance(value.get("function"), Mapping):  # as OpenAI writes it
+        value = value["function"]
+    name = next((value[key] for key in _NAME_KEYS if key in value), None)
+    key = next((key for key in _ARGUMENT_KEYS if key in value), None)
+    if len(value) == 1 and (only := next(iter(value))) in tools:
+        name, key = only, only
+    if not isinstance(name, str) or not name or key is None:
+        return [], _FORM
+    arguments = value[key]
+    if isinstance(arguments, str):
+        arguments = loads(arguments)
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return [(name, None)], f"the arguments of {name!r} are not a JSON object"
+    return [(name, arguments)], ""

@@ -1,0 +1,337 @@
+"""From JSON schemas to the grammar of an answer, as far as a grammar can say what a schema means.
+
+JSON is written as json.dumps writes it, with one space after commas and colons: no model can lose itself in white
+space. What llguidance cannot follow (uniqueItems, not, if, contains, bounds beyond 64 bits, lookaround, ...) is left
+out of the grammar: verdict.py holds the whole answer against the whole schema.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import unquote
+
+from packllm.decode import matcher
+from packllm.decode.closing import Hints
+from packllm.decode.formats import FORMATS
+from packllm.errors import ExtraError, OptionError
+from packllm.options import Options
+
+Schema = Mapping[str, Any]
+
+# Lenient: what llguidance does not know it leaves out, instead of refusing all of it.
+_MANNER = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "additionalItems")
+_NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
+_BEYOND = {  # what no grammar follows, or not always
+    *("uniqueItems", "not", "if", "contains", "propertyNames", "minProperties", "maxProperties", "dependentRequired"),
+    *("dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"),
+}
+_BESIDE_REF = ("$ref",)  # stands for all keywords beside one
+_LADDER = ((), _BESIDE_REF, ("patternProperties", "additionalProperties"))  # what is left out if need be
+_EXACT = 2**53  # larger integers are rounded by llguidance, which counts in doubles
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The answers that the options allow.
+
+    Attributes:
+        lark: the grammar, in llguidance's Lark.
+        hints: what a search for the shortest answer is told of it.
+        exact: whether it says all that the schemas say; else answers are to be held against them (verdict.py).
+    """
+
+    lark: str
+    hints: Hints
+    exact: bool
+
+
+def make_grammar(options: Options) -> Grammar | None:
+    """The grammar of the answers that the options allow; None if any text may be the answer.
+
+    Raises:
+        ExtraError: a form is to be guaranteed, and the extra is not installed.
+        OptionError: a schema that no answer or no grammar can satisfy.
+    """
+    tools = demanded_tools(options)
+    if not tools and options.json_schema is None:
+        return None
+    if matcher.llguidance is None:
+        what = "json_schema" if options.json_schema is not None else f"tool_choice={options.tool_choice!r}"
+        raise ExtraError(what, "llguidance", "structured")
+    rules, starts, parts = [], [], []
+    if tools:
+        starts = ["call", r'"<tool_call>\n" call "\n</tool_call>"']
+        rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+    for i, tool in enumerate(tools):
+        name = tool["function"]["name"]
+        parts.append(_followed(f"parameters of the tool {name!r}", json.dumps(_call_schema(tool["function"]))))
+        rules.append(f"call_{i}: {parts[-1].lark}")
+    if options.json_schema is not None:
+        starts.append("json")
+        parts.append(_followed("json_schema", json.dumps(options.json_schema)))
+        rules.append(f"json: {parts[-1].lark}")
+    names = dict.fromkeys(name for part in parts for name in part.hints.names)
+    patterns = dict.fromkeys(pattern for part in parts for pattern in part.hints.patterns)
+    hints = Hints(tuple(names), tuple(patterns))
+    return Grammar("\n".join(["start: " + " | ".join(starts), *rules]), hints, all(part.exact for part in parts))
+
+
+def _call_schema(function: Schema) -> Schema:
+    """The schema of a call. What refers to a place in the parameters finds it where they are now."""
+    parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
+    properties = {"name": {"const": function["name"]}, "arguments": _moved(parameters, "/properties/arguments")}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"]}
+
+
+def _moved(value: Any, to: str) -> Any:
+    if isinstance(value, list):
+        return [_moved(inner, to) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: inner if key in ("const", "enum", "default") else _moved(inner, to) for key, inner in value.items()}
+    for key in _MAPS:
+        if isinstance(value.get(key), dict):
+            moved[key] = {name: _moved(inner, to) for name, inner in value[key].items()}
+    reference = value.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = "#" + to + reference[1:]
+    return moved
+
+
+def demanded_tools(options: Options) -> Sequence[Schema]:
+    """The tools of which the answer is, or may be, a call of a guaranteed form."""
+    if options.tool_choice == "any":
+        return options.tools
+    if options.tool_choice in (None, "auto", "none"):
+        return options.offered_tools if options.json_schema is not None else ()
+    return [tool for tool in options.tools if tool["function"]["name"] == options.tool_choice]
+
+
+@lru_cache(256)
+def _followed(what: str, given: str) -> Grammar:
+    """The grammar of JSON of one schema, as the right side of a rule."""
+    said: str | None = ""
+    try:
+        for closed in (True, False):  # closed objects may be none that satisfies all parts of a composition
+            for without in _LADDER:
+                prepared = _Preparation(json.loads(given), closed, without)
+                lark = "%json " + json.dumps({**prepared.schema, "x-guidance": _MANNER})
+                said, left_out = matcher.checked(f"start: {lark}")
+                if said is None:
+                    exact = prepared.exact and not any(note.startswith("oneOf") for note in left_out)
+                    return Grammar(lark, prepared.hints, exact)
+    except RecursionError:
+        said = "it is nested too deep"
+    raise OptionError(
+        f"{what} cannot be guaranteed: {said}. Say it with the keywords that a grammar can follow (type, properties, "
+        f"required, items, enum, const, anyOf, pattern, minimum, ...), or go without the guarantee and parse the text"
+    )
+
+
+class _Preparation:
+    """A schema as llguidance can follow it. It is changed in place, so that references by place stay right.
+
+    Args:
+        schema: JSON, which becomes this object's.
+        closed: whether objects get no properties beside those that they name, where they do not ask for them: a small
+            model would invent some. Parts of a composition stay open, for one part may allow what another names.
+        without: keywords to leave out.
+
+    Attributes:
+        schema: what is left of it.
+        hints: names and patterns in it.
+        exact: whether nothing was left out that answers are held to.
+    """
+
+    def __init__(self, schema: dict[str, Any], closed: bool, without: Sequence[str]) -> None:
+        self.schema, self.exact = schema, True
+        self._names: dict[str, None] = {}
+        self._patterns: dict[str, None] = {}
+        self._seen: dict[int, dict[str, Any]] = {}
+        self._parts: set[int] = set()
+        self._visit(schema, part=False)
+        for node in self._seen.values():
+            if closed and id(node) not in self._parts and _closable(node):
+                node["additionalProperties"] = False
+            for keyword in (
+                without if without != _BESIDE_REF else node.keys() - _NOTES - {"$ref", "$defs", "definitions"}
+            ):
+                if keyword in node and (without != _BESIDE_REF or "$ref" in node):
+                    del node[keyword]
+                    self.exact = False
+        self.hints = Hints(tuple(self._names), tuple(self._patterns))
+
+    def _visit(self, node: Any, part: bool) -> None:
+        """Prepare a schema and all within it; a part is one of several that have to hold of the same value."""
+        if not isinstance(node, dict) or (id(node) in self._seen and (id(node) in self._parts or not part)):
+            return
+        fresh = id(node) not in self._seen
+        self._seen[id(node)] = node
+        if part:
+            self._parts.add(id(node))
+        if fresh:
+            self.exact &= _simplify(node)
+            self._names |= dict.fromkeys(name for name in node.get("required", ()) if isinstance(name, str))
+            patterns = [node.get("pattern"), *(node.get("patternProperties") or ())]
+            self._patterns |= dict.fromkeys(pattern for pattern in patterns if isinstance(pattern, str))
+        joined = part or _joins(node)
+        for keyword, inner in _inner(node):
+            within = keyword in ("allOf", "$ref") or (keyword in ("anyOf", "oneOf"))
+            self._visit(inner, (joined and within) or part or keyword == "allOf")
+        if isinstance(node.get("$ref"), str):
+            self._visit(_at(self.schema, node["$ref"]), joined)
+
+
+def _inner(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for keyword in _MAPS:
+        if isinstance(node.get(keyword), dict):
+            yield from ((keyword, inner) for inner in node[keyword].values())
+    for keyword in (*_LISTS, "items"):
+        if isinstance(node.get(keyword), list):
+            yield from ((keyword, inner) for inner in node[keyword])
+    for keyword in _SINGLE:
+        yield keyword, node.get(keyword)
+
+
+def _joins(node: Schema) -> bool:
+    """Whether a schema says several things of one value, beside notes and definitions."""
+    spoken = node.keys() - _NOTES - {"type", "$defs", "definitions", "discriminator", "required", "$id"}
+    described = "required" in node and not _described(node)
+    return bool(spoken & {"$ref", "anyOf", "oneOf", "allOf"}) and (len(spoken) > 1 or described)
+
+
+def _described(node: Schema) -> bool:
+    properties = node.get("properties")
+    return isinstance(properties, dict) and properties.keys() >= set(node.get("required") or ())
+
+
+def _closable(node: Schema) -> bool:
+    open_ = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "unevaluatedProperties"}
+    return "properties" in node and not node.keys() & open_ and ("required" not in node or _described(node))
+
+
+def _at(root: Any, reference: str) -> Any:
+    """What a reference into the schema means; None if it does not mean a place in it."""
+    if not reference.startswith("#"):
+        return None
+    for key in unquote(reference[1:]).split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        if isinstance(root, list) and key.isdigit() and int(key) < len(root):
+            root = root[int(key)]
+        elif isinstance(root, dict) and key in root:
+            root = root[key]
+        else:
+            return None
+    return root
+
+
+# What llguidance would refuse, or understands otherwise, in the words that it follows
+
+
+def _simplify(node: dict[str, Any]) -> bool:
+    """Whether what is left says as much."""
+    before = len(node.keys() & _BEYOND)
+    if "discriminator" in node and "oneOf" in node:  # it tells them apart
+        node["anyOf"] = node.pop("oneOf")
+    if isinstance(node.get("format"), str):
+        _simplify_format(node)
+    if isinstance(node.get("propertyNames"), dict) and _simplify_names(node):
+        before -= 1
+    dropped = _drop(node, "string", ("minLength", "maxLength", "pattern"))
+    for keyword in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+        if _number(node.get(keyword)) and not -(2**63) < node[keyword] < 2**63:
+            del node[keyword]
+            dropped = True
+    _simplify_zero(node)
+    numeric = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+    dropped |= any(_large(node.get(keyword)) for keyword in numeric)
+    dropped |= _drop(node, "integer", numeric)
+    if node.get("type") != "integer":
+        dropped |= _drop(node, "number", numeric)
+    if "json-schema.org" not in str(node.get("$schema", "json-schema.org")):
+        del node["$schema"]
+    if _large(node.get("const")):
+        del node["const"]
+        node.setdefault("type", "integer")
+        dropped = True
+    if isinstance(node.get("enum"), list) and any(map(_large, node["enum"])):
+        small = [value for value in node.pop("enum") if not _large(value)]
+        node.setdefault("allOf", []).append({"anyOf": [*([{"enum": small}] if small else ()), {"type": "integer"}]})
+        dropped = True
+    return not before and not dropped
+
+
+def _simplify_format(node: dict[str, Any]) -> None:
+    pattern = FORMATS.get(node.pop("format"))
+    if pattern is None:
+        return
+    if "pattern" in node:
+        node.setdefault("allOf", []).append({"pattern": f"^(?:{pattern})$"})
+    else:
+        node["pattern"] = f"^(?:{pattern})$"
+
+
+def _simplify_names(node: dict[str, Any]) -> bool:
+    """Names of a map: its choice of them as properties, their pattern as patternProperties; whether that says all."""
+    names, value = node["propertyNames"], node.get("additionalProperties", True)
+    if node.keys() & {"properties", "patternProperties"} or value is False:
+        return False
+    if isinstance(names.get("enum"), list) and all(isinstance(name, str) for name in names["enum"]):
+        node["properties"] = {name: copy.deepcopy(value) for name in names["enum"]}
+        node["additionalProperties"] = False
+        return names.keys() <= _NOTES | {"enum", "type"}
+    pattern = FORMATS.get(names.get("format", ""))
+    pattern = names.get("pattern") if pattern is None else f"^(?:{pattern})$"
+    if not isinstance(pattern, str) or _refused({"type": "string", "pattern": pattern}):
+        return False
+    node["patternProperties"] = {pattern: value}
+    node["additionalProperties"] = False
+    return names.keys() <= _NOTES | {"format", "pattern", "type"}
+
+
+def _simplify_zero(node: dict[str, Any]) -> None:
+    """llguidance counts 0 as more than 0 if the other bound is below 1."""
+    for keyword, other, bound in (("exclusiveMinimum", "aximum", 1e-9), ("exclusiveMaximum", "inimum", -1e-9)):
+        ends: list[Any] = [node.get("m" + other), node.get("exclusiveM" + other)]
+        if _number(node.get(keyword)) and node[keyword] == 0 and any(_number(end) and abs(end) < 1 for end in ends):
+            del node[keyword]
+            node[keyword.replace("exclusiveM", "m")] = bound
+
+
+def _drop(node: dict[str, Any], type_: str, keywords: Sequence[str]) -> bool:
+    """Leave out those keywords of a type that cannot be followed by themselves, or together; whether there are any."""
+    given = {keyword: node[keyword] for keyword in keywords if keyword in node}
+    alone = {keyword for keyword in given if _refused({"type": type_, keyword: given[keyword]})}
+    together = given.keys() - alone
+    if together and _refused({"type": type_, **{keyword: given[keyword] for keyword in together}}):
+        alone = set(given)
+    for keyword in alone:
+        del node[keyword]
+    return bool(alone)
+
+
+def _refused(schema: Schema) -> bool:
+    """Whether llguidance cannot follow a schema. That nothing satisfies it is something else."""
+    said = _refusal(json.dumps(schema))
+    return said is not None and "nsatisfiable" not in said
+
+
+@lru_cache(1024)
+def _refusal(schema: str) -> str | None:
+    return matcher.checked(f"start: %json {json.dumps({**json.loads(schema), 'x-guidance': _MANNER})}")[0]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _large(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) > _EXACT

@@ -1,0 +1,299 @@
+"""Reading a transformers model from files that nobody vouches for: what lies there is said, code is never run, and
+what its config claims is held against its weights before anything is built."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from packllm.engines.transformers.architecture import auto_class, text_part
+from packllm.errors import LoadError, OptionError, loading, refused
+
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Words of from_pretrained that say where the files are: they go to the tokenizer as well."""
+
+OWN = {
+    "dtype": "dtype=",
+    "torch_dtype": "dtype=",
+    "device_map": "device_map=",
+    "trust_remote_code": "trust_remote_code=",
+    "use_safetensors": "",
+    "output_loading_info": "",
+    "state_dict": "",
+    "gguf_file": "",
+    "weights_only": "",
+    "ignore_mismatched_sizes": "",
+}
+"""Words of from_pretrained that are not model_kwargs: an argument of Pack.load, or this package's own affair."""
+
+_LFS = b"version https://git-lfs"
+_DEPTH = re.compile(r"(^|_)(n_)?(layers?|depth|blocks?|experts)$")
+_MOST_LAYERS = 10_000  # where there are no weights to hold the config against
+
+
+def check_model_kwargs(words: Any) -> dict[str, Any]:
+    """`model_kwargs` as a dict of its own.
+
+    Raises:
+        OptionError: it is no mapping of names, or holds a word that is an argument of Pack.load or fixed here.
+    """
+    if words is None:
+        return {}
+    if not isinstance(words, Mapping) or not all(isinstance(name, str) for name in words):
+        raise OptionError(f"model_kwargs={words!r} must be a dict of arguments of transformers' from_pretrained")
+    for name in words:
+        if name in OWN:
+            remedy = f"give it to Pack.load as {OWN[name]}" if OWN[name] else "packllm sets it itself"
+            raise OptionError(f"model_kwargs[{name!r}] cannot be set; {remedy}")
+    return dict(words)
+
+
+def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder or hub id.
+
+    Args:
+        words: further arguments of from_pretrained.
+
+    Raises:
+        LoadError: anything that stands in the way, with the folder and the reason.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    kind: Any = AutoModelForCausalLM
+    hub = {name: words[name] for name in HUB if name in words}
+    what = f"model {str(source)!r}"
+    folder = Path(source, str(words.get("subfolder") or "")) if os.path.isdir(source) else None
+    with loading(what):
+        weights = check_folder(folder) if folder else None
+        if folder:
+            check_claims(_json(folder / "config.json"), weights, what)
+    with _stating_code(), loading(what):
+        config = None
+        if not trust:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+            check_decoder(config, what)
+            check_size(config, weights, what)
+            kind = auto_class(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **hub)
+        loaded: Any = kind.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust,
+            use_safetensors=True,
+            output_loading_info=True,
+            **words,
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
+            raise LoadError(f"{what} lacks {len(missing)} of its weights, such as {missing[0]!r}")
+        check_decoder(model.config, what)
+        model = text_part(model)
+        check_finite(dict(model.named_parameters()), what)
+    return model, tokenizer
+
+
+def own_tokenizer(folder: Path, tokenizer: Any, config: Any) -> Any | None:
+    """The tokenizer that an adapter's folder brings, or its base's with the chat template that the folder brings; None
+    where it brings neither. `config` is the base's."""
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    template: Any = None
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "tokenizer_config.json").is_file():
+        template = _json(folder / "tokenizer_config.json").get("chat_template")
+    if not template:
+        return None
+    if isinstance(template, list):  # named ones
+        template = {one["name"]: one["template"] for one in template}
+    named = copy.copy(tokenizer)
+    named.chat_template = template
+    return named
+
+
+def check_decoder(config: Any, what: str) -> None:
+    """Refuse an encoder-decoder. Of encoders a config does not tell: GPT-NeoX has is_decoder=False too; Architecture
+    tries them."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise LoadError(f"{what} is an encoder-decoder ({config.model_type}); members are decoders (causal models)")
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that hold NaN or infinity, by name; one pass over them, without copies."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
+            continue
+        values = tensor.detach()
+        if values.element_size() == 1:  # float8 has no minimum
+            values = values.to(torch.bfloat16)
+        least, most = values.aminmax()  # NaN is the minimum and maximum of whatever holds it
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise LoadError(f"{what} is damaged: {name} holds NaN or infinity; get the file again")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the headers of weight files say: tensors, their elements, and whether codes stand for several each."""
+
+    tensors: int
+    elements: int
+    packed: bool = False
+
+
+def check_folder(folder: Path) -> Weights:
+    """What the weights of a model's folder amount to, from their headers.
+
+    Raises:
+        LoadError: it holds no model that can be read here; it says what it holds.
+    """
+    what, names = f"model {str(folder)!r}", sorted(os.listdir(folder))
+    if not names:
+        raise refused(what, "it is an empty folder; download the model into it")
+    for name in names:
+        if is_lfs_pointer(folder / name):
+            raise refused(what, f"it holds git-lfs pointers instead of files, such as {name}; run `git lfs pull` there")
+    safe = [name for name in names if name.endswith(".safetensors")]
+    if "config.json" not in names:
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        remedy = f"; name the file: {os.path.join(folder, ggufs[0])}" if ggufs else ""
+        raise refused(what, f"it has no config.json, but {list_names(names)}{remedy}")
+    if not safe:
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+        if pickled:
+            raise refused(
+                what,
+                f"it has its weights as {pickled[0]} only, a format that can run code; save them as safetensors "
+                "(load the model in transformers where you trust it, then model.save_pretrained)",
+            )
+        raise refused(what, f"it has no .safetensors file, but {list_names(names)}")
+    files = _weight_files(folder, safe)
+    tensors = elements = 0
+    for file in files:
+        path = folder / file
+        with loading(f"model {str(path)!r}", "; the file is damaged or cut"), safe_open(path, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (no mapping)
+                tensors += 1
+                elements += math.prod(opened.get_slice(key).get_shape())
+    return Weights(tensors, elements)
+
+
+def _weight_files(folder: Path, safe: list[str]) -> list[str]:
+    """The files that transformers will read: those that an index names, where there is one."""
+    if "model.safetensors" in safe:
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return safe
+    named = _json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise refused(f"model {str(index.parent)!r}", "its index has no weight_map of names of files")
+    files = sorted(set(named.values()))
+    for file in files:
+        if not file.endswith(".safetensors") or os.path.basename(file) != file:
+            raise LoadError(
+                f"cannot load model: {str(index)!r} names {file!r}, which is no safetensors file of its folder"
+            )
+        if file not in safe:
+            raise LoadError(
+                f"cannot load model {str(folder)!r}: it lacks {file}, which its index names; download it again"
+            )
+    return files
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size > 1024:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def list_names(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with loading(f"model: {str(path)!r}", "; it is not a valid JSON file"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise LoadError(f"cannot load model: {str(path)!r} is not a JSON object but {type(found).__name__}")
+    return found
+
+
+# A config may claim anything: what it claims is held against the weights before a model is built of it.
+
+
+def check_claims(config: Mapping[str, Any], weights: Weights | None, what: str, at: str = "") -> None:
+    """Refuse counts of layers that the weights cannot bear: configs build lists of them before there is a model."""
+    most = _MOST_LAYERS if weights is None else 4 * weights.tensors + 1024
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_claims(value, weights, what, f"{at}{name}.")
+        elif isinstance(value, int) and value > most and _DEPTH.search(str(name)):
+            told = "" if weights is None else f"; its weights are {weights.tensors} tensors"
+            raise LoadError(f"{what} claims {at}{name}={value} in its config{told}")
+
+
+def check_size(config: Any, weights: Weights | None, what: str) -> None:
+    """Build the model without memory, and refuse one that is larger than its weights."""
+    if weights is None:
+        return
+    with _few_modules(20 * weights.tensors + 10_000, what), torch.device("meta"):
+        model: Any = auto_class(config).from_config(config, trust_remote_code=False)
+    claimed = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    # A quantised weight is packed, up to 16 numbers in an int32; else a model is no larger than its file.
+    packed = weights.packed or getattr(config, "quantization_config", None) is not None
+    most = weights.elements * (32 if packed else 2) + 2**20
+    if claimed > most:
+        raise LoadError(
+            f"{what} does not fit its config: a model of {claimed:,} parameters from weights of {weights.elements:,}"
+        )
+
+
+@contextmanager
+def _few_modules(most: int, what: str) -> Iterator[None]:
+    """Stop building a model, in this thread, once it has more modules than this."""
+    thread, count = threading.get_ident(), 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        if threading.get_ident() != thread:
+            return
+        count += 1
+        if count > most:
+            raise LoadError(
+                f"{what} does not fit its config: that builds over {most:,} modules, more than its weights bear"
+            )
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _stating_code() -> Iterator[None]:
+    """Say how to run a model's own code where that is what is missing."""
+    try:
+        yield
+    except LoadError as error:
+        if "trust_remote_code" not in str(error.__cause__):
+            raise
+        raise LoadError(f"{error}; trust_remote_code=True runs it") from error.__cause__

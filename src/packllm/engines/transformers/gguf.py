@@ -1,0 +1,320 @@
+"""A .gguf file as a folder of float32 safetensors, made once, tensor by tensor. Only the file itself is read: what
+lies beside it never is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from packllm.cache import cache_folder
+from packllm.engines.transformers.files import check_size
+from packllm.engines.transformers.gguf_header import check_header
+from packllm.errors import LoadError, PackError, loading
+
+log = logging.getLogger("packllm")
+
+_MANIFEST = "packllm.json"
+_CHUNK = 2**22
+_RACY = 2.0  # seconds: a file changed this lately may change again without its times telling
+_without_cache: dict[str, tempfile.TemporaryDirectory] = {}
+"""Conversions that no cache could take, by key; gone when the process ends."""
+
+
+def converted(path: Path) -> Path:
+    """Folder with the model of a .gguf file as float32 safetensors, made on the first call.
+
+    It stays in the cache folder under a hash of the whole file, and is made again where it is damaged. Where the cache
+    cannot be written it is made for this process alone.
+
+    Raises:
+        LoadError: no GGUF file, a damaged one, a model that cannot be read; no room for the conversion.
+    """
+    with loading(f"{str(path)!r}"):
+        key = _key(path)
+    folder = cache_folder() / "gguf" / f"{path.stem[:80]}-{key[:16]}"
+    if key in _without_cache:
+        return Path(_without_cache[key].name)
+    try:
+        return _cached(path, folder)
+    except OSError as error:
+        log.warning("%s is converted for this process alone: the cache %s fails: %s", path.name, folder.parent, error)
+    try:
+        draft = tempfile.TemporaryDirectory(prefix="packllm-")
+        _convert(path, Path(draft.name))
+    except OSError as error:
+        size = 4 * check_header(path).elements
+        raise LoadError(
+            f"cannot convert {str(path)!r}: {error}; it takes {size / 2**20:,.0f} MiB in {str(folder.parent)!r} or "
+            "the folder for temporary files; make room, or let PACKLLM_CACHE name another folder"
+        ) from error
+    _without_cache[key] = draft
+    return Path(draft.name)
+
+
+def _cached(path: Path, folder: Path) -> Path:
+    if _is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        whole = draft / "whole"
+        whole.mkdir()
+        _convert(path, whole)
+        _seal(whole)
+        with suppress(OSError):  # what was damaged
+            os.rename(folder, draft / "damaged")
+        # Renaming is atomic: another process sees the whole folder or none.
+        os.rename(whole, folder)
+    except OSError:
+        if not _is_whole(folder):  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+# The cache: what a file is, and whether a conversion is whole
+
+
+def _key(path: Path) -> str:
+    """Hash of the whole file. It is remembered for a path whose times and size have not changed."""
+    stat = path.stat()
+    told = f"{path.resolve()} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    note = cache_folder() / "gguf-keys" / hashlib.sha256(told.encode()).hexdigest()
+    with suppress(OSError, ValueError):
+        known = note.read_text()
+        if len(known) == 64 and int(known, 16) >= 0:
+            return known
+    key = _digest(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _RACY:
+        with suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(key)
+    return key
+
+
+def _digest(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    bar = tqdm(total=size, desc=f"Reading {path.name}", unit="B", unit_scale=True, disable=None, delay=2, leave=False)
+    with bar, open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Write down what a whole conversion holds; last, so that a half-written one has no manifest."""
+    files = {file.name: [*_stat(file), _digest(file)] for file in folder.iterdir()}
+    (folder / _MANIFEST).write_text(json.dumps(files))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion is as it was sealed: by size and time of each file, else by its content."""
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())
+        for name, (size, time_ns, digest) in files.items():
+            now = _stat(folder / name)
+            if now[0] != size or (now[1] != time_ns and _digest(folder / name) != digest):
+                return False
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+    return bool(files)
+
+
+def _stat(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+# The conversion
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Write the model of a .gguf file into a folder. OSError with an errno: the folder cannot take it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    weights = check_header(path)
+    what = f"cannot read {str(path)!r}"
+    # From an empty folder, so that no config, template or code that lies beside the file has a say.
+    with tempfile.TemporaryDirectory() as empty, _reading(path):
+        words: dict[str, Any] = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(empty, **words)
+        check_size(config, weights, what)
+        AutoTokenizer.from_pretrained(empty, **words).save_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            _write_each(path, model, folder / "model.safetensors")
+        except _UnknownNames as error:
+            log.info("%s is converted in memory, not tensor by tensor: %s", path.name, error)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                empty, dtype=torch.float32, output_loading_info=True, **words
+            )
+            if missing := sorted(loaded[1]["missing_keys"]):
+                raise LoadError(f"{what}: it lacks the tensor of {missing[0]}") from None
+            model.load_state_dict(loaded[0].state_dict(), assign=True)  # the loaded one counts as quantised
+            model.save_pretrained(folder)
+        settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+        clean = type(model.config).from_dict({**settings, "architectures": [type(model).__name__], "dtype": "float32"})
+        clean.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors as LoadErrors that name the file, but for those of the disk that is written to."""
+    try:
+        yield
+    except PackError:
+        raise
+    except OSError as error:
+        if error.errno:
+            raise
+        raise LoadError(f"cannot read {str(path)!r}: {error}") from error
+    except BaseException as error:
+        with loading(f"{str(path)!r}"):
+            raise error
+
+
+class _UnknownNames(Exception):
+    """The table of tensor names does not cover this model."""
+
+
+def _write_each(path: Path, model: Any, file: Path) -> None:
+    """The tensors of a .gguf file under transformers' names in one safetensors file, each read, written, dropped.
+
+    Args:
+        model: the model without memory, which tells names and shapes.
+    """
+    table = _table(path, model)
+    places, header = _layout(model)
+    written: set[str] = set()
+    with open(file, "wb") as out:
+        out.write(header)
+        for name, tensor in _tensors(path, table):
+            if name not in places:
+                continue
+            shape, offset = places[name]
+            if tuple(tensor.shape) != shape:
+                raise LoadError(f"cannot read {str(path)!r}: {name} is {tuple(tensor.shape)}, by its header {shape}")
+            out.seek(len(header) + offset)
+            out.write(tensor.float().contiguous().numpy().data.cast("B"))
+            written.add(name)
+    if missing := sorted(places.keys() - written):
+        if missing[0] in table.names.values():
+            raise LoadError(f"cannot read {str(path)!r}: it lacks the tensor of {missing[0]}")
+        raise _UnknownNames(f"no tensor for {missing[0]}")
+
+
+def _layout(model: Any) -> tuple[dict[str, tuple[tuple[int, ...], int]], bytes]:
+    """(shape and offset of each parameter, the header of a safetensors file of them in float32)."""
+    places, entries, offset = {}, {}, 0
+    for name, parameter in model.named_parameters():  # tied ones once
+        shape, end = tuple(parameter.shape), offset + 4 * parameter.numel()
+        places[name] = shape, offset
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return places, struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True)
+class _Table:
+    """How transformers reads the tensors of one file.
+
+    Attributes:
+        reader: of the gguf package, over the mapped file.
+        names: transformers' name by the file's.
+        processor: turns a tensor into transformers' form.
+        parsed: what transformers reads of the header; processors put experts together in its "tensors".
+    """
+
+    reader: Any
+    names: dict[str, str]
+    processor: Any
+    parsed: dict[str, Any]
+
+
+def _table(path: Path, model: Any) -> _Table:
+    try:
+        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+        from transformers.modeling_gguf_pytorch_utils import (
+            GGUF_SUPPORTED_ARCHITECTURES,
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            load_gguf_checkpoint,
+            read_field,
+        )
+    except ImportError as error:
+        raise _UnknownNames(str(error)) from error
+    reader = GGUFReader(path)
+    architecture = read_field(reader, "general.architecture")[0]
+    kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES or not kinds:
+        raise _UnknownNames(f"architecture {architecture!r}")
+    parsed = {**load_gguf_checkpoint(path, return_tensors=False), "tensors": {}}
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+    told = get_tensor_name_map(kinds[0], model.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for full in model.state_dict():
+        full = processor.preprocess_name(full)
+        name, dot, last = full.rpartition(".")
+        stem, suffix = (name, dot + last) if last in ("weight", "bias") else (full, "")
+        # Some files are of the body alone, whose names lack the first part.
+        parts = stem.split(".")
+        found = next((own for at in range(len(parts)) if (own := told.get_name(".".join(parts[at:])))), None)
+        if found:
+            names.setdefault(found + suffix, full)
+        else:
+            processor.perform_fallback_tensor_mapping(names, suffix, "", full)
+    return _Table(reader, names, processor, parsed)
+
+
+def _tensors(path: Path, table: _Table) -> Iterator[tuple[str, Tensor]]:
+    """(transformers' name, float32 tensor) of each tensor of a file."""
+    from gguf import dequantize
+
+    made = table.parsed["tensors"]
+    ordered = sorted(table.reader.tensors, key=lambda tensor: _block(tensor.name))
+    block: list[str] = []
+    for tensor in tqdm(ordered, desc=f"Converting {path.name} (once)", unit="tensor", disable=None, delay=1):
+        if _block(tensor.name) != block:  # experts are put together by the processor, within their block
+            yield from _emptied(made)
+            block = _block(tensor.name)
+        result = table.processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=table.names,
+            parsed_parameters=table.parsed,
+        )
+        if result.name in table.names:
+            yield table.names[result.name], torch.from_numpy(numpy.require(result.weights, numpy.float32, ["C", "W"]))
+    yield from _emptied(made)
+
+
+def _block(name: str) -> list[str]:
+    return name.split(".")[:2]
+
+
+def _emptied(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    while tensors:
+        yield tensors.popitem()

@@ -1,0 +1,339 @@
+"""GGUF files: converted once, tensor by tensor, from the file alone; caches that fail or are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import weakref
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from packllm import LoadError, Member
+from packllm.cache import cache_folder
+from packllm.engines.load import Loader
+from packllm.engines.transformers import gguf as conversion
+from packllm.engines.transformers.gguf import converted
+
+NORM = b"output_norm.weight"
+IDS = torch.tensor([[5, 60, 200, 7, 33, 34, 35]])
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PACKLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conversion, "_without_cache", {})
+    return tmp_path / "cache"
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(LoadError) as caught:
+        Loader().members([path])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_gguf(member: Member, path: Path) -> None:
+    """A tiny Llama in llama.cpp's format, float32."""
+    config, weights = member.model.config, member.model.state_dict()
+    tokenizer = json.loads(member.tokenizer.backend_tokenizer.to_str())
+    pieces = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
+    special = {t["content"] for t in tokenizer["added_tokens"]}
+    tokens = sorted(pieces, key=pieces.get)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in weights.items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp turns the halves of a head into pairs
+            weight = weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(make_member, tmp_path, cache):
+    member = make_member("llama", 3)
+    path = tmp_path / "tiny.v1.gguf"
+    write_gguf(member, path)
+    loaded = Loader().members([path, f"again={path}"])[0]
+    assert loaded.name == "tiny.v1"
+    assert (logits(loaded.model) - logits(member.model)).abs().max() < 1e-4
+    text = "The quick brown fox\n\n日本 😀"
+    assert loaded.encoder.plain(text) == member.encoder.plain(text)
+    (folder,) = (cache / "gguf").iterdir()  # one folder, no drafts
+    assert (folder / "model.safetensors").exists()
+    assert converted(path) == folder
+
+
+@pytest.mark.parametrize("content", [b"no model at all", b"GGUF", b"GGUF\x03\x00\x00\x00", b""])
+def test_not_a_gguf_file(tmp_path, cache, content):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    assert refused(path).startswith(f"cannot read {str(path)!r}: it is ")
+    assert list((cache / "gguf").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def tiny(make_member, tmp_path_factory) -> Path:
+    """A whole GGUF file of a tiny Llama."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(make_member("llama", 3), path)
+    return path
+
+
+def test_a_cut_file_is_refused_wherever_it_ends(tiny, tmp_path):
+    content = tiny.read_bytes()
+    path = tmp_path / "cut.gguf"
+    for end in [5, 23, 24, 60, 500, 5000, *range(20000, len(content), len(content) // 5), len(content) - 40]:
+        path.write_bytes(content[:end])
+        assert "cut off" in refused(path), end
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (b"llama.block_count" + struct.pack("<II", 4, 2), b"llama.block_count" + struct.pack("<II", 4, 10**9), "10000"),
+        (b"llama.vocab_size" + struct.pack("<I", 4), b"llama.vocab_size" + struct.pack("<I", 5), ""),
+        (
+            b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama",
+            b"general.architecture" + struct.pack("<IQ", 8, 5) + b"bark2",
+            "bark2",
+        ),
+        (
+            b"output_norm.weight" + struct.pack("<IQI", 1, 32, 0),
+            b"output_norm.weight" + struct.pack("<IQI", 1, 32, 99),
+            "99",
+        ),
+        (
+            b"output_norm.weight" + struct.pack("<IQ", 1, 32),
+            b"output_norm.weight" + struct.pack("<IQ", 1, 2**60),
+            "cut",
+        ),
+        (b"blk.0.attn_norm.weight", b"blk.7.attn_norm.weight", ""),
+    ],
+    ids=["layers", "vocabulary", "architecture", "type", "size", "name"],
+)
+def test_a_header_that_lies_is_refused(tiny, tmp_path, old, new, said):
+    content = tiny.read_bytes()
+    assert content.count(old) == 1
+    path = tmp_path / "lie.gguf"
+    path.write_bytes(content.replace(old, new))
+    if new.startswith(b"llama.vocab_size"):  # another type of the same number is no lie
+        assert Loader().members([path])[0].model.config.vocab_size
+        return
+    assert said in refused(path)
+
+
+def test_nothing_beside_the_file_is_read(tiny, tmp_path, monkeypatch):
+    for name in ("model.py", "evil.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "evil.Evil")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "generation_config.json").write_text("[")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    path = Path(shutil.copy(tiny, tmp_path / "x.gguf"))
+    for trust in (False, True):
+        (member,) = Loader(trust_remote_code=trust).members([path])
+        assert member.vocabulary_size > 300
+    assert not (tmp_path / "ran").exists()
+
+
+def test_it_is_written_tensor_by_tensor(tiny, tmp_path, monkeypatch):
+    each, alive, most = conversion._tensors, [], 0
+
+    def watched(path, table):
+        nonlocal most
+        for name, tensor in each(path, table):
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            most = max(most, sum(ref() is not None for ref in alive))
+
+    monkeypatch.setattr(conversion, "_tensors", watched)
+    folder = converted(tiny)
+    assert len(alive) == len(load_file(folder / "model.safetensors")) == 21
+    assert most <= 1
+
+
+@pytest.fixture
+def conversions(monkeypatch) -> list[Path]:
+    """Stands in for the conversion, which takes long: writes one file, and notes where."""
+    drafts: list[Path] = []
+
+    def convert(path: Path, folder: Path) -> None:
+        assert folder.is_dir()
+        drafts.append(folder)
+        (folder / "content").write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(conversion, "_convert", convert)
+    return drafts
+
+
+def test_a_file_is_converted_once(tmp_path, cache, conversions):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"one")
+    folder = converted(path)
+    assert folder.parent == cache / "gguf" == cache_folder() / "gguf"
+    assert (folder / "content").read_bytes() == b"one"
+    assert conversions[0] != folder  # made elsewhere, then renamed
+    assert converted(path) == folder
+    assert len(conversions) == 1
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_another_content_is_another_folder(tmp_path, conversions):
+    path = tmp_path / "m.gguf"
+    folders = set()
+    for content in (
+        b"one",
+        b"two",
+        bytes(3 * 2**20),
+        bytes(3 * 2**20 + 1),
+        b"x" + bytes(3 * 2**20 - 1),
+        bytes(3 * 2**20 - 1) + b"x",
+        bytes(2**20) + b"x" + bytes(2**21 - 1),  # in the midst
+    ):
+        path.write_bytes(content)
+        folders.add(converted(path))
+    assert len(folders) == len(conversions) == 7
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"one")
+
+    def fail(path: Path, folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise LoadError("disk full")
+
+    monkeypatch.setattr(conversion, "_convert", fail)
+    with pytest.raises(LoadError, match="disk full"):
+        converted(path)
+    assert list((cache / "gguf").iterdir()) == []
+    monkeypatch.setattr(conversion, "_convert", lambda path, folder: (folder / "whole").write_text("whole"))
+    assert sorted(os.listdir(converted(path))) == ["packllm.json", "whole"]
+
+
+def test_another_process_that_was_faster_wins(tmp_path, cache, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"one")
+    theirs = cache / "gguf" / f"m-{conversion._key(path)[:16]}"
+
+    def convert(path: Path, folder: Path) -> None:
+        (folder / "ours").write_text("")
+        theirs.mkdir()
+        (theirs / "theirs").write_text("")
+        conversion._seal(theirs)
+
+    monkeypatch.setattr(conversion, "_convert", convert)
+    monkeypatch.setattr(os, "rename", _rename_onto_nothing)
+    assert converted(path) == theirs
+    assert sorted(os.listdir(theirs)) == ["packllm.json", "theirs"]
+    assert list(theirs.parent.iterdir()) == [theirs]
+
+
+def _rename_onto_nothing(source: Path, target: Path, rename=os.rename) -> None:
+    """Their folder comes between our look and our move."""
+    if Path(target).name == "damaged":
+        raise FileNotFoundError(source)
+    rename(source, target)
+
+
+def test_a_file_is_hashed_once_while_it_stays_as_it_is(tmp_path, conversions, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"one")
+    os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(conversion, "_RACY", -1.0)  # the time of the last change is the clock's, and fresh
+    hashed, digest = [], conversion._digest
+    monkeypatch.setattr(conversion, "_digest", lambda file: hashed.append(file) or digest(file))
+    first = converted(path)
+    assert hashed.count(path) == 1
+    assert converted(path) == first
+    assert hashed.count(path) == 1
+    path.write_bytes(b"two")
+    os.utime(path, (1e9, 1e9))
+    assert converted(path) != first
+    assert hashed.count(path) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "packllm.json").unlink(),
+        lambda folder: (folder / "packllm.json").write_text("[1]"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
+        lambda folder: flip(folder / "model.safetensors"),
+        lambda folder: [file.unlink() for file in folder.iterdir()],
+    ],
+    ids=["no manifest", "manifest", "no weights", "config", "cut", "a bit", "empty"],
+)
+def test_a_damaged_conversion_is_made_again(tiny, spoil):
+    before = {name: weight.clone() for name, weight in load_file(converted(tiny) / "model.safetensors").items()}
+    spoil(converted(tiny))
+    (member,) = Loader().members([tiny])
+    after = load_file(converted(tiny) / "model.safetensors")
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert len(list(converted(tiny).parent.iterdir())) == 1
+    assert torch.equal(member.model.model.norm.weight, before["model.norm.weight"])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+def test_without_a_cache_it_is_converted_for_this_process(tiny, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    (member,) = Loader().members([tiny])
+    assert member.vocabulary_size > 300
+    assert "for this process alone" in caplog.text
+    made = []
+    monkeypatch.setattr(conversion, "_convert", lambda *_: made.append(1))
+    assert (converted(tiny) / "model.safetensors").exists()
+    assert not made
+
+
+def test_a_full_disk_is_said(tiny, cache, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "_write_each", full)
+    with pytest.raises(
+        LoadError, match=r"No space left on device; it takes \d+ MiB in .*; make room, or let PACKLLM_CACHE"
+    ):
+        converted(tiny)
+    assert list((cache / "gguf").iterdir()) == []
