@@ -22,6 +22,7 @@ from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
+from packllm.decode.tokens import in_one_vocabulary
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.member import Member
 from packllm.engines.prefix import PrefixCache
@@ -365,6 +366,7 @@ def _scores(
     running, weights = list(lines), request.weights[0]
     if not request.one_vocabulary(running):
         return text_logprobs(lines, weights, texts)
+    lines, _ = in_one_vocabulary(lines)
     if request.options.decoding != "mined":
         return continuation_logprobs(lines, weights, ids[running[0]])
     spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]

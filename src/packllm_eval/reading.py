@@ -219,7 +219,7 @@ class Reading:
 
     def _common(self, members: Sequence[int], parts: Sequence[Scored]) -> list[Scored] | None:
         first = self._members[members[0]].vocabulary
-        if not all(self._members[k].vocabulary.same_as(first) for k in members[1:]):
+        if not all(self._members[k].vocabulary.akin(first) for k in members[1:]):
             return None
         return common_tokens(parts)
 

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
+from packllm.align.shared import Shared
 from packllm.chat.marks import CALL_MARKS
 from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.failures import without
@@ -18,7 +19,7 @@ from packllm.decode.segments import Writers
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
 from packllm.decode.text import TextStream
-from packllm.decode.tokens import Ensemble, Row
+from packllm.decode.tokens import Ensemble, Row, in_one_vocabulary
 from packllm.decode.writer import Writer
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
@@ -98,13 +99,16 @@ def _pieces(request: Request) -> Generator[tuple[int, Chunk], None, None]:
                 for chunk in _segments(request, r, row, started):
                     yield r, chunk
                 row.done = True
-        lines = {(k, r): line for (k, r), line in request.lines.items() if not rows[r].done}
+        lines, shared = {}, {}
+        for r in (r for r, row in enumerate(rows) if not row.done):
+            own, shared[r] = in_one_vocabulary({k: request.lines[k, r] for k in request.running(r)})
+            lines |= {(k, r): line for k, line in own.items()}
         ensemble = Ensemble(lines, rows, request.failures)
         answers = {}
         for r, row in enumerate(rows):
             if not row.done:
                 try:
-                    answers[r] = _answer(request, r, row, ensemble.running(r))
+                    answers[r] = _answer(request, r, row, ensemble.running(r), shared[r])
                 except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
                     yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
                     raise
@@ -134,11 +138,10 @@ def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterat
     return speculative_ids(ensemble, rows, places)
 
 
-def _answer(request: Request, index: int, row: Row, running: Sequence[int]) -> Answer:
+def _answer(request: Request, index: int, row: Row, running: Sequence[int], shared: Shared | None) -> Answer:
     shown = _shown(request, index)
-    ends = frozenset().union(*(request.members[k].end_ids for k in running))
-    top = _top(row, running)
-    vocabulary, prompt = request.members[top].vocabulary, request.usage(index, top)
+    vocabulary, prompt = request.members[running[0]].vocabulary, request.usage(index, _top(row, running))
+    ends = request.members[running[0]].end_ids if shared is None else frozenset([shared.end])
     if request.grammar is None:
         return Answer(TextStream(vocabulary, request.options.stop, shown), ends, row.limit, prompt)
     constraint = Constraint(request.grammar, vocabulary, ends, row.limit)

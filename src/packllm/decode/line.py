@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from packllm.align.shared import Shared
 from packllm.engines import base
 from packllm.engines.base import Read, Want, read_together
 from packllm.engines.member import Member
@@ -23,10 +24,26 @@ class Line:
         member: whose it is.
         sequence: what it has read.
         here: float32 (V,), log-probabilities of the next token.
+        shared: the ids that it is asked and answers in, and which of their members it is; None: its own.
     """
 
-    def __init__(self, member: Member, sequence: base.Sequence, here: Tensor) -> None:
+    def __init__(
+        self, member: Member, sequence: base.Sequence, here: Tensor, shared: tuple[Shared, int] | None = None
+    ) -> None:
         self.member, self.sequence, self.here = member, sequence, here
+        self._shared = shared
+
+    def speaking(self, shared: Shared, index: int) -> Line:
+        """The same line, asked and answering in shared ids."""
+        return Line(self.member, self.sequence, shared.rows(index, self.here), (shared, index))
+
+    def own(self, ids: Sequence[int]) -> Sequence[int]:
+        """The member's own ids of those that it is asked in."""
+        return ids if self._shared is None else self._shared[0].own(self._shared[1], ids)
+
+    def told(self, rows: Tensor) -> Tensor:
+        """Log-probabilities (..., V) of the member's own ids in those that it answers in."""
+        return rows if self._shared is None else self._shared[0].rows(self._shared[1], rows)
 
     def __len__(self) -> int:
         """Tokens that were read."""
@@ -50,7 +67,7 @@ class Line:
 
     def fork(self) -> Line:
         """The same once more; this one stays as it is."""
-        return Line(self.member, self.sequence.fork(), self.here)
+        return Line(self.member, self.sequence.fork(), self.here, self._shared)
 
     def close(self) -> None:
         self.sequence.close()
@@ -69,15 +86,15 @@ def read_lines(
     Returns:
         What Want says, or the error of a member that failed.
     """
-    answers = read_together([Read(lines[key].sequence, ids, want) for key, ids in blocks.items()])
+    answers = read_together([Read(lines[key].sequence, lines[key].own(ids), want) for key, ids in blocks.items()])
     results: dict[K, Tensor | MemberError] = {}
     for key, answer in zip(blocks, answers, strict=True):
         line = lines[key]
         if isinstance(answer, Exception):
             results[key] = line.member.failed(answer)
         else:
-            line.here = answer[-1]
-            results[key] = answer
+            results[key] = rows = line.told(answer)
+            line.here = rows[-1]
     return results
 
 
@@ -114,7 +131,8 @@ def open_lines(
 
 
 def read_forks(line: Line, rows: Sequence[Sequence[int]]) -> tuple[list[Line], list[Tensor]]:
-    """What a member gives several continuations of its text, each at least one id, read together by forks of the line.
+    """What a member gives several continuations of its text, each at least one of its own ids, read together by forks
+    of the line.
 
     Returns:
         The forks, at the ends of the continuations; float64 (n,) each, log p of their ids.
@@ -157,7 +175,8 @@ def score_rows(lines: Mapping[K, Line], rows: Mapping[K, Sequence[Sequence[int]]
     longer = [(key, r) for key, texts in rows.items() for r, ids in enumerate(texts) if len(ids) > 1]
     forks = {slot: lines[slot[0]].fork() for slot in longer}
     try:
-        answers = read_together([Read(forks[k, r].sequence, rows[k][r][:-1], rows[k][r][1:]) for k, r in longer])
+        own = {(k, r): lines[k].own(rows[k][r]) for k, r in longer}
+        answers = read_together([Read(forks[slot].sequence, own[slot][:-1], own[slot][1:]) for slot in longer])
     finally:
         for fork in forks.values():
             fork.close()

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from packllm.align.shared import overlap
 from packllm.chat.prompt import Encoded, Prompt, TooLong
 from packllm.decode.cancel import Stop
 from packllm.decode.failures import Failures
@@ -119,10 +120,24 @@ class Request:
         first = self.members[self._candidates[0]]
         for k in self._candidates[1:]:
             member = self.members[k]
-            if not member.vocabulary.same_as(first.vocabulary):
+            if not member.vocabulary.akin(first.vocabulary):
+                share = overlap(first.vocabulary, member.vocabulary)
                 raise VocabularyError(
-                    f"members {first.name!r} and {member.name!r} have different vocabularies, which "
-                    f"decoding={self.options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
+                    f"members {first.name!r} and {member.name!r} have different vocabularies,
+                    {share:.0%}
+                  
+                    of whose
+                  
+                   
+                    tokens " f"both have, which decoding={self.options.decoding!r} cannot fuse; use decoding='cool',
+                    'mined' or
+                  
+                    "
+                   
+                   
+                    f"'auto'"
+              
+              
                 )
 
     def check_room(self, lengths: dict[int, int]) -> None:
@@ -299,7 +314,7 @@ class Request:
     def one_vocabulary(self, which: Sequence[int]) -> bool:
         """Whether these members share a vocabulary."""
         first = self.members[which[0]].vocabulary
-        return all(self.members[k].vocabulary.same_as(first) for k in which[1:])
+        return all(self.members[k].vocabulary.akin(first) for k in which[1:])
 
     def cache_bytes(self) -> int:
         """Most that the caches of all members and prompts grow to."""
@@ -320,8 +335,11 @@ class Request:
             sequence.close()
 
 
-def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
-    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
+def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) ->
+Tensor | Non
+None None:
+    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not
+    know.
 
     The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
     """

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from packllm.align.shared import Shared
 from packllm.decode.failures import Failures, normalised
 from packllm.decode.line import Line, read_lines
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import Sampler
+from packllm.engines.member import Member
 from packllm.errors import MemberError
 from packllm.weights.result import Weights
 
@@ -132,6 +134,22 @@ def fused_row(parts: dict[int, Tensor], weights: Weights) -> Tensor:
     device = parts[members[0]].device
     stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
     return fuse(stacked, [weights.values[k] for k in members], weights.pool)
+
+
+def in_one_vocabulary(lines: Mapping[int, Line]) -> tuple[dict[int, Line], Shared | None]:
+    """Lines of members of one family, by index, asked and answering in the ids that they share; None: in all of
+    them."""
+    members = [line.member for line in lines.values()]
+    shared = shared_by(members)
+    if shared is None:
+        return dict(lines), None
+    return {k: line.speaking(shared, at) for at, (k, line) in enumerate(lines.items())}, shared
+
+
+def shared_by(members: Sequence[Member]) -> Shared | None:
+    """What members of one family share, in the ids of the first; None: all ids, and the ends."""
+    vocabularies, ends = [m.vocabulary for m in members], [m.end_ids for m in members]
+    return Shared.of(vocabularies, ends, [m.vocabulary_size for m in members])
 
 
 def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:

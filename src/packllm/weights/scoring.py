@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packllm.align.shared import Shared
 from packllm.align.words import Scored, common_tokens, common_words
 from packllm.chat.prompt import Encoded
 from packllm.engines import base
@@ -78,11 +79,12 @@ class SequenceSource:
 
     Args:
         behind: K members' logits, at the same t scored positions.
+        shared: the ids that they are told in; None: the members' own, which are the same.
     """
 
-    def __init__(self, behind: Sequence[Behind]) -> None:
-        self._behind = behind
-        self._size = min(one.member.vocabulary_size for one in behind)
+    def __init__(self, behind: Sequence[Behind], shared: Shared | None = None) -> None:
+        self._behind, self._shared = behind, shared
+        self._size = shared.size if shared else min(one.member.vocabulary_size for one in behind)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -96,7 +98,8 @@ class SequenceSource:
         for part in positions.split(step):
             for at, (k, stream) in enumerate(zip(chosen, streams, strict=True)):
                 with blamed_on(self._behind[k].member.name):
-                    logits = next(stream)[..., : self._size]
+                    logits = next(stream)
+                    logits = logits[..., : self._size] if self._shared is None else self._shared.rows(k, logits)
                 if buffer is None:
                     buffer = torch.empty(len(chosen) * step * self._size, device=logits.device)
                 block = buffer[: len(chosen) * len(part) * self._size].view(len(chosen), len(part), self._size)
@@ -202,13 +205,15 @@ def source_of(
     encoded: Sequence[Encoded],
     skip: Sequence[int],
     count: int,
+    shared: Shared | None = None,
 ) -> SequenceSource:
-    """The logits behind `count` scored tokens of each member, without its first `skip` ones."""
+    """The logits behind `count` scored tokens of each member, without its first `skip` ones; in shared ids, if
+    given."""
     behind = [
         Behind(member, sequence, torch.tensor(e.positions[begin : begin + count], dtype=torch.long) - 1)
         for member, sequence, e, begin in zip(members, sequences, encoded, skip, strict=True)
     ]
-    return (OneHeadSource if OneHeadSource.fits(behind) else SequenceSource)(behind)
+    return OneHeadSource(behind) if shared is None and OneHeadSource.fits(behind) else SequenceSource(behind, shared)
 
 
 def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
@@ -238,15 +243,21 @@ def weights_of(
     """
     tokens = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]
     text = encoded[0].text
-    same = all(member.vocabulary.same_as(members[0].vocabulary) for member in members[1:])
-    common = common_tokens(tokens) if same else None
+    akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members[1:])
+    shared = None
+    if akin and not all(member.vocabulary.same_as(members[0].vocabulary) for member in members[1:]):
+        vocabularies, ends = [member.vocabulary for member in members], [member.end_ids for member in members]
+        shared = Shared.of(vocabularies, ends, [member.vocabulary_size for member in members])
+    if shared is not None:
+        tokens = [replace(one, ids=shared.first(k, one.ids)) for k, one in enumerate(tokens)]
+    common = common_tokens(tokens) if akin else None
     source, targets = None, None
     if common is not None:
         matrix = torch.stack([member.logprobs for member in common])
         spans = list(zip(common[0].starts, common[0].ends, strict=True))
         if isinstance(options.weighting, str) and find(options.weighting).needs_logits and matrix.shape[1]:
             skip = [len(t.ids) - matrix.shape[1] for t in tokens]
-            source = source_of(members, sequences, encoded, skip, matrix.shape[1])
+            source = source_of(members, sequences, encoded, skip, matrix.shape[1], shared)
             targets = torch.tensor(common[0].ids)
     else:
         matrix, spans = common_words(text, tokens)

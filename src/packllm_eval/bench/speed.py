@@ -134,7 +134,7 @@ def _written(generation: Generation) -> float:
 
 
 def _one_vocabulary(members: Sequence[Member]) -> bool:
-    return all(member.vocabulary.same_as(members[0].vocabulary) for member in members)
+    return all(member.vocabulary.akin(members[0].vocabulary) for member in members)
 
 
 def _naive_step(members: Sequence[Member], models: Sequence[Any], ids: Tensor, prompt: int) -> int:
