@@ -36,7 +36,9 @@ def test_one_pass_a_token(make_pack):
     for seed in range(4):
         before = [member.engine.forwards for member in pack.members]
         generation = pack.generate(PROMPT, seed=seed)
-        passes = [member.engine.forwards - b - 1 for member, b in zip(pack.members, before, strict=True)]  # 1: the prompt
+        passes = [
+            member.engine.forwards - b - 1 for member, b in zip(pack.members, before, strict=True)
+        ]  # 1: the prompt
         # The last token is read by nobody; an end token is one more, and not counted.
         assert sum(passes) < generation.usage.completion_tokens + (generation.finish_reason == "stop")
         total = [t + p for t, p in zip(total, passes, strict=True)]

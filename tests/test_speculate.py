@@ -56,7 +56,9 @@ def weights_of(members, values, pool="linear") -> Weights:
 
 def ensemble_of(members, prompts, values, pool="linear", limit=20, drop=False, seed=None):
     """An ensemble after its prefill, and its rows."""
-    asked = {(k, r): (m, m.encoder.encode(prompt).ids) for k, m in enumerate(members) for r, prompt in enumerate(prompts)}
+    asked = {
+        (k, r): (m, m.encoder.encode(prompt).ids) for k, m in enumerate(members) for r, prompt in enumerate(prompts)
+    }
     sample = [make_sampler(0.0 if seed is None else 1.0, 1.0, None, seed) for _ in prompts]
     rows = [Row(weights_of(members, values, pool), one, limit) for one in sample]
     failures = Failures([m.name for m in members], range(len(members)), drop)
