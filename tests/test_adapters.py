@@ -8,9 +8,9 @@ import naive
 import peft
 import pytest
 import torch
-from lines import scored
 from hypothesis import given
 from hypothesis import strategies as st
+from lines import scored
 
 from packllm import LoadError, Member, Pack
 from packllm.engines.load import Loader

@@ -9,6 +9,7 @@ from lines import lines
 
 from packllm import Member, MemberError, Pack
 from packllm.decode.line import read_lines
+from packllm.engines.meeting import Meeting
 
 ONE, TWO = "cpu:0", "cpu:1"  # both are the CPU, and differ
 PROMPTS = ["The capital of France is", "def add(a, b):"]
@@ -22,7 +23,7 @@ def apart(make_member):
     def make(*places: str) -> list[Member]:
         members = [make_member(["llama", "gpt2", "llama"][k], k) for k in range(len(places))]
         for member, place in zip(members, places, strict=True):
-            member.engine.place = place
+            member.engine.place, member.engine.meeting = place, Meeting.at(place)
         return members
 
     return make

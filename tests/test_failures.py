@@ -140,8 +140,9 @@ def test_a_member_that_fails_at_any_pass(way, make_member):
                 with pytest.raises(MemberError) as raised:
                     ask(pack)
                 assert raised.value.member == name
-                # rows and scores; each text
-                tries = 2 if way in ("tokens", "drafts", "lazy", "weigh") else 2 + len(TEXTS)
+                tries = (
+                    2 if way in ("tokens", "drafts", "lazy", "weigh") else 2 + len(TEXTS)
+                )  # rows and scores; each text
                 assert 1 <= fault.hits <= tries
         assert n >= {"weigh": 1, "lazy": 1}.get(way, 2)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import chains
 import pytest
-from conftest import TextPack as Pack
 
-from packllm import MemberError, OptionError
+from packllm import MemberError, OptionError, Pack
 from packllm.decode.lazy import lazy_ids
 from packllm.errors import VocabularyError
 
@@ -37,8 +36,9 @@ def test_one_pass_a_token(make_pack):
     for seed in range(4):
         before = [member.engine.forwards for member in pack.members]
         generation = pack.generate(PROMPT, seed=seed)
-        # 1: the prompt
-        passes = [member.engine.forwards - b - 1 for member, b in zip(pack.members, before, strict=True)]
+        passes = [
+            member.engine.forwards - b - 1 for member, b in zip(pack.members, before, strict=True)
+        ]  # 1: the prompt
         # The last token is read by nobody; an end token is one more, and not counted.
         assert sum(passes) < generation.usage.completion_tokens + (generation.finish_reason == "stop")
         total = [t + p for t, p in zip(total, passes, strict=True)]

@@ -10,14 +10,13 @@ import chains
 import naive
 import pytest
 import torch
-from conftest import TextPack as Pack
 from hypothesis import given
 from hypothesis import strategies as st
 from lines import lines
 from test_adapters import specs  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3NextConfig
 
-from packllm import Member, MemberError
+from packllm import Member, MemberError, Pack
 from packllm.decode.failures import Failures
 from packllm.decode.sampling import Greedy, Random, make_sampler
 from packllm.decode.speculate import MOST_PLACES, Pace, speculative_ids
@@ -57,12 +56,13 @@ def weights_of(members, values, pool="linear") -> Weights:
 
 def ensemble_of(members, prompts, values, pool="linear", limit=20, drop=False, seed=None):
     """An ensemble after its prefill, and its rows."""
-    asked = {(k, r): (m, m.encoder.encode(prompt).ids) for k, m in enumerate(members) for r, prompt in
-    enumerate(prompts)} sample = [make_sampler(0.0 if seed is None else 1.0, 1.0, None,
-    seed) for _ in prompts] rows = [Row(weights_of(members, values, pool), one, limit)
-    for one in sample] failures = Failures([m.name for m in
-    members], range(len(members)), drop) return Ensemble(lines(asked), rows,
-    failures), rows
+    asked = {
+        (k, r): (m, m.encoder.encode(prompt).ids) for k, m in enumerate(members) for r, prompt in enumerate(prompts)
+    }
+    sample = [make_sampler(0.0 if seed is None else 1.0, 1.0, None, seed) for _ in prompts]
+    rows = [Row(weights_of(members, values, pool), one, limit) for one in sample]
+    failures = Failures([m.name for m in members], range(len(members)), drop)
+    return Ensemble(lines(asked), rows, failures), rows
 
 
 @pytest.mark.parametrize("pool", ["linear", "log"])

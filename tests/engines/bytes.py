@@ -156,8 +156,11 @@ class ByteEncoder:
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
         parts: list[tuple[str, bool]] = []
         for message in messages:
-            parts += [(f"{message['role']}: ", False), (str(message["content"]), message["role"] == "user"), ("\n",
-            False)]
+            parts += [
+                (f"{message['role']}: ", False),
+                (str(message["content"]), message["role"] == "user"),
+                ("\n", False),
+            ]
         return [*parts, ("assistant:", False)]
 
     def plain(self, text: str) -> list[int]:

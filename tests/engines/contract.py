@@ -1,9 +1,9 @@
 """What every engine does. A suite for any of them: give its tests a fixture `subject`, see Subject.
 
-    from engines.contract import *  # noqa: F403
+from engines.contract import *  # noqa: F403
 
-    @pytest.fixture(params=[...])
-    def subject(request) -> Subject: ...
+@pytest.fixture(params=[...])
+def subject(request) -> Subject: ...
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_any_cuts_of_a_read_equal_the_whole(subject: Subject) -> None:
     right = subject.truth(subject.ids, None)
     for cuts in ([1], [20], [2, 3, 30], [13, 14, 15, 16], list(range(1, len(subject.ids)))):
         sequence, bounds = subject.engine.open(), [0, *cuts, len(subject.ids)]
-        parts = [read(sequence, subject.ids[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [read(sequence, subject.ids[a:b]) for a, b in pairwise(bounds)]
         assert_close(torch.cat(parts), right)
         sequence.close()
 

@@ -1,14 +1,13 @@
 """The tokens that members of one family share, and one event for the end of an answer (METHODS §4).
 
 Two tokenizers are one vocabulary if their text tokens are the same byte strings, by id or by a permutation of ids.
-Added,
-special, pad and reserved tokens do not matter: a base, its fine-tune with <pad>, and another with ChatML's tokens
-    fuse token
-by token. A control token that all of them spell alike stays, so that calls and thoughts can be written.
+Added, special, pad and reserved tokens do not matter: a base, its fine-tune with <pad>, and another with ChatML's
+tokens fuse token by token. A control token that all of them spell alike stays, so that calls and thoughts can be
+written.
 
 Where one member ends its answers with </s> and another with <|im_end|>, the fused distribution has one event for
-both: each
-member's probability of it is the sum over its own end ids. In the log pool they would otherwise rule each other out.
+both: each member's probability of it is the sum over its own end ids. In the log pool they would otherwise rule each
+other out.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Shared:
         first = vocabularies[0]
         if len({frozenset(own) for own in ends}) == 1 and all(one.same_as(first) for one in vocabularies[1:]):
             return None
-        key = (*(one.fingerprint for one in vocabularies), *map(frozenset, ends), *sizes)
+        key = (*((one.fingerprint, one.family) for one in vocabularies), *map(frozenset, ends), *sizes)
         if key not in _known:
             while len(_known) >= _MOST:
                 _known.pop(next(iter(_known)), None)

@@ -123,21 +123,9 @@ class Request:
             if not member.vocabulary.akin(first.vocabulary):
                 share = overlap(first.vocabulary, member.vocabulary)
                 raise VocabularyError(
-                    f"members {first.name!r} and {member.name!r} have different vocabularies,
-                    {share:.0%}
-                  
-                    of whose
-                  
-                   
-                    tokens " f"both have, which decoding={self.options.decoding!r} cannot fuse; use decoding='cool',
-                    'mined' or
-                  
-                    "
-                   
-                   
-                    f"'auto'"
-              
-              
+                    f"members {first.name!r} and {member.name!r} have different vocabularies ({share:.0%} of their "
+                    f"tokens are in both), which decoding={self.options.decoding!r} cannot fuse; use decoding='cool', "
+                    f"'mined' or 'auto'"
                 )
 
     def check_room(self, lengths: dict[int, int]) -> None:
@@ -335,11 +323,8 @@ class Request:
             sequence.close()
 
 
-def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) ->
-Tensor | Non
-None None:
-    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not
-    know.
+def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
+    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
 
     The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
     """
