@@ -8,11 +8,12 @@ import naive
 import peft
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import given
 from hypothesis import strategies as st
 from lines import scored
 
-from packllm import LoadError, Member, Pack
+from packllm import LoadError, Member
 from packllm.engines.load import Loader
 from packllm.engines.transformers.adapters import _plan
 from packllm.weights import Weights

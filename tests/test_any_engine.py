@@ -11,10 +11,11 @@ import naive
 import numpy as np
 import pytest
 import torch
+from conftest import TextPack as Pack
 from engines.bytes import END, ByteEncoder, ByteEngine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from packllm import Member, MemberError, Pack
+from packllm import Member, MemberError
 from packllm.weights import solve
 
 STORY = b"once upon a time there was a little girl who lived in a small house near the forest. she had a dog. " * 3

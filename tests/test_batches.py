@@ -9,11 +9,12 @@ import naive
 import peft
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lines import lines
 
-from packllm import Generation, Member, Pack
+from packllm import Generation, Member
 from packllm.decode.line import read_lines
 from packllm.engines.load import Loader
 from packllm.engines.transformers.merge import merged

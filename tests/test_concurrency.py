@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TextPack as Pack
 from faces import FACES, Face
 from transformers import DynamicCache
 
-from packllm import Member, Pack
+from packllm import Member
 from packllm.engines.base import Sequence
 
 PROMPTS = (

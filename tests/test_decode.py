@@ -9,9 +9,10 @@ import math
 import naive
 import pytest
 import torch
+from conftest import TextPack as Pack
 from lines import line
 
-from packllm import Member, Pack
+from packllm import Member
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import make_sampler
 from packllm.weights import WEIGHTINGS

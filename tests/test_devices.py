@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
+from conftest import TextPack as Pack
 from lines import lines
 
-from packllm import Member, MemberError, Pack
+from packllm import Member, MemberError
 from packllm.decode.line import read_lines
 from packllm.engines.meeting import Meeting
 

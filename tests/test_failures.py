@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import TextPack as Pack
 from transformers import DynamicCache
 
-from packllm import CancelledError, Member, MemberError, Pack
+from packllm import CancelledError, Member, MemberError
 
 PROMPT = "Diabetes is a disease in which the court shall order relief"
 TEXTS = [" The capital of France", " a sequential scan", " Paris is blue"]

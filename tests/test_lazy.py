@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import chains
 import pytest
+from conftest import TextPack as Pack
 
-from packllm import MemberError, OptionError, Pack
+from packllm import MemberError, OptionError
 from packllm.decode.lazy import lazy_ids
 from packllm.errors import VocabularyError
 

@@ -11,12 +11,13 @@ import naive
 import peft
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lines import scored
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3NextConfig
 
-from packllm import Member, MemberError, OptionError, Pack
+from packllm import Member, MemberError, OptionError
 from packllm.decode.line import Line
 from packllm.engines.prefix import MINIMUM, PrefixCache, PrefixStats
 

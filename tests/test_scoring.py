@@ -7,9 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import TextPack as Pack
 from lines import scored
 
-from packllm import Member, MemberError, Pack
+from packllm import Member, MemberError
 from packllm.options import make_options
 from packllm.weights.scoring import Behind, OneHeadSource, SequenceSource, weights_of
 

@@ -10,13 +10,14 @@ import chains
 import naive
 import pytest
 import torch
+from conftest import TextPack as Pack
 from hypothesis import given
 from hypothesis import strategies as st
 from lines import lines
 from test_adapters import specs  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3NextConfig
 
-from packllm import Member, MemberError, Pack
+from packllm import Member, MemberError
 from packllm.decode.failures import Failures
 from packllm.decode.sampling import Greedy, Random, make_sampler
 from packllm.decode.speculate import MOST_PLACES, Pace, speculative_ids

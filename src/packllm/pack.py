@@ -209,14 +209,15 @@ class Pack:
         """
         if isinstance(prompt, str):
             return len(self.tokenize(prompt))
-        encoded = self._request([prompt], self.check(**options), Stop()).encoded[0]
+        encoded = self._request([prompt], self.check(**options)).encoded[0]
         return len(encoded[min(encoded)].ids)
 
     # Requests
 
     def weigh(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Weights:
         """What each member would count for on this prompt; nothing is generated. Arguments and errors as stream()."""
-        with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:
+        with closing(self._request([prompt], self.check(**options))) as request:
+            request.stop = Stop(cancel)
             request.limits(0)
             request.prefill()
             return request.weights[0]
@@ -258,13 +259,16 @@ class Pack:
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:
-            request = self._request([prompts[at] for at in group], checked, stop)
+            request = self._request([prompts[at] for at in group], checked)
+            request.stop = stop
             request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
 
         def anew(at: int) -> Generator[tuple[int, Chunk], None, None]:
-            return answer.chunks(self._request([prompts[at]], verdict.drawn_anew(checked), stop))
+            request = self._request([prompts[at]], verdict.drawn_anew(checked))
+            request.stop = stop
+            return answer.chunks(request)
 
         return _chunks(requests, groups, anew)
 
@@ -313,7 +317,8 @@ class Pack:
         checked = self.check(**options)
         if checked.chat_template is None:
             checked = checked.model_copy(update={"chat_template": False})
-        with closing(self._request([prompt], checked, Stop(cancel))) as request:
+        with closing(self._request([prompt], checked)) as request:
+            request.stop = Stop(cancel)
             ids = {
                 k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
             }
@@ -352,11 +357,11 @@ class Pack:
             return self.has_chat_template and not isinstance(prompt, Formatted)
         return options.chat_template
 
-    def _request(self, prompts: Sequence[Prompt], options: Options, stop: Stop) -> Request:
+    def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
         checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
-        return Request(self.members, options, checked, self.prefixes, stop)
+        return Request(self.members, options, checked, self.prefixes)
 
 
 def _scores(

@@ -138,6 +138,8 @@ class ByteEncoder:
         score_on: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         json_schema: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
     ) -> Encoded:
         parts = [(prompt, True)] if isinstance(prompt, str) else self._chat(prompt)
         ids: list[int] = []

@@ -50,9 +50,9 @@ class Request:
         options: the request's options.
         prompts: checked prompts (see prompt.check), at least one.
         prefixes: earlier prompts that these may start from, and are kept in.
-        stop: asked before every forward pass whether to go on.
 
     Attributes:
+        stop: asked before every forward pass whether to go on.
         encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
         lines: by (member index, index of the prompt), at the ends of the prompts; filled in by prefill().
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
@@ -69,10 +69,9 @@ class Request:
         options: Options,
         prompts: Sequence[Prompt],
         prefixes: PrefixCache | None = None,
-        stop: Stop | None = None,
     ) -> None:
         self.members, self.options = members, options
-        self._stop = stop or Stop()
+        self.stop = Stop()
         self._candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
             given = {name: value for name, value in options.weighting.items() if value != 0}
@@ -178,7 +177,7 @@ class Request:
 
     def check(self) -> None:
         """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
-        self._stop.check()
+        self.stop.check()
         self.check_time()
 
     def check_time(self) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from packllm.errors import CancelledError
+from packllm.errors import AnswerTimeout, CancelledError
 
 Want = Literal["all", "last", "none"] | List[int]
 """Which of the log-probabilities after the ids of a read come back.
@@ -160,7 +160,7 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
     """Answers to reads of any engines, in their order; engines of different places run at the same time.
 
     Raises:
-        CancelledError: a gate said so.
+        CancelledError, AnswerTimeout: a gate said so.
     """
     by_reader: dict[int, list[int]] = {}
     for at, read in enumerate(reads):
@@ -176,7 +176,7 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
             engine = reads[group[0]].sequence.engine
             try:
                 found = (engine.meeting or engine).read([reads[at] for at in group])
-            except CancelledError:
+            except (CancelledError, AnswerTimeout):
                 raise  # not a fault of the engine's
             except Exception as error:
                 found = [error] * len(group)

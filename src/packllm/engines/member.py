@@ -66,6 +66,10 @@ class Member:
         said = f"{self.vocabulary.fingerprint} {self.encoder.template} {self.engine.fingerprint(self.adapter)}"
         return hashlib.sha256(said.encode()).hexdigest()
 
+    def real(self, logits: Any) -> Any:
+        """float32 logits of the ids that tokenizer and model share, of what the torch model gives."""
+        return self.engine.real(logits)  # type: ignore[attr-defined]
+
     def open(self, prefixes: Prefixes | None = None) -> Sequence:
         """A sequence that has read nothing; it may start from what is kept of earlier ones."""
         return self.engine.open(self.adapter, prefixes)

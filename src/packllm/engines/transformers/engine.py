@@ -145,7 +145,7 @@ class Engine(Packs):
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.inference_mode():
-            return self._real(self._head(hidden))
+            return self.real(self._head(hidden))
 
     def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
         if self._body is None or type(self._head) is not torch.nn.Linear:
@@ -323,7 +323,7 @@ class Engine(Packs):
             hidden = kept.hidden
             wanted = [targets[place] for place in missing]
             with torch.inference_mode():
-                scores = self._scores(lambda places: self._real(self._head(hidden[places])), missing, wanted)
+                scores = self._scores(lambda places: self.real(self._head(hidden[places])), missing, wanted)
             given[missing] = torch.tensor(scores, dtype=torch.float64)
         elif missing:
             count = missing[0]
@@ -360,20 +360,20 @@ class Engine(Packs):
                 states = output.logits[0] if self._body is None else output.last_hidden_state[0]
                 if "logits_to_keep" in inputs:
                     at = {place: index for index, place in enumerate(kept)}
-                    return None, lambda wanted: self._real(states[[at[place] for place in wanted]])
+                    return None, lambda wanted: self.real(states[[at[place] for place in wanted]])
             else:
                 (sequence,) = sequences
                 states = self.architecture.read(function, ids_, sequence.cache, sequence.cached, self._call)[0]
         if self._body is None:
-            return None, lambda wanted: self._real(states[list(wanted)])
-        return states, lambda wanted: self._real(self._head(states[list(wanted)]))
+            return None, lambda wanted: self.real(states[list(wanted)])
+        return states, lambda wanted: self.real(self._head(states[list(wanted)]))
 
     def _call(self, function: Any, **inputs: Any) -> Any:
         """One pass over the weights."""
         self.forwards += 1
         return function(**inputs)
 
-    def _real(self, logits: Tensor) -> Tensor:
+    def real(self, logits: Tensor) -> Tensor:
         """float32 logits of the ids that tokenizer and model share."""
         logits = logits[..., : self.vocabulary_size].float()
         return logits.index_fill(-1, self._unused, -torch.inf) if len(self._unused) else logits
