@@ -335,9 +335,10 @@ def test_generation_is_the_packs(pack, tmp_path):
     asked = Question("g", "sums", "2 + 2?", (), "4")
     (record,) = generate.evaluate(pack, [asked], tmp_path / "r.jsonl", methods=["em", "top1"], max_tokens=5)
     prompt = "Question: 2 + 2?\nAnswer:"
-    fresh = pack.generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"), weighting="top1")
+    asked_as = {"max_tokens": 5, "stop": ("\nQuestion:", "\n\n"), "chat_template": False}
+    fresh = pack.generate(prompt, weighting="top1", **asked_as)
     assert record["methods"]["top1"]["text"] == fresh.text
-    alone = Pack([pack.members[1]]).generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"))
+    alone = Pack([pack.members[1]]).generate(prompt, **asked_as)
     assert record["methods"]["member gpt2-1"]["text"] == alone.text
     labels = [entry.method for entry in tables.generate_table([record])]
     assert labels == ["em", "top1", *(f"member {m.name}" for m in pack.members), "best member", "largest member"]
