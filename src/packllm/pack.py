@@ -17,6 +17,7 @@ from packllm.asynchronous import iterate
 from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer, verdict
+from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop, Stream
 from packllm.decode.line import Line
 from packllm.decode.request import Request
@@ -61,6 +62,8 @@ class Pack:
         self.recipe = recipe
         self.options = make_options(options)
         self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
+        most = self.options.max_cache_mb
+        self._admission = Admission(None if most is None else most * 2**20)
         self._check_weighting(self.options)
 
     @classmethod
@@ -361,7 +364,9 @@ class Pack:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
         checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
-        return Request(self.members, options, checked, self.prefixes)
+        request = Request(self.members, options, checked, self.prefixes)
+        request.admission = self._admission
+        return request
 
 
 def _scores(

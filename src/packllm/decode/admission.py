@@ -17,12 +17,15 @@ class Admission:
 
     Args:
         limit: most bytes; a request that needs more runs alone. None: no bound.
+
+    Attributes:
+        waiting: tickets of those that wait, in order.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._condition = threading.Condition()
-        self._queue: deque[object] = deque()
+        self.waiting: deque[object] = deque()
         self._used = self._inside = 0
 
     @contextmanager
@@ -35,13 +38,13 @@ class Admission:
         """
         ticket = object()
         with self._condition:
-            self._queue.append(ticket)
+            self.waiting.append(ticket)
             try:
-                while self._queue[0] is not ticket or not self._fits(need):
+                while self.waiting[0] is not ticket or not self._fits(need):
                     self._condition.wait(LOOK)
                     check()
             finally:
-                self._queue.remove(ticket)
+                self.waiting.remove(ticket)
                 self._condition.notify_all()
             self._used += need
             self._inside += 1

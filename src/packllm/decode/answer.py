@@ -86,45 +86,50 @@ def _shown(request: Request, index: int) -> frozenset[str]:
 
 def _pieces(request: Request) -> Generator[tuple[int, Chunk], None, None]:
     """As chunks(), with all that is written as text."""
-    started, options = time.perf_counter(), request.options
     try:
-        request.prefill()
-        limits = request.limits(options.max_tokens)
-        rows = [
-            Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
-            for weights, limit in zip(request.weights, limits, strict=True)
-        ]
-        for r, row in enumerate(rows):
-            if _by_segments(request, r):
-                for chunk in _segments(request, r, row, started):
-                    yield r, chunk
-                row.done = True
-        lines, shared = {}, {}
-        for r in (r for r, row in enumerate(rows) if not row.done):
-            own, shared[r] = in_one_vocabulary({k: request.lines[k, r] for k in request.running(r)})
-            lines |= {(k, r): line for k, line in own.items()}
-        ensemble = Ensemble(lines, rows, request.failures)
-        answers = {}
-        for r, row in enumerate(rows):
-            if not row.done:
-                try:
-                    answers[r] = _answer(request, r, row, ensemble.running(r), shared[r])
-                except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
-                    yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
-                    raise
-        for r, token in _tokens(request, ensemble, rows):
-            request.check_time()
-            request.timings.setdefault("first_token", time.perf_counter() - started)
-            text, reason = answers[r].push(token)
-            rows[r].done = reason is not None
-            if reason is not None:
-                timings = {**request.timings, "total": time.perf_counter() - started}
-                usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-                yield r, Chunk(text, rows[r].weights, reason, usage, timings)
-            elif text:
-                yield r, Chunk(text, rows[r].weights)
+        with request.admission.admitted(request.cache_bytes(), request.check):
+            yield from _written(request)
     finally:
         request.close()
+
+
+def _written(request: Request) -> Generator[tuple[int, Chunk], None, None]:
+    started, options = time.perf_counter(), request.options
+    request.prefill()
+    limits = request.limits(options.max_tokens)
+    rows = [
+        Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
+        for weights, limit in zip(request.weights, limits, strict=True)
+    ]
+    for r, row in enumerate(rows):
+        if _by_segments(request, r):
+            for chunk in _segments(request, r, row, started):
+                yield r, chunk
+            row.done = True
+    lines, shared = {}, {}
+    for r in (r for r, row in enumerate(rows) if not row.done):
+        own, shared[r] = in_one_vocabulary({k: request.lines[k, r] for k in request.running(r)})
+        lines |= {(k, r): line for k, line in own.items()}
+    ensemble = Ensemble(lines, rows, request.failures)
+    answers = {}
+    for r, row in enumerate(rows):
+        if not row.done:
+            try:
+                answers[r] = _answer(request, r, row, ensemble.running(r), shared[r])
+            except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
+                yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
+                raise
+    for r, token in _tokens(request, ensemble, rows):
+        request.check_time()
+        request.timings.setdefault("first_token", time.perf_counter() - started)
+        text, reason = answers[r].push(token)
+        rows[r].done = reason is not None
+        if reason is not None:
+            timings = {**request.timings, "total": time.perf_counter() - started}
+            usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
+            yield r, Chunk(text, rows[r].weights, reason, usage, timings)
+        elif text:
+            yield r, Chunk(text, rows[r].weights)
 
 
 def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:

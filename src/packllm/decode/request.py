@@ -13,6 +13,7 @@ from torch import Tensor
 
 from packllm.align.shared import overlap
 from packllm.chat.prompt import Encoded, Prompt, TooLong
+from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop
 from packllm.decode.failures import Failures
 from packllm.decode.grammar import make_grammar
@@ -53,6 +54,7 @@ class Request:
 
     Attributes:
         stop: asked before every forward pass whether to go on.
+        admission: what requests in flight may keep together.
         encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
         lines: by (member index, index of the prompt), at the ends of the prompts; filled in by prefill().
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
@@ -71,7 +73,7 @@ class Request:
         prefixes: PrefixCache | None = None,
     ) -> None:
         self.members, self.options = members, options
-        self.stop = Stop()
+        self.stop, self.admission = Stop(), Admission(None)
         self._candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
             given = {name: value for name, value in options.weighting.items() if value != 0}
