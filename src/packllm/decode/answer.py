@@ -12,6 +12,7 @@ from packllm.chat.marks import CALL_MARKS
 from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.failures import without
 from packllm.decode.lazy import lazy_ids
+from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
 from packllm.decode.sampling import make_sampler
@@ -106,7 +107,8 @@ def _written(request: Request) -> Generator[tuple[int, Chunk], None, None]:
             for chunk in _segments(request, r, row, started):
                 yield r, chunk
             row.done = True
-    lines, shared = {}, {}
+    lines: dict[tuple[int, int], Line] = {}
+    shared: dict[int, Shared | None] = {}
     for r in (r for r, row in enumerate(rows) if not row.done):
         own, shared[r] = in_one_vocabulary({k: request.lines[k, r] for k in request.running(r)})
         lines |= {(k, r): line for k, line in own.items()}
