@@ -119,7 +119,7 @@ class OptionFields(BaseModel):
     it waits for its turn, first come first served; who needs more than that runs alone. None: no bound."""
     prefix_cache_mb: Count = Field(1024, ge=0)
     """Most MiB of keys and values of recent prompts that the pack keeps, so that the next prompt over the same
-    context or conversation reads only what is new. 0: keep none, use none."""
+    context or conversation reads only what is new; a property of the pack. 0, also of a request: keep and use none."""
 
 
 class Options(OptionFields):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import cached_property, partial
@@ -364,6 +365,9 @@ class Pack:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
         checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
+        if options.prefix_cache_mb not in (0, self.options.prefix_cache_mb):
+            told = f"prefix_cache_mb={options.prefix_cache_mb} of a request has no effect; it is a property of the pack"
+            warnings.warn(told, DeprecationWarning, stacklevel=2)
         request = Request(self.members, options, checked, self.prefixes)
         request.admission = self._admission
         return request
