@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from lines import lines
 from scripted import follows, llama3_like
 
 from packllm import Member
@@ -84,14 +85,12 @@ def run(
     """What `count` rows draw, each with a seed of its own, as letters; all start after "a"."""
     ids = {next(iter(members[0].encoder.plain(letter))): letter for letter in LETTERS}
     start = next(i for i, letter in ids.items() if letter == "a")
-    sessions = {k: member.open([[start]] * count) for k, member in enumerate(members)}
-    for session in sessions.values():
-        session.prefill([[]] * count)
+    at_start = lines({(k, r): (member, [start]) for k, member in enumerate(members) for r in range(count)})
     weights = Weights(tuple(values), tuple(m.name for m in members), pool, (None,) * len(members), "token", "fixed")
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": None} | filters
     rows = [Row(weights, make_sampler(**settings, seed=seed), limit=length) for seed in range(count)]
     drawn: list[list[str]] = [["a"] for _ in rows]
-    for r, token in decode(Ensemble(sessions, rows), rows):
+    for r, token in decode(Ensemble(at_start, rows), rows):
         drawn[r].append(ids[token])
         rows[r].done = len(drawn[r]) > length
     return ["".join(letters) for letters in drawn], rows

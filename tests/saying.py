@@ -62,6 +62,8 @@ def saying(text: str, template: str | None = TEMPLATE, special: tuple[str, ...] 
             pad_token_id=None,
         )
     ).eval()
-    model.script = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     model.end = tokenizer.eos_token_id
-    return Pack([Member(model, tokenizer, "m")], **{"prefix_cache_mb": 0, "max_tokens": 400, **options})
+    member = Member(model, tokenizer, "m")
+    model.script = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    member.engine.most = 2**31
+    return Pack([member], **{"prefix_cache_mb": 0, "max_tokens": 400, **options})

@@ -11,6 +11,7 @@ import torch
 from conftest import TextPack as Pack
 from hypothesis import given
 from hypothesis import strategies as st
+from lines import scored
 
 from packllm import LoadError, Member
 from packllm.engines.load import Loader
@@ -60,10 +61,9 @@ def test_rows_of_one_batch_equal_merged_copies(specs):
     assert len({id(member.engine) for member in copies}) == len(specs)
     ids = together[0].encoder.encode(TEXTS[0]).ids
     for member, twin in zip(together, copies, strict=True):
-        session = member.open([ids])
-        (observed,) = session.prefill([list(range(1, len(ids)))])
+        end, observed = scored(member, ids)
         assert torch.allclose(observed, naive.token_logprobs(twin, ids), atol=1e-4)
-        assert torch.allclose(session.logprobs[0].exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
+        assert torch.allclose(end.here.exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
     differ = [naive.next_logprobs(twin, ids) for twin in copies]
     assert all((differ[0] - other).abs().max() > 0.05 for other in differ[1:])
 
@@ -72,13 +72,13 @@ def test_one_pass_reads_all_options_of_a_question(specs, monkeypatch):
     together, copies = Loader().members(specs), apart(specs)
     options = [" the dog", " a", " an index scan of the table"]
     chosen = [((k,), Weights((1.0,), (m.name,), "linear", (None,), "token", "fixed")) for k, m in enumerate(together)]
-    for room, passes in ((2**26, 1), (1, 3)):  # all together; an option at a time, the second of which takes none
-        monkeypatch.setattr("packllm_eval.reading.ROOM_BYTES", room)
+    for most, passes in ((8, 1), (1, 3)):  # all together; an option at a time, the second of which takes none
+        monkeypatch.setattr("packllm_eval.reading.TOGETHER", most)
         with Reading(together, [TEXTS[1]]) as reading:
             before = together[0].engine.forwards
             found = reading.options(options, chosen)
             assert together[0].engine.forwards - before == passes - (
-                room == 1 and len(together[0].encoder.continuation(" a")) == 1
+                most == 1 and len(together[0].encoder.continuation(" a")) == 1
             )
         for twin, scores in zip(copies, found, strict=True):
             ids = twin.encoder.encode(TEXTS[1]).ids

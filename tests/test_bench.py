@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lines import scored
 from typer.testing import CliRunner
 
 from packllm.cli import app
@@ -70,7 +71,7 @@ def test_random_members_and_their_copies() -> None:
     text = text_of([member, twin], 40)
     ids = member.encoder.encode(text).ids
     assert 20 < len(ids) <= 40
-    observed = [one.open([ids]).prefill([range(1, len(ids))])[0] for one in (member, twin)]
+    observed = [scored(one, ids)[1] for one in (member, twin)]
     assert all(scores.isfinite().all() for scores in observed)
     assert not torch.equal(*observed)
 

@@ -23,7 +23,7 @@ from faces import FACES, Face
 from transformers import DynamicCache
 
 from packllm import Member
-from packllm.engines.transformers.member import Session
+from packllm.engines.base import Sequence
 
 PROMPTS = (
     "the patient has a fever and",
@@ -54,9 +54,9 @@ def _stacks_of_a_deadlock() -> Iterator[None]:
 
 @dataclass
 class Alive:
-    """What requests hold: sessions, caches, bytes of tensors."""
+    """What requests hold: sequences, caches, bytes of tensors."""
 
-    sessions: int = 0
+    sequences: int = 0
     caches: int = 0
     bytes: int = 0
 
@@ -69,8 +69,8 @@ class Alive:
         storages = {}
         for thing in gc.get_objects():
             kind = type(thing)
-            if issubclass(kind, Session):
-                alive.sessions += 1
+            if issubclass(kind, Sequence):
+                alive.sequences += 1
             elif issubclass(kind, DynamicCache):
                 alive.caches += 1
             elif issubclass(kind, torch.Tensor):
@@ -107,7 +107,8 @@ def shared_pack(make_member: Callable[..., Member]) -> Iterator[Pack]:
     """Callers reuse each other's prompts, short as these are."""
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("packllm.engines.transformers.prefix.MINIMUM", 4)
+        for module in ("prefix", "transformers.engine"):
+            patch.setattr(f"packllm.engines.{module}.MINIMUM", 4)
         yield Pack(members, max_tokens=TOKENS)
 
 
@@ -216,7 +217,7 @@ def test_the_count_sees_what_a_request_holds(shared_pack: Pack, kind: type[Face]
     pieces = kind(shared_pack).stream(PROMPTS[0])
     next(pieces)
     during = Alive.now(shared_pack)
-    assert during.sessions > start.sessions
+    assert during.sequences > start.sequences
     assert during.caches > start.caches
     assert during.bytes > start.bytes
     pieces.close()

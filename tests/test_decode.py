@@ -10,6 +10,7 @@ import naive
 import pytest
 import torch
 from conftest import TextPack as Pack
+from lines import line
 
 from packllm import Member
 from packllm.decode.pool import fuse
@@ -111,10 +112,8 @@ def test_sampling_frequencies_match_the_fused_distribution(make_pack, pool):
     draws = 600
     counts: collections.Counter = collections.Counter()
     # The first token of many seeds: the weights and the prefill are the same each time.
-    sessions = [m.open([m.encoder.encode(prompt).ids]) for m in pack.members]
-    for session in sessions:
-        session.prefill([[]])
-    fused = fuse(torch.stack([s.logprobs[0] for s in sessions]), [0.5, 0.3, 0.2], pool)
+    ends = [line(m, m.encoder.encode(prompt).ids) for m in pack.members]
+    fused = fuse(torch.stack([end.here for end in ends]), [0.5, 0.3, 0.2], pool)
     for seed in range(draws):
         counts[make_sampler(1.0, 1.0, None, seed)(fused)] += 1
     # Each count is binomial: 5 standard deviations are exceeded with odds below 1e-6 a token.
@@ -133,13 +132,13 @@ def test_members_without_weight_do_not_run(make_member):
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
     pack = Pack(members, max_tokens=6)
     weighting = {"llama-0": 1.0}
-    before = [m.forwards for m in members]
+    before = [m.engine.forwards for m in members]
     pack.generate("The capital", weighting=weighting)
-    assert [m.forwards - b for m, b in zip(members, before, strict=True)] == [6, 0, 0]
-    before = [m.forwards for m in members]
+    assert [m.engine.forwards - b for m, b in zip(members, before, strict=True)] == [6, 0, 0]
+    before = [m.engine.forwards for m in members]
     generation = pack.generate("The capital", weighting="top1")
     top = generation.weights.values.index(1.0)
-    steps = [m.forwards - b for m, b in zip(members, before, strict=True)]
+    steps = [m.engine.forwards - b for m, b in zip(members, before, strict=True)]
     assert steps == [6 if k == top else 1 for k in range(3)]
 
 

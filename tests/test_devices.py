@@ -5,40 +5,26 @@ from __future__ import annotations
 import threading
 
 import pytest
-import torch
 from conftest import TextPack as Pack
+from lines import lines
 
 from packllm import Member, MemberError
-from packllm.decode.devices import across_devices
-from packllm.engines.transformers.engine import Engine
+from packllm.decode.line import read_lines
+from packllm.engines.meeting import Meeting
 
-ONE, TWO = torch.device("cpu", 0), torch.device("cpu", 1)  # both are the CPU, and differ
+ONE, TWO = "cpu:0", "cpu:1"  # both are the CPU, and differ
 PROMPTS = ["The capital of France is", "def add(a, b):"]
 PATIENCE = 30.0  # seconds until a pass that nobody joins gives up
 
 
-class Elsewhere(Engine):
-    """An engine that says where it is."""
-
-    place: torch.device
-
-    @property
-    def device(self) -> torch.device:
-        return self.place
-
-
 @pytest.fixture
 def apart(make_member):
-    """apart(*devices): members on those devices, of their own models."""
+    """apart(*places): members on those devices, with models and engines of their own."""
 
-    def make(*devices: torch.device) -> list[Member]:
-        members = []
-        for k, device in enumerate(devices):
-            base = make_member(["llama", "gpt2", "llama"][k], k)
-            engine = Elsewhere.__new__(Elsewhere)
-            engine.__dict__.update(base.engine.__dict__)
-            engine.place, engine._lock, engine.forwards = device, threading.Lock(), 0
-            members.append(Member(base.model, base.tokenizer, base.name, base.encoder, engine=engine))
+    def make(*places: str) -> list[Member]:
+        members = [make_member(["llama", "gpt2", "llama"][k], k) for k in range(len(places))]
+        for member, place in zip(members, places, strict=True):
+            member.engine.place, member.engine.meeting = place, Meeting.at(place)
         return members
 
     return make
@@ -58,38 +44,21 @@ def hooked():
         handle.remove()
 
 
-def test_runs_of_one_device_keep_their_order_and_thread():
-    seen: list[tuple[int, int]] = []
-    runs = [lambda at=at: seen.append((at, threading.get_ident())) for at in range(6)]
-    assert across_devices([ONE, TWO, ONE, TWO, TWO, ONE], runs, False) == [None] * 6
-    for places in ((0, 2, 5), (1, 3, 4)):
-        mine = [(at, thread) for at, thread in seen if at in places]
-        assert [at for at, _ in mine] == list(places)
-        assert len({thread for _, thread in mine}) == 1
+def test_one_device_needs_no_thread(apart, hooked):
+    members, threads = apart(ONE, ONE), set()
+    for member in members:
+        hooked(member, lambda: threads.add(threading.get_ident()))
+    lines({k: (member, [5, 6]) for k, member in enumerate(members)})
+    assert threads == {threading.get_ident()}
 
 
-def test_one_device_needs_no_thread():
-    threads = []
-    across_devices([ONE, ONE], [lambda: threads.append(threading.get_ident())] * 2, False)
-    assert set(threads) == {threading.get_ident()}
-
-
-def test_two_devices_meet():
-    barrier = threading.Barrier(2)
-    assert across_devices([ONE, TWO], [lambda: barrier.wait(PATIENCE)] * 2, False) == [None, None]
-
-
-@pytest.mark.parametrize("go_on", [False, True])
-def test_errors_come_back_in_place(go_on):
-    done = []
-
-    def fail():
-        raise ValueError("no")
-
-    runs = [fail, lambda: done.append(1), lambda: done.append(2), fail]
-    failures = across_devices([ONE, ONE, TWO, TWO], runs, go_on)
-    assert [type(failure) for failure in failures] == [ValueError, type(None), type(None), ValueError]
-    assert sorted(done) == ([1, 2] if go_on else [2])
+def test_an_error_on_one_device_leaves_the_other(apart, hooked):
+    members = apart(ONE, TWO, ONE)
+    ends = lines({k: (member, [5, 6]) for k, member in enumerate(members)})
+    hooked(members[0], fail)
+    found = read_lines(ends, {k: [7] for k in ends})
+    assert [isinstance(answer, MemberError) for answer in found.values()] == [True, False, False]
+    assert found[0].member == "llama-0"
 
 
 def meeting(members, hooked) -> list[int]:
@@ -110,7 +79,7 @@ def test_prefill_and_steps_of_two_devices_run_at_once(apart, make_member, hooked
     alone = Pack([make_member("llama", 0), make_member("gpt2", 1)], max_tokens=8, weighting="uniform")
     expected = [g.text for g in alone.generate_batch(prompts)]
     members = apart(ONE, TWO)
-    begun = meeting(members, hooked)  # one after the other, the first pass would wait for ever
+    begun = meeting(members, hooked)  # one after the other, the first pass would wait in vain
     pack = Pack(members, max_tokens=8, weighting="uniform")
     assert [g.text for g in pack.generate_batch(prompts)] == expected
     assert begun == [8, 8]  # as both take part in each step, a draft would save nothing

@@ -83,10 +83,10 @@ def test_a_member_alone_scores_as_alone(pack, make_member):
 
 
 def test_each_member_runs_once_a_document(pack, tmp_path):
-    before = [member.tokens for member in pack.members]
+    before = [member.engine.tokens for member in pack.members]
     lm.evaluate(pack, documents(1), tmp_path / "r.jsonl", methods=["em", "uniform", "sim", "opt", "exact", "map"])
     tokens = len(pack.members[0].encoder.encode(TEXT).ids)
-    assert [m.tokens - b for m, b in zip(pack.members, before, strict=True)] == [tokens] * 3
+    assert [m.engine.tokens - b for m, b in zip(pack.members, before, strict=True)] == [tokens] * 3
 
 
 def test_words_fuse_members_of_different_vocabularies(mixed_pack):
@@ -262,7 +262,7 @@ def test_worked_examples_are_read_once_a_subject(make_pack, tmp_path):
         path = tmp_path / f"{megabytes}.jsonl"
         records = choice.evaluate(pack, asked, path, methods=["em", "map", "uniform"], shots=shots)
         found.append({record["id"]: record for record in records})
-        read.append(sum(member.tokens for member in pack.members) - sum(read))
+        read.append(sum(member.engine.tokens for member in pack.members) - sum(read))
     assert read[2] < 0.6 * read[1]
     for name, fresh in found[0].items():
         for label, method in fresh["methods"].items():
@@ -335,9 +335,10 @@ def test_generation_is_the_packs(pack, tmp_path):
     asked = Question("g", "sums", "2 + 2?", (), "4")
     (record,) = generate.evaluate(pack, [asked], tmp_path / "r.jsonl", methods=["em", "top1"], max_tokens=5)
     prompt = "Question: 2 + 2?\nAnswer:"
-    fresh = pack.generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"), weighting="top1")
+    asked_as = {"max_tokens": 5, "stop": ("\nQuestion:", "\n\n"), "chat_template": False}
+    fresh = pack.generate(prompt, weighting="top1", **asked_as)
     assert record["methods"]["top1"]["text"] == fresh.text
-    alone = Pack([pack.members[1]]).generate(prompt, max_tokens=5, stop=("\nQuestion:", "\n\n"))
+    alone = Pack([pack.members[1]]).generate(prompt, **asked_as)
     assert record["methods"]["member gpt2-1"]["text"] == alone.text
     labels = [entry.method for entry in tables.generate_table([record])]
     assert labels == ["em", "top1", *(f"member {m.name}" for m in pack.members), "best member", "largest member"]
@@ -351,7 +352,7 @@ def test_questions_answered_together_are_answered_as_alone(make_pack, tmp_path):
     runs = []
     for pack, path in ((together, "4.jsonl"), (alone, "1.jsonl")):
         runs.append(generate.evaluate(pack, asked, tmp_path / path, methods=["em", "top1"], max_tokens=12))
-        passes.append(sum(member.forwards for member in pack.members) - sum(passes))
+        passes.append(sum(member.engine.forwards for member in pack.members) - sum(passes))
     found, expected = runs
     assert passes[1] < passes[2] / 2
     for ours, theirs in zip(found, expected, strict=True):

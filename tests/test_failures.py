@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import TextPack as Pack
 from transformers import DynamicCache
 
-from packllm import CancelledError, Member, MemberError, Pack
-from packllm.engines.transformers import session
+from packllm import CancelledError, Member, MemberError
 
 PROMPT = "Diabetes is a disease in which the court shall order relief"
 TEXTS = [" The capital of France", " a sequential scan", " Paris is blue"]
@@ -81,7 +81,7 @@ def generated(**options) -> Callable:
 
 
 def batched(pack: Pack, **more) -> tuple[float, ...]:
-    answers = pack.generate_batch([PROMPT, "The capital of France is"], max_tokens=LENGTH, **more)
+    answers = pack.generate_batch([PROMPT, "The capital of France is"], max_tokens=LENGTH, draft_tokens=1, **more)
     assert len({answer.weights.values for answer in answers}) == 1
     return answers[0].weights.values
 
@@ -140,7 +140,11 @@ def test_a_member_that_fails_at_any_pass(way, make_member):
                 fault.left, fault.hits = n, 0
                 with pytest.raises(MemberError) as raised:
                     ask(pack)
-                assert (raised.value.member, fault.hits) == (name, 1)
+                assert raised.value.member == name
+                tries = (
+                    2 if way in ("tokens", "drafts", "lazy", "weigh") else 2 + len(TEXTS)
+                )  # rows and scores; each text
+                assert 1 <= fault.hits <= tries
         assert n >= {"weigh": 1, "lazy": 1}.get(way, 2)
 
 
@@ -204,7 +208,7 @@ CANCELLED = {
 @pytest.mark.parametrize("drop", ["raise", "drop"])
 @pytest.mark.parametrize("way", CANCELLED)
 def test_no_pass_follows_once_the_event_is_set(way, drop, make_member, monkeypatch):
-    monkeypatch.setattr(session, "PASS_TOKENS", 8)  # a prompt takes several passes
+    monkeypatch.setattr("packllm.engines.transformers.engine.PASS_TOKENS", 8)  # a prompt takes several passes
     kinds, ask = CANCELLED[way]
     members = [member_of(make_member, *kind) for kind in kinds]
     passes = Passes(members)

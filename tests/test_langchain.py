@@ -544,7 +544,7 @@ def test_closing_a_stream_stops_the_work(scripted: ScriptedPack) -> None:
 
 def test_closing_a_stream_stops_the_models(pack: packllm.Pack) -> None:
     def forwards() -> int:
-        return sum(member.forwards for member in pack.members)
+        return sum(member.engine.forwards for member in pack.members)
 
     before = forwards()
     stream = PackLLM(pack=pack, max_tokens=200).stream(PROMPT)

@@ -230,10 +230,9 @@ def test_structured_output_always_parses(chat, schema, method):
     assert raw["parsing_error"] is None
 
 
-def test_a_cut_answer_is_a_parsing_error(chat):
-    raw = chat.with_structured_output(Weather, include_raw=True, max_tokens=3).invoke(QUESTION)
-    assert raw["parsed"] is None
-    assert raw["parsing_error"] is not None
+def test_a_limit_below_the_shortest_answer_is_an_error_before_decoding(chat):
+    with pytest.raises(OptionError, match=r"max_tokens=3 is too few .* the shortest takes \d+ tokens"):
+        chat.with_structured_output(Weather, include_raw=True, max_tokens=3).invoke(QUESTION)
 
 
 def test_an_unknown_method_is_refused(chat):

@@ -22,12 +22,12 @@ def test_draws_have_the_distribution_of_the_mixture():
     # One member by itself would be off by more than what is allowed.
     assert max(chains.distance(chains.TABLES[0][a], expected[a]) for a in chains.LETTERS) > 1.5 * MARGIN
     members = chains.chain_members()
-    before = [member.tokens for member in members]
+    before = [member.engine.tokens for member in members]
     drawn, _ = chains.run(members, VALUES, "linear", lazy_ids, COUNT, LENGTH)
     assert max(chains.distances(drawn, expected, VISITS).values()) < MARGIN
     assert {len(text) for text in drawn} == {LENGTH + 1}
     # Each member reads a row's tokens once, up to the last time that it is drawn.
-    read = [member.tokens - b - COUNT for member, b in zip(members, before, strict=True)]
+    read = [member.engine.tokens - b - COUNT for member, b in zip(members, before, strict=True)]
     assert all(0.9 * COUNT * LENGTH < tokens < COUNT * LENGTH for tokens in read)
 
 
@@ -35,9 +35,11 @@ def test_one_pass_a_token(make_pack):
     pack = make_pack(max_tokens=40, temperature=1.0, decoding="lazy", weighting=dict(zip(NAMES, VALUES, strict=True)))
     total = [0, 0, 0]
     for seed in range(4):
-        before = [member.forwards for member in pack.members]
+        before = [member.engine.forwards for member in pack.members]
         generation = pack.generate(PROMPT, seed=seed)
-        passes = [member.forwards - b - 1 for member, b in zip(pack.members, before, strict=True)]  # 1: the prompt
+        passes = [
+            member.engine.forwards - b - 1 for member, b in zip(pack.members, before, strict=True)
+        ]  # 1: the prompt
         # The last token is read by nobody; an end token is one more, and not counted.
         assert sum(passes) < generation.usage.completion_tokens + (generation.finish_reason == "stop")
         total = [t + p for t, p in zip(total, passes, strict=True)]
@@ -70,7 +72,7 @@ def test_a_lost_member_is_drawn_no_more(make_pack, make_member):
     stream = pack.stream(PROMPT, on_member_error="drop")
     failing = pack.stream(PROMPT)
     next(stream), next(failing)
-    hook = member.model.register_forward_pre_hook(fail)
+    hook = member.model.get_decoder().register_forward_pre_hook(fail)
     try:
         last = list(stream)[-1]
         with pytest.raises(MemberError, match="out of memory"):
@@ -97,11 +99,11 @@ def test_a_lost_member_is_drawn_no_more(make_pack, make_member):
 )
 def test_what_is_no_mixture_is_refused(make_pack, options, named):
     pack = make_pack(max_tokens=4)
-    before = [member.forwards for member in pack.members]
+    before = [member.engine.forwards for member in pack.members]
     with pytest.raises(OptionError, match="lazy") as caught:
         pack.generate(PROMPT, **{"decoding": "lazy", "temperature": 1.0, **options})
     assert named in str(caught.value)
-    assert [member.forwards for member in pack.members] == before
+    assert [member.engine.forwards for member in pack.members] == before
 
 
 def test_members_must_share_a_vocabulary(make_member):

@@ -17,6 +17,7 @@ from conftest import SHARED, byte_level_tokenizer
 from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lines import line, scored
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +25,7 @@ import packllm.align
 from packllm import Member, weights
 from packllm.align import Vocabulary, mined
 from packllm.align.mined import NONE, ROLE, alignment, nearest
+from packllm.decode.line import read_lines
 from packllm.decode.mined import translated
 from packllm.errors import ContextOverflowError, MemberError, VocabularyError, WeightsError
 
@@ -388,11 +390,11 @@ def test_either_vocabulary_can_be_the_reference(make_member):
 def test_one_vocabulary_is_fused_as_ever(make_pack, weighting):
     plain, mapped_ = make_pack(weighting=weighting, max_tokens=8), make_pack(weighting=weighting, decoding="mined")
     for prompt in PROMPTS[:2]:
-        before = [(m.forwards, m.tokens) for m in plain.members]
+        before = [(m.engine.forwards, m.engine.tokens) for m in plain.members]
         one = plain.generate(prompt)
-        between = [(m.forwards, m.tokens) for m in plain.members]
+        between = [(m.engine.forwards, m.engine.tokens) for m in plain.members]
         two = mapped_.generate(prompt, max_tokens=8)
-        after = [(m.forwards, m.tokens) for m in plain.members]
+        after = [(m.engine.forwards, m.engine.tokens) for m in plain.members]
         assert (one.text, one.weights) == (two.text, two.weights)
         assert [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, between, strict=True)] == [
             (b[0] - a[0], b[1] - a[1]) for a, b in zip(between, after, strict=True)
@@ -453,50 +455,45 @@ def test_scores_of_continuations(mixed):
     assert {text for text, _ in pack.rerank(PROMPTS[0], texts)} == set(texts)
 
 
-def test_its_session_does_what_a_session_does(make_member):
-    reference = make_member("llama", 0)
-    (member,) = translated([make_member("gpt2", 1, "words")], reference)
+def test_its_sequences_do_what_sequences_do(make_member):
+    reference, inner = make_member("llama", 0), make_member("gpt2", 1, "words")
+    (member,) = translated([inner], reference)
     rows = [reference.encoder.encode(prompt).ids for prompt in PROMPTS]
-    session = member.open(rows)
-    scores = session.prefill([range(1, len(row)) for row in rows])
 
     def expected(ids) -> torch.Tensor:
-        return mapped(member.inner, reference, ids).log_softmax(-1)
+        return mapped(inner, reference, ids).log_softmax(-1)
 
-    for row, score in zip(rows, scores, strict=True):
+    ends = {}
+    for r, row in enumerate(rows):
+        ends[r], scores = scored(member, row)
         chosen = expected(row)[:-1].gather(-1, torch.tensor(row[1:])[:, None])[:, 0]
-        assert score.tolist() == pytest.approx(chosen.tolist(), rel=1e-4)
-    assert session.logprobs.shape == (3, len(reference.vocabulary))
-    session.step([40, 41, 42])
-    session.select([2, 0])
-    grown = [[*rows[2], 42], [*rows[0], 40]]
-    for found, ids in zip(session.logprobs, grown, strict=True):
-        assert torch.allclose(found, expected(ids)[-1], atol=1e-4)
-    fork = session.fork(2)
-    assert fork.rows == 4
-    block = fork.extend(torch.tensor([[50, 51]] * 4))
-    for found, ids in zip(block, [grown[0], grown[0], grown[1], grown[1]], strict=True):
-        assert torch.allclose(found, expected([*ids, 50, 51])[-2:], atol=1e-4)
-    fork.close()
-    assert session.rewindable()
-    session.record()
-    session.step([60, 60])
-    session.rewind(1)
-    session.step([61, 61])
-    assert torch.allclose(session.logprobs[1], expected([*grown[1], 61])[-1], atol=1e-4)
-    session.close()
+        assert scores.tolist() == pytest.approx(chosen.tolist(), rel=1e-4)
+        assert ends[r].here.shape == (len(reference.vocabulary),)
+    read_lines(ends, {0: [40], 1: [41], 2: [42]})
+    grown = [[*row, token] for row, token in zip(rows, (40, 41, 42), strict=True)]
+    for r, ids in enumerate(grown):
+        assert torch.allclose(ends[r].here, expected(ids)[-1], atol=1e-4)
+    forks = {r: ends[r % 2].fork() for r in range(4)}
+    for r, block in read_lines(forks, {r: [50, 51 + r] for r in forks}).items():
+        assert torch.allclose(block, expected([*grown[r % 2], 50, 51 + r])[-2:], atol=1e-4)
+        forks[r].close()
+    assert member.engine.rewinds
+    here = ends[1].here
+    ends[1].read([60])
+    ends[1].crop(len(grown[1]), here)
+    ends[1].read([61])
+    assert torch.allclose(ends[1].here, expected([*grown[1], 61])[-1], atol=1e-4)
+    ends[1].close()
     with pytest.raises(MemberError, match="closed"):
-        session.step([1, 1])
+        ends[1].read([1])
 
 
 def test_what_gets_mass(make_member):
-    reference = make_member("gpt2", 1, "words")
-    (member,) = translated([make_member("llama", 0)], reference)
-    session = member.open([[1, 300]])
-    session.prefill([[]])
-    masses = session.logprobs[0].exp()
+    reference, inner = make_member("gpt2", 1, "words"), make_member("llama", 0)
+    (member,) = translated([inner], reference)
+    masses = line(member, [1, 300]).here.exp()
     assert masses.sum() == pytest.approx(1, abs=1e-5)
-    found = alignment(reference.vocabulary, member.inner.vocabulary)
+    found = alignment(reference.vocabulary, inner.vocabulary)
     assert all(masses[found.distances == NONE] == 0)
     eos, bos = reference.vocabulary.special["eos"], reference.vocabulary.special["bos"]
     assert masses[eos] > 0
@@ -576,11 +573,10 @@ def test_members_of_one_engine_stay_on_one(make_member, word_tokenizer):
     assert one.engine is two.engine is not three.engine
     pack = Pack([reference, *twins], decoding="mined", weighting="uniform", max_tokens=5)
     prompt = next(p for p in PROMPTS if reference_of(pack, p) is reference)
-    before, counted = base.engine.forwards, [twin.forwards for twin in twins]
+    before = base.engine.forwards
     found = pack.generate(prompt)
     steps = found.usage.completion_tokens - (found.finish_reason == "length")
-    assert base.engine.forwards - before == 1 + 1 + steps  # their own ids, the reference's, the answer
-    assert [twin.forwards - n for twin, n in zip(twins, counted, strict=True)] == [2 + steps] * 2
+    assert base.engine.forwards - before == 1 + 1 + steps  # their own ids, the reference's, the answer; for both
 
 
 def test_it_is_never_the_default(mixed, monkeypatch):

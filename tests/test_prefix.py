@@ -14,11 +14,12 @@ import torch
 from conftest import TextPack as Pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lines import scored
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3NextConfig
 
 from packllm import Member, MemberError, OptionError
-from packllm.engines.transformers.prefix import MINIMUM, PrefixCache
-from packllm.engines.transformers.session import Session
+from packllm.decode.line import Line
+from packllm.engines.prefix import MINIMUM, PrefixCache, PrefixStats
 
 CONTEXT = (
     "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. "
@@ -44,21 +45,17 @@ def encoded(member: Member, text: str) -> list[int]:
     return member.encoder.encode(text).ids
 
 
-def read(cache: PrefixCache, member: Member, ids: list[int], scored: list[int] | None = None, limit: int = 2**30):
-    """The session of a prompt, its scores, and how many tokens it did not read."""
-    session = member.open([ids])
-    positions = list(range(1, len(ids))) if scored is None else scored
-    count = cache.resume(session, [positions])
-    (observed,) = session.prefill([positions], keep=True)
-    cache.keep(session, limit)
-    return session, observed, count
+def read(cache: PrefixCache, member: Member, ids: list[int], positions: list[int] | None = None):
+    """The line of a prompt, its scores, and how many tokens it did not read."""
+    end, observed = scored(member, ids, positions, cache)
+    return end, observed, end.sequence.cached_tokens
 
 
-def assert_as_fresh(member: Member, session: Session, observed: torch.Tensor, ids: list[int], scored=None) -> None:
+def assert_as_fresh(member: Member, end: Line, observed: torch.Tensor, ids: list[int], scored=None) -> None:
     expected = naive.token_logprobs(member, ids)
     expected = expected if scored is None else expected[[at - 1 for at in scored]]
     assert torch.allclose(observed, expected, atol=1e-4)
-    assert torch.allclose(session.logprobs[0].exp(), naive.next_logprobs(member, ids).exp(), atol=1e-5)
+    assert torch.allclose(end.here.exp(), naive.next_logprobs(member, ids).exp(), atol=1e-5)
 
 
 def assert_alike(with_reuse, without) -> None:
@@ -79,12 +76,12 @@ def test_greedy_answers_are_the_same_with_reuse_and_without(ensemble, weighting,
         assert_alike(again, without)
         assert without.usage.cached_tokens == 0
         assert (again.usage.cached_tokens >= shared) == (at > 0)
-    before = [member.tokens for member in ensemble]
+    before = [member.engine.tokens for member in ensemble]
     pack.weigh(CONTEXT + "Where?")
     for member, tokens in zip(ensemble, before, strict=True):
-        if weighting == "exact" and member.engine.body is None:
+        if weighting == "exact" and member.engine._body is None:
             continue  # no hidden states: the optimiser's logits take passes of their own
-        assert 0 < member.tokens - tokens <= len(encoded(member, CONTEXT + "Where?")) - shared
+        assert 0 < member.engine.tokens - tokens <= len(encoded(member, CONTEXT + "Where?")) - shared
 
 
 def test_a_conversation_reads_only_what_is_new(ensemble):
@@ -138,17 +135,17 @@ def test_any_two_prompts(architecture, make_member, data):
     text = st.text(alphabet="abc de.\n", max_size=40)
     cut = data.draw(st.integers(0, len(CONTEXT)))
     prompts = [CONTEXT + data.draw(text) + "!", CONTEXT[:cut] + data.draw(text) + "?"]
-    cache = PrefixCache()
+    cache = PrefixCache(2**30)
     ids = [encoded(member, prompt) for prompt in prompts]
     same = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
     for row in ids:
-        scored = sorted(data.draw(st.sets(st.integers(1, len(row) - 1)))) if len(row) > 1 else []
-        session, observed, count = read(cache, member, row, scored)
-        assert_as_fresh(member, session, observed, row, scored)
+        asked = sorted(data.draw(st.sets(st.integers(1, len(row) - 1)))) if len(row) > 1 else []
+        end, observed, count = read(cache, member, row, asked)
+        assert_as_fresh(member, end, observed, row, asked)
         assert count <= same
-        session.step([7])
+        end.read([7])
         after = naive.next_logprobs(member, [*row, 7])
-        assert torch.allclose(session.logprobs[0].exp(), after.exp(), atol=1e-5)
+        assert torch.allclose(end.here.exp(), after.exp(), atol=1e-5)
 
 
 def test_tokens_decide_not_text(make_member):
@@ -164,22 +161,22 @@ def test_tokens_decide_not_text(make_member):
     assert spelled != ids
     dice = random.Random(0)
     shuffled = [*ids[:70], *dice.sample(ids[70:], len(ids) - 70)]
-    cache = PrefixCache()
+    cache = PrefixCache(2**30)
     read(cache, member, ids)
     for other, most in ((spelled, 0), (shuffled, 75)):
-        session, observed, count = read(cache, member, other)
+        end, observed, count = read(cache, member, other)
         assert count <= most
-        assert_as_fresh(member, session, observed, other)
+        assert_as_fresh(member, end, observed, other)
 
 
 def test_what_was_not_scored_is_scored_when_asked_for(make_member):
     for architecture in ("llama", "gemma2"):
         member = make_member(architecture)
         ids = encoded(member, CONTEXT)
-        cache = PrefixCache()
-        read(cache, member, ids, scored=list(range(80, len(ids))))
-        session, observed, count = read(cache, member, [*ids[:-2], 9, 8])
-        assert_as_fresh(member, session, observed, [*ids[:-2], 9, 8])
+        cache = PrefixCache(2**30)
+        read(cache, member, ids, list(range(80, len(ids))))
+        end, observed, count = read(cache, member, [*ids[:-2], 9, 8])
+        assert_as_fresh(member, end, observed, [*ids[:-2], 9, 8])
         # Without hidden states the cache serves nothing before the first score that is missing.
         assert (count == 0) == (architecture == "gemma2")
 
@@ -197,7 +194,7 @@ def test_weightings_share_what_was_read(ensemble, first):
 
 def test_scores_of_the_prefix_are_kept_to_the_last_bit(make_member):
     member = make_member("llama")
-    cache = PrefixCache()
+    cache = PrefixCache(2**30)
     ids = encoded(member, CONTEXT)
     _, once, _ = read(cache, member, ids)
     _, again, count = read(cache, member, [*ids, 5, 6, 7])
@@ -218,17 +215,17 @@ def recurrent(tokenizer) -> Member:
 
 
 def test_a_running_state_serves_only_what_goes_on_from_its_end(byte_tokenizer):
-    member, cache = recurrent(byte_tokenizer), PrefixCache()
+    member, cache = recurrent(byte_tokenizer), PrefixCache(2**30)
     ids = encoded(member, CONTEXT)
     read(cache, member, ids)
     for other, expected in (([*ids[:-1], 9, 8], 0), (ids, 0), ([*ids, 9, 8], len(ids)), ([*ids, 7], len(ids))):
-        session, observed, count = read(cache, member, other)
+        end, observed, count = read(cache, member, other)
         assert count == expected
-        assert_as_fresh(member, session, observed, other)
-        session.step([30])  # what is kept stays as it was
-    session, _, count = read(cache, member, [*ids, 9, 8, 6])
+        assert_as_fresh(member, end, observed, other)
+        end.read([30])  # what is kept stays as it was
+    end, _, count = read(cache, member, [*ids, 9, 8, 6])
     assert count >= len(ids)
-    assert torch.allclose(session.logprobs[0].exp(), naive.next_logprobs(member, [*ids, 9, 8, 6]).exp(), atol=1e-5)
+    assert torch.allclose(end.here.exp(), naive.next_logprobs(member, [*ids, 9, 8, 6]).exp(), atol=1e-5)
 
 
 def test_positions_scaled_by_length_are_never_shared(byte_tokenizer):
@@ -237,7 +234,7 @@ def test_positions_scaled_by_length_are_never_shared(byte_tokenizer):
         num_attention_heads=4, max_position_embeddings=64, initializer_range=0.5,
         rope_parameters={"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0},
     )  # fmt: skip
-    member, cache = Member(AutoModelForCausalLM.from_config(config), byte_tokenizer), PrefixCache()
+    member, cache = Member(AutoModelForCausalLM.from_config(config), byte_tokenizer), PrefixCache(2**30)
     ids = encoded(member, CONTEXT)
     read(cache, member, ids)
     assert read(cache, member, ids)[2] == 0
@@ -245,29 +242,30 @@ def test_positions_scaled_by_length_are_never_shared(byte_tokenizer):
 
 
 def test_the_least_recently_used_goes_first(make_member):
-    member, cache = make_member("llama"), PrefixCache()
+    member, cache = make_member("llama"), PrefixCache(2**30)
     rows = [[at, *encoded(member, CONTEXT)] for at in range(5, 9)]
     read(cache, member, rows[0])
     one = cache.stats.bytes
     assert one >= 2 * 2 * 2 * 8 * 4 * len(rows[0])  # keys and values of 2 layers, 2 heads of 8
-    limit = int(2.5 * one)
-    read(cache, member, rows[1], limit=limit)
-    read(cache, member, [*rows[0], 3], limit=limit)  # used again, and replaced by what covers it
-    read(cache, member, rows[2], limit=limit)  # row 1 has to go
-    assert cache.stats.bytes <= limit
+    cache.limit = int(2.5 * one)
+    read(cache, member, rows[1])
+    read(cache, member, [*rows[0], 3])  # used again, and replaced by what covers it
+    read(cache, member, rows[2])  # row 1 has to go
+    assert cache.stats.bytes <= cache.limit
     assert (cache.stats.entries, cache.stats.evicted) == (2, 1)
-    counts = [cache.resume(member.open([row]), [[]]) > 0 for row in rows[:3]]
+    counts = [cache.longest(member.engine, None, row) is not None for row in rows[:3]]
     assert counts == [True, False, True]
-    read(cache, member, rows[3], limit=one // 2)  # more than all there is room for: not kept, the others stay
-    assert cache.resume(member.open([rows[3]]), [[]]) == 0
+    cache.limit = one // 2
+    read(cache, member, rows[3])  # more than all there is room for: not kept, the others stay
+    assert cache.longest(member.engine, None, rows[3]) is None
     assert cache.stats.entries == 2
 
 
 def test_short_prompts_are_not_kept(make_member):
-    member, cache = make_member("llama"), PrefixCache()
+    member, cache = make_member("llama"), PrefixCache(2**30)
     ids = encoded(member, CONTEXT)[: MINIMUM - 1]
     read(cache, member, ids)
-    assert cache.stats == PrefixCache().stats
+    assert cache.stats == PrefixStats(misses=1)
     read(cache, member, [*ids, 5])
     assert cache.stats.entries == 1
 
@@ -276,7 +274,7 @@ def test_statistics_and_the_off_switch(make_pack):
     pack = make_pack(max_tokens=2, prefix_cache_mb=0)
     for question in QUESTIONS:
         pack.generate(CONTEXT + question)
-    assert pack.prefixes.stats == PrefixCache().stats
+    assert pack.prefixes.stats == PrefixStats()
     pack = make_pack(max_tokens=2)
     for question in QUESTIONS:
         answer = pack.generate(CONTEXT + question)
@@ -351,7 +349,7 @@ def test_a_member_that_fails_leaves_nothing(make_member, monkeypatch):
     pack = Pack([make_member("llama", 0)], max_tokens=4)
     pack.generate(CONTEXT + QUESTIONS[0])
     kept = pack.prefixes.stats
-    monkeypatch.setattr(pack.members[0].engine, "run", lambda *_, **__: _fail())
+    monkeypatch.setattr(pack.members[0].engine, "_forward", lambda *_, **__: _fail())
     with pytest.raises(MemberError, match="out of memory"):
         pack.generate(CONTEXT[:200] + QUESTIONS[1])
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Reading scores and logits out of sessions: late scores, and members that share one LM head."""
+"""Reading scores and logits out of sequences: late scores, and members that share one LM head."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TextPack as Pack
+from lines import scored
 
 from packllm import Member, MemberError
-from packllm.engines.transformers.session import Session
 from packllm.options import make_options
-from packllm.weights.scoring import OneHeadSource, SessionSource, prefill, weights_of
+from packllm.weights.scoring import Behind, OneHeadSource, SequenceSource, weights_of
 
 TEXT = "The court shall order relief. What is the capital of France? Once upon a time there was a planner."
 
@@ -35,16 +35,16 @@ def relatives(make_member) -> list[Member]:
     return [member, with_other_body(member, 1), with_other_body(member, 2)]
 
 
-def sources(members: list[Member]) -> tuple[OneHeadSource, SessionSource, torch.Tensor]:
+def sources(members: list[Member]) -> tuple[OneHeadSource, SequenceSource, torch.Tensor]:
     encoded = [member.encoder.encode(TEXT) for member in members]
-    sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
-    for session, e in zip(sessions, encoded, strict=True):
-        assert prefill(session, [e.positions], True, True) == [None]
-    assert OneHeadSource.fits(sessions)
-    count = len(encoded[0].positions)
+    behind = []
+    for member, e in zip(members, encoded, strict=True):
+        end, none = scored(member, e.ids, [], keep=True)
+        assert len(none) == 0
+        behind.append(Behind(member, end.sequence, torch.tensor(e.positions) - 1))
+    assert OneHeadSource.fits(behind)
     targets = torch.tensor([encoded[0].ids[at] for at in encoded[0].positions])
-    several = ([0] * len(members), count)
-    return OneHeadSource(sessions, 0, *several), SessionSource(sessions, 0, *several), targets
+    return OneHeadSource(behind), SequenceSource(behind), targets
 
 
 def test_one_head_gives_the_logits_that_each_member_gives(relatives, monkeypatch) -> None:
@@ -82,10 +82,12 @@ def test_late_scores_and_weights_are_those_of_scores_from_the_prefill(kind, weig
     encoded = [member.encoder.encode(TEXT) for member in members]
     found = []
     for late in (False, True):
-        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
-        pairs = zip(sessions, encoded, strict=True)
-        logprobs = [prefill(session, [e.positions], True, late)[0] for session, e in pairs]
-        found.append(weights_of(sessions, 0, encoded, logprobs, make_options({"weighting": weighting})))
+        sequences, logprobs = [], []
+        for member, e in zip(members, encoded, strict=True):
+            end, given = scored(member, e.ids, [] if late else e.positions, keep=True)
+            sequences.append(end.sequence)
+            logprobs.append(None if late else given)
+        found.append(weights_of(members, sequences, encoded, logprobs, make_options({"weighting": weighting})))
     early, late_ = found
     assert late_.nll == pytest.approx(early.nll, abs=1e-4)
     assert late_.fused_nll == pytest.approx(early.fused_nll, abs=2e-4)
@@ -94,13 +96,13 @@ def test_late_scores_and_weights_are_those_of_scores_from_the_prefill(kind, weig
 
 @pytest.mark.parametrize("weighting", ["exact", "opt"])
 def test_a_member_that_fails_when_its_scores_are_read_is_dropped(members, weighting, monkeypatch) -> None:
-    read = Session.logits
+    read = Behind.logits
 
     def broken(self, *arguments):
         for logits in read(self, *arguments):
             yield logits * float("nan") if self.member is members[1] else logits
 
-    monkeypatch.setattr(Session, "logits", broken)
+    monkeypatch.setattr(Behind, "logits", broken)
     with pytest.raises(MemberError, match="gpt2-1"):
         Pack(members, weighting=weighting, max_tokens=3).generate(TEXT)
     found = Pack(members, weighting=weighting, max_tokens=3, on_member_error="drop").generate(TEXT).weights

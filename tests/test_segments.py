@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import logging
 import math
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ import torch
 from conftest import TextPack as Pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lines import line
 from scripted import follows, llama3_like, phi3_like
 from test_pack import broken, fail, to_nan
 from tokenizers import Tokenizer
@@ -41,10 +41,7 @@ def greedy(logprobs: torch.Tensor) -> int:
 
 
 def writer_of(member: Member, prompt: str) -> Writer:
-    ids = member.encoder.encode(prompt).ids
-    session = member.open([ids])
-    session.prefill([[]])
-    return Writer(session, len(ids))
+    return Writer(line(member, member.encoder.encode(prompt).ids))
 
 
 def says(member: Member, text: str):
@@ -82,10 +79,10 @@ def test_a_segment_ends_where_a_word_ends_for_all(tokenizers):
     assert common_boundaries("Multi-tasking is", both) == [13]
     for encoders, expected in ((both, " Multi-tasking"), ([llama.encoder], " Multi")):
         writer = writer_of(llama, "LLMs are")
-        before = llama.forwards
+        before = llama.engine.forwards
         segment = writer.propose(says(llama, " Multi-tasking is"), encoders, 99)
         assert segment == Segment(expected)
-        assert llama.forwards - before == expected.count("Multi") + 2 * expected.count("-tasking")
+        assert llama.engine.forwards - before == expected.count("Multi") + 2 * expected.count("-tasking")
 
 
 def test_the_last_word_is_unfinished(tokenizers):
@@ -131,14 +128,14 @@ def test_what_is_written_past_a_segment_is_kept_when_it_wins_and_dropped_when_it
     llama, phi = follows(tokenizers[0], chain, "llama"), follows(tokenizers[1], other, "phi")
     fused = team([llama, phi], "LLMs are", (0.5, 0.5), scoring="mixture")
     rounds = fused.write(99)
-    before = (llama.forwards, phi.forwards)
+    before = (llama.engine.forwards, phi.engine.forwards)
     assert "".join(next(rounds).pieces) == " not"
     # Each has put its own word through, to see the next one begin, and read the other's.
-    assert (llama.forwards - before[0], phi.forwards - before[1]) == (2, 2)
-    before = (llama.forwards, phi.forwards)
+    assert (llama.engine.forwards - before[0], phi.engine.forwards - before[1]) == (2, 2)
+    before = (llama.engine.forwards, phi.engine.forwards)
     assert "".join(next(rounds).pieces) == " the"
     # Both say " the": nothing to judge. Llama knew it; it was past its own segment.
-    assert (llama.forwards - before[0], phi.forwards - before[1]) == (1, 1)
+    assert (llama.engine.forwards - before[0], phi.engine.forwards - before[1]) == (1, 1)
     rounds.close()
 
 
@@ -206,15 +203,15 @@ def test_identical_members_write_what_one_does_at_no_cost_of_judging(make_member
     one = make_member("llama", 5, name="a")
     twins = [one, Member(one.model, one.tokenizer, "b"), Member(one.model, one.tokenizer, "c")]
     for prompt in PROMPTS:
-        spent = one.forwards
+        spent = one.engine.forwards
         alone = Pack([one], max_tokens=40).generate(prompt)
-        spent = one.forwards - spent
-        before = [m.forwards for m in twins]
+        spent = one.engine.forwards - spent
+        before = [m.engine.forwards for m in twins]
         pack = Pack(twins, weighting="uniform", scoring=scoring, max_tokens=40)
         together = pack.generate(prompt, decoding="cool")
         assert (together.text, together.finish_reason) == (alone.text, alone.finish_reason)
         assert together.usage == alone.usage
-        assert [m.forwards - b for m, b in zip(twins, before, strict=True)] == [spent] * 3
+        assert [m.engine.forwards - b for m, b in zip(twins, before, strict=True)] == [spent] * 3
 
 
 # Caches
@@ -311,28 +308,19 @@ def test_segments_of_a_text_are_tokenised_as_the_whole(make_member, text):
         assert member.encoder.encode(PROMPTS[0]).ids + ids == member.encoder.encode(PROMPTS[0] + text).ids
 
 
-def test_a_cache_that_cannot_be_rolled_back_says_so_once(byte_tokenizer, make_member, caplog):
-    pack = Pack([recurrent(byte_tokenizer, "state"), make_member("llama", 1, "words")], max_tokens=20)
-    with caplog.at_level(logging.WARNING, "packllm"):
-        pack.generate(PROMPTS[0], weighting="uniform")
-    assert [r.getMessage() for r in caplog.records if r.name == "packllm"] == [
-        "member 'state': its cache cannot be rolled back; what others write is computed again"
-    ]
-
-
 # Cost
 
 
 def test_work_a_round_does_not_grow_with_the_text(make_member):
     members = [make_member("llama", 1), make_member("gpt2", 2, "words"), make_member("gemma", 3, "words", "gemma-3")]
     fused = team(members, PROMPTS[0], scoring="mixture")  # under which none of them ends early
-    before = [(m.forwards, m.tokens) for m in members]
+    before = [(m.engine.forwards, m.engine.tokens) for m in members]
     emitted = rounds = 0
     for segment in fused.write(150):
         rounds += 1
         emitted += len(segment.pieces)
-        spent = [(m.forwards - f, m.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
-        before = [(m.forwards, m.tokens) for m in members]
+        spent = [(m.engine.forwards - f, m.engine.tokens - t) for m, (f, t) in zip(members, before, strict=True)]
+        before = [(m.engine.forwards, m.engine.tokens) for m in members]
         for forwards, tokens in spent:
             # A proposal, then the others' two in one forward; each at most twice the cut and a token.
             assert forwards <= 2 * SEGMENT_BYTES + 3
@@ -347,13 +335,13 @@ def test_judging_is_one_forward_a_round(tokenizers):
     b = {" are": {" is": 0.3}, " not": {" is": 0.3}, " the": {" is": 0.3}, " is": {" the": 0.3}}
     members = [follows(tokenizers[0], a, "a"), follows(tokenizers[1], b, "b")]
     pack = Pack(members, max_tokens=40, weighting={"a": 0.7, "b": 0.3})
-    before = [(m.forwards, m.tokens) for m in members]
+    before = [(m.engine.forwards, m.engine.tokens) for m in members]
     generation = pack.generate("LLMs are")
     assert generation.text == " not the" * 20
     prompts = [len(m.encoder.encode("LLMs are").ids) for m in members]
     for m, (forwards, tokens), prompt in zip(members, before, prompts, strict=True):
-        assert m.forwards - forwards <= 1 + 2 * 40
-        assert m.tokens - tokens <= prompt + 2 * 40
+        assert m.engine.forwards - forwards <= 1 + 2 * 40
+        assert m.engine.tokens - tokens <= prompt + 2 * 40
 
 
 # Characters, and runs without a boundary
@@ -379,13 +367,13 @@ def test_a_run_without_a_boundary_ends_in_bounded_work(make_member, text, tokeni
     writer = writer_of(member, "The")
     fused = Writers({0: writer}, row)
     fused._encoders = [m.encoder for m in members]
-    before = member.forwards, member.tokens
+    before = member.engine.forwards, member.engine.tokens
     segments = written(fused, len(ids))
     assert "".join(segments) == text
     longest = max(len(member.vocabulary.text_bytes(i)) for i in ids)
     assert all(len(segment.encode()) <= SEGMENT_BYTES + longest for segment in segments)
     assert len(segments) <= 4 * len(text.encode()) / SEGMENT_BYTES + 2
-    assert (member.forwards - before[0], member.tokens - before[1]) <= (len(ids), len(ids))
+    assert (member.engine.forwards - before[0], member.engine.tokens - before[1]) <= (len(ids), len(ids))
     assert not any(inside_character(text, len("".join(segments[:n]))) for n in range(1, len(segments)))
 
 
@@ -550,9 +538,9 @@ def test_closing_a_stream_stops_the_work(two):
     caches = sum(isinstance(thing, DynamicCache) for thing in gc.get_objects())
     stream = two.stream(PROMPTS[0], max_tokens=200)
     next(stream)
-    before = [member.forwards for member in two.members]
+    before = [member.engine.forwards for member in two.members]
     stream.close()
-    assert [member.forwards for member in two.members] == before
+    assert [member.engine.forwards for member in two.members] == before
     gc.collect()
     assert sum(isinstance(thing, DynamicCache) for thing in gc.get_objects()) == caches
 
@@ -683,9 +671,9 @@ def test_a_member_good_in_its_own_units_alone_gets_little_weight(real):
 @pytest.mark.real
 @pytest.mark.parametrize("options", [{}, {"scoring": "perplexity"}, {"decoding": "cool+rerank"}], ids=str)
 def test_real_models_of_two_vocabularies_write_together(real, options):
-    before = [m.forwards for m in real.members]
+    before = [m.engine.forwards for m in real.members]
     generation = real.generate(STORY, weighting={"smollm2": 0.5, "stories": 0.5}, **options)
-    forwards = [m.forwards - b for m, b in zip(real.members, before, strict=True)]
+    forwards = [m.engine.forwards - b for m, b in zip(real.members, before, strict=True)]
     assert generation.text[0].isspace()
     assert 0 < generation.usage.completion_tokens <= 24
     assert "\ufffd" not in generation.text

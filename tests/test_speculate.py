@@ -13,6 +13,7 @@ import torch
 from conftest import TextPack as Pack
 from hypothesis import given
 from hypothesis import strategies as st
+from lines import lines
 from test_adapters import specs  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3NextConfig
 
@@ -56,14 +57,13 @@ def weights_of(members, values, pool="linear") -> Weights:
 
 def ensemble_of(members, prompts, values, pool="linear", limit=20, drop=False, seed=None):
     """An ensemble after its prefill, and its rows."""
-    sessions = {}
-    for k, member in enumerate(members):
-        sessions[k] = member.open([member.encoder.encode(prompt).ids for prompt in prompts])
-        sessions[k].prefill([[]] * len(prompts))
+    asked = {
+        (k, r): (m, m.encoder.encode(prompt).ids) for k, m in enumerate(members) for r, prompt in enumerate(prompts)
+    }
     sample = [make_sampler(0.0 if seed is None else 1.0, 1.0, None, seed) for _ in prompts]
     rows = [Row(weights_of(members, values, pool), one, limit) for one in sample]
     failures = Failures([m.name for m in members], range(len(members)), drop)
-    return Ensemble(sessions, rows, failures), rows
+    return Ensemble(lines(asked), rows, failures), rows
 
 
 @pytest.mark.parametrize("pool", ["linear", "log"])
@@ -155,11 +155,11 @@ def test_a_round_is_so_many_steps_and_one_block(make_member):
     pack = Pack(members, weighting=fixed(members, 0.98, 0.01, 0.01), max_tokens=21)
 
     def passes(**options) -> list[int]:
-        before = [member.forwards for member in members]
+        before = [member.engine.forwards for member in members]
         usage = pack.generate(PROMPTS[0], **options).usage
         assert usage.completion_tokens == 21
         assert usage.accepted_tokens == usage.drafted_tokens
-        return [member.forwards - b for member, b in zip(members, before, strict=True)]
+        return [member.engine.forwards - b for member, b in zip(members, before, strict=True)]
 
     assert passes(draft_tokens=1) == [21, 21, 21]  # the prompt and all tokens but the last
     assert passes(draft_tokens=5) == [21, 5, 5]  # the first token is the prompt's: then four rounds of five
@@ -172,9 +172,9 @@ def test_a_round_is_so_many_steps_and_one_block(make_member):
 def test_drafting_ends_where_it_does_not_pay(make_member):
     members = [make_member("llama", 0), make_member("gpt2", 1)]
     pack = Pack(members, weighting=fixed(members, 0.51, 0.49), pool="log", max_tokens=120)
-    before = [member.forwards for member in members]
+    before = [member.engine.forwards for member in members]
     usage = pack.generate(PROMPTS[0], stop=()).usage
-    steps = [member.forwards - b for member, b in zip(members, before, strict=True)]
+    steps = [member.engine.forwards - b for member, b in zip(members, before, strict=True)]
     assert usage.accepted_tokens < 0.5 * usage.drafted_tokens  # two strangers
     assert usage.drafted_tokens < 0.35 * usage.completion_tokens
     assert sum(steps) < 1.15 * 2 * usage.completion_tokens
@@ -188,12 +188,12 @@ def test_segments_need_no_drafts(make_member):
 def test_the_first_token_waits_for_no_draft(make_member):
     members = [make_member("llama", 0), make_member("gpt2", 1)]
     ensemble, rows = ensemble_of(members, PROMPTS[:2], (0.6, 0.4))
-    before = [member.forwards for member in members]
+    before = [member.engine.forwards for member in members]
     tokens = speculative_ids(ensemble, rows, 8)
     assert [next(tokens)[0], next(tokens)[0]] == [0, 1]
-    assert [member.forwards for member in members] == before
+    assert [member.engine.forwards for member in members] == before
     next(tokens)
-    assert [member.forwards - b for member, b in zip(members, before, strict=True)] == [8, 1]
+    assert [member.engine.forwards - b for member, b in zip(members, before, strict=True)] == [8, 1]
     tokens.close()
 
 
@@ -239,21 +239,22 @@ def test_recurrent_layers_decode_plainly(make_member, byte_tokenizer, caplog):
     members = [make_member("gpt2", 1), hybrid("recurrent", byte_tokenizer)]
     pack = Pack(members, max_tokens=8, weighting=fixed(members, 0.6, 0.4))
     plain = pack.generate_batch(PROMPTS, draft_tokens=1)
-    before = [member.forwards for member in members]
+    before = [member.engine.forwards for member in members]
     with caplog.at_level(logging.INFO, "packllm"):
         assert [g.text for g in pack.generate_batch(PROMPTS)] == [g.text for g in plain]
-    assert [member.forwards - b for member, b in zip(members, before, strict=True)] == [8, 8]
+    # Each row of what keeps a state has passes of its own.
+    assert [member.engine.forwards - b for member, b in zip(members, before, strict=True)] == [8, 3 * 8]
     said = [record.message for record in caplog.records if record.name == "packllm"]
     assert said == ["decoding without drafts: the cache of member 'recurrent' cannot be rolled back"]
 
 
-def test_convolutions_roll_back(make_member, byte_tokenizer):
+def test_convolutions_decode_plainly(make_member, byte_tokenizer):
     members = [hybrid("convolution", byte_tokenizer), make_member("gpt2", 1)]
     pack = Pack(members, max_tokens=16, weighting=fixed(members, 0.6, 0.4))
     for prompts in (PROMPTS[:1], PROMPTS[::2]):
         plain, ours = (pack.generate_batch(prompts, draft_tokens=places) for places in (1, 4))
         assert [g.text for g in ours] == [g.text for g in plain]
-        assert 0 < ours[0].usage.accepted_tokens < ours[0].usage.drafted_tokens
+        assert ours[0].usage.drafted_tokens == 0
 
 
 class Failing(Member):
@@ -261,7 +262,7 @@ class Failing(Member):
 
     def after(self, passes: int) -> Failing:
         self.left = passes
-        self.engine.model.register_forward_pre_hook(self._count)
+        self.engine.model.get_decoder().register_forward_pre_hook(self._count)
         return self
 
     def _count(self, *_) -> None:
@@ -413,7 +414,6 @@ def test_one_member_drafts_for_nobody(make_member):
 def test_members_on_devices_of_their_own_save_nothing(make_member, monkeypatch):
     pace = pace_of(make_member, 2)
     assert pace.can_pay([0])
-    first = make_member("llama", 0).model
-    place = property(lambda engine: torch.device("cpu", int(engine.model is first)))
-    monkeypatch.setattr("packllm.engines.transformers.engine.Engine.device", place)
+    for k, line in enumerate(pace._ensemble.lines.values()):
+        monkeypatch.setattr(line.sequence.engine, "place", k)
     assert not pace.can_pay([0])

@@ -27,7 +27,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 
 import packllm
-from packllm.chat.schemas import schema_of_type
+from packllm import schema_of_type
 
 METHODS = ("json_schema", "function_calling", "json_mode")
 _UNNAMED = "answer"  # what a call is named whose schema has no title

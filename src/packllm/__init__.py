@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from packllm.chat.calls import ToolStream, parse_tool_calls
     from packllm.chat.formatted import Formatted
     from packllm.chat.reasoning import ReasoningPart
+    from packllm.chat.schemas import schema_of_type
     from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall
-    from packllm.engines.transformers.member import Member
+    from packllm.engines.member import Member
     from packllm.errors import (
         AnswerTimeout,
         CancelledError,
@@ -65,14 +66,16 @@ __all__ = [
     "Weights",
     "WeightsError",
     "parse_tool_calls",
+    "schema_of_type",
 ]
 
 _HOMES = {
     "chat.formatted": ("Formatted",),
     "chat.calls": ("ToolStream", "parse_tool_calls"),
     "chat.reasoning": ("ReasoningPart",),
+    "chat.schemas": ("schema_of_type",),
     "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall"),
-    "engines.transformers.member": ("Member",),
+    "engines.member": ("Member",),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),
     "results": ("Chunk", "Generation", "Usage"),

@@ -114,9 +114,12 @@ class OptionFields(BaseModel):
     piece; one that violates its schema is drawn anew, once and at random, and then StructureError is raised."""
     batch_size: Count = Field(8, ge=1)
     """Most prompts that generate_batch decodes together."""
+    max_cache_mb: Count | None = Field(None, ge=1)
+    """Most MiB that the keys and values of all requests in flight may grow to, a property of the pack: who would exceed
+    it waits for its turn, first come first served; who needs more than that runs alone. None: no bound."""
     prefix_cache_mb: Count = Field(1024, ge=0)
     """Most MiB of keys and values of recent prompts that the pack keeps, so that the next prompt over the same
-    context or conversation reads only what is new. 0: keep none, use none."""
+    context or conversation reads only what is new; a property of the pack. 0, also of a request: keep and use none."""
 
 
 class Options(OptionFields):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+import warnings
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
 from functools import cached_property, partial
 from threading import Event
 from typing import Any
@@ -13,16 +14,20 @@ from typing import Any
 import torch
 
 from packllm import starter
+from packllm.asynchronous import iterate
 from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer, verdict
+from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop, Stream
+from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs
+from packllm.decode.tokens import in_one_vocabulary
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
-from packllm.engines.transformers.member import Member, Session
-from packllm.engines.transformers.prefix import PrefixCache
+from packllm.engines.member import Member
+from packllm.engines.prefix import PrefixCache
 from packllm.errors import LoadError, PackError, PromptError, shown
 from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
@@ -57,7 +62,9 @@ class Pack:
         self.members = tuple(members)
         self.recipe = recipe
         self.options = make_options(options)
-        self.prefixes = PrefixCache()
+        self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
+        most = self.options.max_cache_mb
+        self._admission = Admission(None if most is None else most * 2**20)
         self._check_weighting(self.options)
 
     @classmethod
@@ -206,14 +213,15 @@ class Pack:
         """
         if isinstance(prompt, str):
             return len(self.tokenize(prompt))
-        encoded = self._request([prompt], self.check(**options), Stop()).encoded[0]
+        encoded = self._request([prompt], self.check(**options)).encoded[0]
         return len(encoded[min(encoded)].ids)
 
     # Requests
 
     def weigh(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Weights:
         """What each member would count for on this prompt; nothing is generated. Arguments and errors as stream()."""
-        with closing(self._request([prompt], self.check(**options), Stop(cancel))) as request:
+        with closing(self._request([prompt], self.check(**options))) as request:
+            request.stop = Stop(cancel)
             request.limits(0)
             request.prefill()
             return request.weights[0]
@@ -251,19 +259,20 @@ class Pack:
         checked = self.check(**options)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
             raise PromptError(f"prompts must be a list of prompts, not {shown(prompts)}")
-        alone = checked.decoding == "mined"  # each prompt has a vocabulary of its own
-        alone |= not all(member.engine.architecture.padded for member in self.members)
-        size = 1 if alone else checked.batch_size
+        size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:
-            request = self._request([prompts[at] for at in group], checked, stop)
+            request = self._request([prompts[at] for at in group], checked)
+            request.stop = stop
             request.check_decoding()
             request.limits(checked.max_tokens)
             requests.append(request)
 
         def anew(at: int) -> Generator[tuple[int, Chunk], None, None]:
-            return answer.chunks(self._request([prompts[at]], verdict.drawn_anew(checked), stop))
+            request = self._request([prompts[at]], verdict.drawn_anew(checked))
+            request.stop = stop
+            return answer.chunks(request)
 
         return _chunks(requests, groups, anew)
 
@@ -279,6 +288,19 @@ class Pack:
         for index, chunk in self.stream_batch(prompts, cancel=cancel, **options):
             chunks.setdefault(index, []).append(chunk)
         return [Generation.from_chunks(chunks[index]) for index in range(len(chunks))]
+
+    async def astream(
+        self, prompt: Prompt, *, cancel: Event | None = None, **options: Any
+    ) -> AsyncGenerator[Chunk, None]:
+        """stream() for asyncio: never blocks the loop. A task that is cancelled stops the work before its next pass."""
+        async with aclosing(iterate(partial(self.stream, prompt, cancel=cancel, **options))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def agenerate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
+        """generate() for asyncio, as astream()."""
+        async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
+            return Generation.from_chunks([chunk async for chunk in chunks])
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -299,13 +321,14 @@ class Pack:
         checked = self.check(**options)
         if checked.chat_template is None:
             checked = checked.model_copy(update={"chat_template": False})
-        with closing(self._request([prompt], checked, Stop(cancel))) as request:
+        with closing(self._request([prompt], checked)) as request:
+            request.stop = Stop(cancel)
             ids = {
                 k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
             }
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
-            return request.whole(lambda sessions: list(_scores(request, sessions, continuations, ids)))
+            return request.whole(lambda lines: list(_scores(request, lines, continuations, ids)))
 
     def rerank(
         self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -338,25 +361,31 @@ class Pack:
             return self.has_chat_template and not isinstance(prompt, Formatted)
         return options.chat_template
 
-    def _request(self, prompts: Sequence[Prompt], options: Options, stop: Stop) -> Request:
+    def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
         checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
-        return Request(self.members, options, checked, self.prefixes, stop)
+        if options.prefix_cache_mb not in (0, self.options.prefix_cache_mb):
+            told = f"prefix_cache_mb={options.prefix_cache_mb} of a request has no effect; it is a property of the pack"
+            warnings.warn(told, DeprecationWarning, stacklevel=2)
+        request = Request(self.members, options, checked, self.prefixes)
+        request.admission = self._admission
+        return request
 
 
 def _scores(
-    request: Request, sessions: dict[int, Session], texts: Sequence[str], ids: dict[int, list[list[int]]]
+    request: Request, lines: dict[int, Line], texts: Sequence[str], ids: dict[int, list[list[int]]]
 ) -> Iterator[float]:
     """The fused log-likelihood of each text, given as each member's ids too, under these members."""
-    running, weights = list(sessions), request.weights[0]
+    running, weights = list(lines), request.weights[0]
     if not request.one_vocabulary(running):
-        return text_logprobs(sessions, weights, texts)
+        return text_logprobs(lines, weights, texts)
+    lines, _ = in_one_vocabulary(lines)
     if request.options.decoding != "mined":
-        return continuation_logprobs(sessions, weights, ids[running[0]])
+        return continuation_logprobs(lines, weights, ids[running[0]])
     spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]
     request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
-    return continuation_logprobs(sessions, weights, spoken)
+    return continuation_logprobs(lines, weights, spoken)
 
 
 def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:

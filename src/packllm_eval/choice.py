@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packllm.engines.transformers.prefix import PrefixCache
+from packllm.engines.prefix import PrefixCache
 from packllm.errors import DataError, OptionError
 from packllm.pack import Pack
 from packllm_eval.lm import alone, reads_logits
@@ -125,13 +125,13 @@ def evaluate(
     }
     keep = any(reads_logits(m) for m in checked)
     room = pack.options.prefix_cache_mb * 2**20
-    prefixes = PrefixCache() if shots and room else None
+    prefixes = PrefixCache(room) if shots and room else None
 
     def work(question: Question) -> dict[str, Any]:
         prompt = pieces(question, TEMPLATES[template], (shots or {}).get(question.subject, []))
         singles = [((k,), alone(pack, k)) for k in range(len(pack.members))]
         try:
-            with Reading(pack.members, prompt, keep, prefixes, room) as reading:
+            with Reading(pack.members, prompt, keep, prefixes) as reading:
                 weighed = [(m.members, reading.weights(m.options, m.members)) for m in checked]
                 nats = reading.options([f" {choice}" for choice in question.choices], [*singles, *weighed])
         except LEFT_OUT as error:

@@ -113,7 +113,7 @@ def described(methods: Sequence[Ready]) -> dict[str, Any]:
 def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
     """Whether these members can be fused token by token."""
     first = pack.members[members[0]].vocabulary
-    return all(pack.members[k].vocabulary.same_as(first) for k in members[1:])
+    return all(pack.members[k].vocabulary.akin(first) for k in members[1:])
 
 
 def largest(pack: Pack) -> str:

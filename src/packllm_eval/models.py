@@ -22,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from packllm import Pack
-from packllm.engines.transformers.architecture import Architecture
 from packllm.errors import LoadError
 from packllm_eval.tiny import byte_tokenizer, families, tiny_model
 
@@ -77,14 +76,14 @@ def examine(family: str) -> Row:
             pack = Pack.load(specs, weighting={"a": 0.6, "b": 0.4}, max_tokens=TOKENS)
         except LoadError as error:
             return Row(family, kind, f"refused: {_first_line(error).replace(folder, '')}", Checks())
-        architecture = pack.members[0].engine.architecture
+        engine: Any = pack.members[0].engine
         try:
             checks = check(pack, made[0])
         except Exception as error:
             return Row(family, kind, f"fails: {type(error).__name__}: {_first_line(error)}", Checks())
     if checks is None:
         return Row(family, kind, "loads; its tiny model writes the same whatever it reads", Checks())
-    note = how(architecture)
+    note = how(engine)
     if checks.alone and not checks.pairs:
         by_itself = [written(pack, prompt, (1.0, 0.0)) for prompt in PROMPTS]
         if by_itself != [generated(pack, made[0], prompt) for prompt in PROMPTS]:
@@ -131,7 +130,7 @@ def written(pack: Pack, prompt: str, weights: Sequence[float] = (0.6, 0.4)) -> s
         for member in pack.members:
             with torch.inference_mode():
                 logits = member.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            parts.append(member.real(logits).softmax(-1))
+            parts.append(logits[: member.vocabulary_size].float().softmax(-1))
         token = int((weights[0] * parts[0] + weights[1] * parts[1]).argmax())
         if token in pack.members[0].end_ids:
             break
@@ -182,16 +181,16 @@ def kind_of(config: Any) -> str:
     return ", ".join(words) or "dense"
 
 
-def how(architecture: Architecture) -> str:
-    """In words, how an architecture is run; nothing where it has every shortcut that its cache allows."""
+def how(engine: Any) -> str:
+    """In words, how an architecture is run; nothing where it has every shortcut."""
     words = []
-    if architecture.carrier is None:
+    if engine.architecture.carrier is None:
         words.append("read again at every token")
-    elif not architecture.blocks:
+    elif not engine.architecture.blocks:
         words.append("one token a pass after the prompt")
-    if not architecture.padded:
-        words.append("one prompt a batch")
-    if not architecture.croppable:
+    if not engine.packs:
+        words.append("sequence by sequence")
+    if not engine.rewinds:
         words.append("no drafts")
     return "; ".join(words)
 

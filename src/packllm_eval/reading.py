@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 import torch
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from packllm.align.words import Scored, common_tokens, common_words, is_word_boundary
 from packllm.chat.prompt import Encoded, Encoder, check
+from packllm.decode.line import Line, open_lines, read_lines, score_rows
 from packllm.decode.pool import fuse
 from packllm.decode.tokens import drop_small
-from packllm.engines.transformers.member import Member
-from packllm.engines.transformers.prefix import PrefixCache
-from packllm.engines.transformers.session import Session
-from packllm.errors import ContextOverflowError
+from packllm.engines.base import KeepsHidden
+from packllm.engines.member import Member
+from packllm.engines.prefix import PrefixCache
+from packllm.errors import ContextOverflowError, MemberError
 from packllm.options import Options
 from packllm.weights import Weights
 from packllm.weights.blocks import grid_losses, margins
-from packllm.weights.scoring import SessionSource, scored, weights_of
+from packllm.weights.scoring import scored, source_of, weights_of
 
-ROOM_BYTES = 64 * 2**20
-"""Most bytes of logits that one pass over continuations makes."""
+TOGETHER = 8
+"""Most continuations that a member reads together."""
 
 
 class Reading:
@@ -39,7 +40,6 @@ class Reading:
         pieces: the text's pieces, none of them empty.
         keep: keep what it takes to give logits again, for weightings and pools that need them.
         prefixes: earlier readings that this one may start from, and is kept in.
-        room: most bytes that they may hold.
 
     Attributes:
         seconds: what each member's pass took.
@@ -54,7 +54,6 @@ class Reading:
         pieces: Sequence[str],
         keep: bool = True,
         prefixes: PrefixCache | None = None,
-        room: int = 0,
     ) -> None:
         self._members = members
         self._ends = list(accumulate(map(len, pieces)))
@@ -62,7 +61,7 @@ class Reading:
         self._encoded: list[Encoded] = []
         self._counts: list[list[int]] = []  # scored tokens of each member in the first pieces
         self._logprobs: list[Tensor] = []
-        self._sessions: list[Session] = []
+        self._lines: list[Line] = []
         self.seconds: list[float] = []
         for member in members:
             encoded, counts = encode_pieces(member.encoder, pieces)
@@ -73,13 +72,14 @@ class Reading:
         try:
             for member, encoded in zip(members, self._encoded, strict=True):
                 started = time.perf_counter()
-                session = member.open([encoded.ids])
-                self._sessions.append(session)
-                if prefixes is not None:
-                    prefixes.resume(session, [encoded.positions])
-                self._logprobs.append(session.prefill([encoded.positions], keep or prefixes is not None)[0])
-                if prefixes is not None:
-                    prefixes.keep(session, room)
+                sequence = member.open(prefixes)
+                if keep and isinstance(sequence.engine, KeepsHidden):
+                    sequence.engine.keep_hidden(sequence)
+                lines, scores, failed = open_lines({0: (sequence, member, encoded.ids, encoded.positions)})
+                if failed:
+                    raise failed[0]
+                self._lines.append(lines[0])
+                self._logprobs.append(scores[0])
                 self.seconds.append(time.perf_counter() - started)
         except BaseException:
             self.close()
@@ -93,16 +93,16 @@ class Reading:
 
     def close(self) -> None:
         """Free the caches."""
-        for session in self._sessions:
-            session.close()
+        for line in self._lines:
+            line.close()
 
     def weights(self, options: Options, members: Sequence[int], pieces: int = 1) -> Weights:
         """Weights from the first `pieces` alone, over the given members in their order: Pack.weigh's, members
         below `min_weight` dropped."""
         tokens = [self._slice(k, 0, pieces) for k in members]
         weights = weights_of(
-            [self._sessions[k] for k in members],
-            0,
+            [self._members[k] for k in members],
+            [self._lines[k].sequence for k in members],
             [encoded for encoded, _ in tokens],
             [logprobs for _, logprobs in tokens],
             options,
@@ -150,62 +150,52 @@ class Reading:
         running = [_running(members, weights) for members, weights in chosen]
         results: list[list[float]] = [[] for _ in chosen]
         used = sorted({k for members, _ in running for k in members})
+        whole = {
+            k
+            for (members, _), (_, weights) in zip(running, chosen, strict=True)
+            if weights.pool == "log"
+            for k in members
+        }
         ids = {k: [self._members[k].encoder.continuation(text) for text in texts] for k in used}
-        for at, (text, whole) in enumerate(zip(texts, self._continue(ids), strict=True)):
-            parts = {}
-            for k in used:
-                tokens = ids[k][at]
-                observed = whole[k].gather(-1, torch.tensor(tokens)[:, None])[:, 0].double()
-                starts, ends = offsets(self._members[k].encoder, tokens, text)
-                parts[k] = Scored(tokens, starts, ends, list(range(len(tokens))), observed)
-            for result, (members, values), (_, weights) in zip(results, running, chosen, strict=True):
-                common = self._common(members, [parts[k] for k in members])
-                if weights.pool == "log" and len(members) > 1 and common is not None:
-                    size = min(whole[k].shape[-1] for k in members)
-                    fused = fuse(torch.stack([whole[k][:, :size] for k in members]), values, "log")
-                    target = torch.tensor(ids[members[0]][at])[:, None]
-                    result.append(float(fused.gather(-1, target).double().sum()))
-                    continue
-                result.append(mixture(text, [parts[k] for k in members], common, values))
+        for begin in range(0, len(texts), TOGETHER):
+            given = self._given({k: ids[k][begin : begin + TOGETHER] for k in used}, whole)
+            for at, text in enumerate(texts[begin : begin + TOGETHER]):
+                parts = {}
+                for k in used:
+                    tokens = ids[k][begin + at]
+                    starts, ends = offsets(self._members[k].encoder, tokens, text)
+                    parts[k] = Scored(tokens, starts, ends, list(range(len(tokens))), given[k][at][0])
+                for result, (members, values), (_, weights) in zip(results, running, chosen, strict=True):
+                    common = self._common(members, [parts[k] for k in members])
+                    if weights.pool == "log" and len(members) > 1 and common is not None:
+                        size = min(given[k][at][1].shape[-1] for k in members)
+                        fused = fuse(torch.stack([given[k][at][1][:, :size] for k in members]), values, "log")
+                        target = torch.tensor(ids[members[0]][begin + at])[:, None]
+                        result.append(float(fused.gather(-1, target).double().sum()))
+                        continue
+                    result.append(mixture(text, [parts[k] for k in members], common, values))
         return results
 
-    def _continue(self, ids: dict[int, list[list[int]]]) -> Iterator[dict[int, Tensor]]:
-        """For each of the texts, whose ids every member has, every member's float32 (n, V): what predicts each of the n
-        ids after the reading. Texts, and members of one engine, run as rows of one pass, as many as ROOM_BYTES hold."""
-        longest = max(len(tokens) for texts in ids.values() for tokens in texts)
-        size = max(self._members[k].vocabulary_size for k in ids)
-        step = max(1, ROOM_BYTES // (4 * size * longest * len(ids)))
-        for begin in range(0, len(next(iter(ids.values()))), step):
-            found: dict[int, list[Tensor]] = {}
-            for group in self._alike(ids):
-                found |= self._together({k: ids[k][begin : begin + step] for k in group})
-            for whole in zip(*found.values(), strict=True):
-                yield dict(zip(found, whole, strict=True))
-
-    def _alike(self, members: Iterable[int]) -> list[list[int]]:
-        """Members whose sessions can run as rows of one pass: on one engine, and as far."""
-        groups: dict[Hashable, list[int]] = {}
-        for k in members:
-            session = self._sessions[k]
-            alone = None if session.joinable() else k
-            groups.setdefault((id(session.engine), len(self._encoded[k].ids), alone), []).append(k)
-        return list(groups.values())
-
-    def _together(self, ids: dict[int, list[list[int]]]) -> dict[int, list[Tensor]]:
-        """Of members that _alike put together: what predicts their ids of each text, from one pass."""
-        first = {k: self._sessions[k].logprobs[:1].cpu() for k in ids}
-        width = max(len(tokens) for texts in ids.values() for tokens in texts) - 1
-        if not width:
-            return {k: [first[k]] * len(texts) for k, texts in ids.items()}
-        rows = [tokens[:-1] + [0] * (width + 1 - len(tokens)) for texts in ids.values() for tokens in texts]
-        session = Session.join([self._sessions[k].fork(len(texts)) for k, texts in ids.items()])
+    def _given(self, rows: dict[int, list[list[int]]], whole: set[int]) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """What members give continuations of the reading: float64 (n,) of their ids, and of those in `whole` float32
+        (n, V). All are read together."""
+        scores = score_rows(dict(enumerate(self._lines)), {k: rows[k] for k in rows if k not in whole})
+        found = {k: [(given, torch.empty(0)) for given in scores[k]] for k in scores}
+        slots = {(k, at): ids[:-1] for k in rows if k in whole for at, ids in enumerate(rows[k])}
+        forks = {(k, at): self._lines[k].fork() for k, at in slots}
         try:
-            after = iter(session.extend(torch.tensor(rows)).cpu())
+            answers = read_lines(forks, {slot: ids for slot, ids in slots.items() if ids})
         finally:
-            session.close()
-        return {
-            k: [torch.cat((first[k], next(after)[: len(tokens) - 1])) for tokens in texts] for k, texts in ids.items()
-        }
+            for fork in forks.values():
+                fork.close()
+        for k, at in slots:
+            here = self._lines[k].here[None]
+            answer = answers.get((k, at), here[:0])
+            if isinstance(answer, MemberError):
+                raise answer
+            after, ids = torch.cat([here, answer]).cpu(), rows[k][at]
+            found.setdefault(k, []).append((after.gather(-1, torch.tensor(ids)[:, None])[:, 0].double(), after))
+        return found
 
     def _log_pool(
         self, members: Sequence[int], values: Sequence[Sequence[float]], first: int, last: int
@@ -214,7 +204,13 @@ class Reading:
         begin = min(self._counts[k][first] for k in members)
         skip = [self._counts[k][first] - begin for k in members]
         encoded, total = self._encoded[members[0]], self._counts[members[0]][last] - skip[0]
-        source = SessionSource([self._sessions[k] for k in members], 0, skip, total)
+        source = source_of(
+            [self._members[k] for k in members],
+            [self._lines[k].sequence for k in members],
+            [self._encoded[k] for k in members],
+            skip,
+            total,
+        )
         targets = torch.tensor([encoded.ids[at] for at in encoded.positions[skip[0] :][:total]])
         points = torch.tensor(values)
         everyone = range(len(members))
@@ -223,7 +219,7 @@ class Reading:
 
     def _common(self, members: Sequence[int], parts: Sequence[Scored]) -> list[Scored] | None:
         first = self._members[members[0]].vocabulary
-        if not all(self._members[k].vocabulary.same_as(first) for k in members[1:]):
+        if not all(self._members[k].vocabulary.akin(first) for k in members[1:]):
             return None
         return common_tokens(parts)
 

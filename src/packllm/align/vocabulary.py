@@ -37,6 +37,8 @@ class Vocabulary:
         special: id by role: "bos", "eos", "pad", "unk", "end_of_turn", where the tokenizer has one.
         control: ids of special tokens: they steer a model and are never text.
         unused: ids below len(tokens) that no token has; a model must not emit them.
+        added: ids of tokens that were added to the tokenizer's own, white space apart: not the text of other
+            tokenizers.
         shadowed: byte-fallback pieces of bytes that other pieces spell too (<0x41> beside A): the tokenizer
             never writes them.
     """
@@ -46,6 +48,7 @@ class Vocabulary:
     control: frozenset[int]
     unused: frozenset[int]
     shadowed: frozenset[int] = frozenset()
+    added: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,6 +64,26 @@ class Vocabulary:
         lengths = array("I", map(len, self.tokens))  # tell where each token ends
         return hashlib.sha256(lengths.tobytes() + b"".join(self.tokens)).hexdigest()
 
+    def is_text(self, token_id: int) -> bool:
+        """Whether a token is text in every tokenizer of its family: no control token, none that was added."""
+        return bool(self.tokens[token_id]) and token_id not in self.control and token_id not in self.added
+
+    @cached_property
+    def spelled(self) -> frozenset[bytes]:
+        """What text tokens spell, whatever their ids."""
+        return frozenset(self.tokens[i] for i in range(len(self.tokens)) if self.is_text(i))
+
+    @cached_property
+    def family(self) -> str:
+        """Hash of what text tokens spell: equal for a base and fine-tunes that add, rename or move control tokens."""
+        spelled = sorted(self.spelled)
+        lengths = array("I", map(len, spelled))
+        return hashlib.sha256(lengths.tobytes() + b"".join(spelled)).hexdigest()
+
+    def akin(self, other: Vocabulary) -> bool:
+        """Whether both have the same text tokens, by id or by a permutation of ids."""
+        return self is other or self.family == other.family
+
     def same_as(self, other: Vocabulary) -> bool:
         """Whether both map every id to the same byte string, whatever the tokenizers are called."""
         return self is other or self.fingerprint == other.fingerprint
@@ -69,7 +92,8 @@ class Vocabulary:
         """The first `size` ids alone, as a model with fewer rows than its tokenizer has them."""
         if size >= len(self):
             return self
-        sets = [frozenset(i for i in ids if i < size) for ids in (self.control, self.unused, self.shadowed)]
+        parts = (self.control, self.unused, self.shadowed, self.added)
+        sets = [frozenset(i for i in ids if i < size) for ids in parts]
         return Vocabulary(self.tokens[:size], {r: i for r, i in self.special.items() if i < size}, *sets)
 
     def with_role(self, role: str, token_id: int) -> Vocabulary:
@@ -135,6 +159,7 @@ class Vocabulary:
             control=frozenset(control),
             unused=frozenset(i for i in range(size) if not used[i]),
             shadowed=frozenset(i for i, byte in fallback.items() if byte in spelled),
+            added=frozenset(token["id"] for token in added.values() if tokens[token["id"]].strip()),
         )
 
 

@@ -11,10 +11,11 @@ _HEAD = 7  # tokens up to the arguments of a call: "name" : "..." , "arguments" 
 
 
 def loads(text: str) -> Any:
-    """JSON as a value; None for what is not JSON of Unicode text and finite numbers."""
+    """JSON as a value; None for what is not JSON of Unicode text. A number beyond a float's range is infinite, as
+    json.loads has it."""
     try:
         value = json.loads(text, parse_constant=_refuse)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # a lone surrogate is no text
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError):
         return None
     return value

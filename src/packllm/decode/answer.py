@@ -7,10 +7,12 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
+from packllm.align.shared import Shared
 from packllm.chat.marks import CALL_MARKS
 from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.failures import without
 from packllm.decode.lazy import lazy_ids
+from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
 from packllm.decode.sampling import make_sampler
@@ -18,7 +20,7 @@ from packllm.decode.segments import Writers
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
 from packllm.decode.text import TextStream
-from packllm.decode.tokens import Ensemble, Row
+from packllm.decode.tokens import Ensemble, Row, in_one_vocabulary
 from packllm.decode.writer import Writer
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
@@ -85,41 +87,51 @@ def _shown(request: Request, index: int) -> frozenset[str]:
 
 def _pieces(request: Request) -> Generator[tuple[int, Chunk], None, None]:
     """As chunks(), with all that is written as text."""
-    started, options = time.perf_counter(), request.options
     try:
-        request.prefill()
-        limits = request.limits(options.max_tokens)
-        rows = [
-            Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
-            for weights, limit in zip(request.weights, limits, strict=True)
-        ]
-        for r, row in enumerate(rows):
-            if _by_segments(request, r):
-                for chunk in _segments(request, r, row, started):
-                    yield r, chunk
-                row.done = True
-        ensemble = Ensemble(request.sessions, rows, request.failures)
-        answers = {}
-        for r, row in enumerate(rows):
-            if not row.done:
-                try:
-                    answers[r] = _answer(request, r, row, ensemble.running(r))
-                except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
-                    yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
-                    raise
-        for r, token in _tokens(request, ensemble, rows):
-            request.check_time()
-            request.timings.setdefault("first_token", time.perf_counter() - started)
-            text, reason = answers[r].push(token)
-            rows[r].done = reason is not None
-            if reason is not None:
-                timings = {**request.timings, "total": time.perf_counter() - started}
-                usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-                yield r, Chunk(text, rows[r].weights, reason, usage, timings)
-            elif text:
-                yield r, Chunk(text, rows[r].weights)
+        with request.admission.admitted(request.cache_bytes(), request.check):
+            yield from _written(request)
     finally:
         request.close()
+
+
+def _written(request: Request) -> Generator[tuple[int, Chunk], None, None]:
+    started, options = time.perf_counter(), request.options
+    request.prefill()
+    limits = request.limits(options.max_tokens)
+    rows = [
+        Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
+        for weights, limit in zip(request.weights, limits, strict=True)
+    ]
+    for r, row in enumerate(rows):
+        if _by_segments(request, r):
+            for chunk in _segments(request, r, row, started):
+                yield r, chunk
+            row.done = True
+    lines: dict[tuple[int, int], Line] = {}
+    shared: dict[int, Shared | None] = {}
+    for r in (r for r, row in enumerate(rows) if not row.done):
+        own, shared[r] = in_one_vocabulary({k: request.lines[k, r] for k in request.running(r)})
+        lines |= {(k, r): line for k, line in own.items()}
+    ensemble = Ensemble(lines, rows, request.failures)
+    answers = {}
+    for r, row in enumerate(rows):
+        if not row.done:
+            try:
+                answers[r] = _answer(request, r, row, ensemble.running(r), shared[r])
+            except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
+                yield r, Chunk("", row.weights, usage=request.usage(r, _top(row, ensemble.running(r))))
+                raise
+    for r, token in _tokens(request, ensemble, rows):
+        request.check_time()
+        request.timings.setdefault("first_token", time.perf_counter() - started)
+        text, reason = answers[r].push(token)
+        rows[r].done = reason is not None
+        if reason is not None:
+            timings = {**request.timings, "total": time.perf_counter() - started}
+            usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
+            yield r, Chunk(text, rows[r].weights, reason, usage, timings)
+        elif text:
+            yield r, Chunk(text, rows[r].weights)
 
 
 def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
@@ -133,11 +145,10 @@ def _tokens(request: Request, ensemble: Ensemble, rows: Sequence[Row]) -> Iterat
     return speculative_ids(ensemble, rows, places)
 
 
-def _answer(request: Request, index: int, row: Row, running: Sequence[int]) -> Answer:
+def _answer(request: Request, index: int, row: Row, running: Sequence[int], shared: Shared | None) -> Answer:
     shown = _shown(request, index)
-    ends = frozenset().union(*(request.members[k].end_ids for k in running))
-    top = _top(row, running)
-    vocabulary, prompt = request.members[top].vocabulary, request.usage(index, top)
+    vocabulary, prompt = request.members[running[0]].vocabulary, request.usage(index, _top(row, running))
+    ends = request.members[running[0]].end_ids if shared is None else frozenset([shared.end])
     if request.grammar is None:
         return Answer(TextStream(vocabulary, request.options.stop, shown), ends, row.limit, prompt)
     constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
@@ -169,8 +180,7 @@ def _segments(request: Request, index: int, row: Row, started: float) -> Generat
 
     def writers(which: Sequence[int], row: Row) -> Writers:
         def open_at(k: int) -> Writer:
-            length = len(request.encoded[index][k].ids)
-            return Writer(request.sessions[k].take([index]), length, options.stop)
+            return Writer(request.lines[k, index].fork(), options.stop)
 
         made = request.failures.each(open_at, which, row)
         return Writers(made, row, options.scoring, options.align, request.failures)

@@ -6,11 +6,9 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from packllm.engines.transformers.session import Session
 from packllm.errors import MemberError, blamed_on
 from packllm.weights.result import Weights
 
@@ -92,11 +90,6 @@ class Failures:
         if failed and not results:
             raise failed
         return results
-
-
-def blamed(session: Session) -> AbstractContextManager[None]:
-    """What fails inside is the failure of the session's members."""
-    return blamed_on(*(owner.name for owner in session.owners))
 
 
 def without(weights: Weights, members: Collection[int]) -> Weights | None:

@@ -36,10 +36,9 @@ def check_lazy(options: Options) -> None:
 
 
 def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
-    """Yield (row, token id) as generate_ids does. Rows run by themselves: each draws members of its own."""
-    missed: dict[Slot, list[int]] = {slot: [] for lane in ensemble.lanes for slot in lane.slots}
+    """Yield (row, token id) as generate_ids does. Each row draws members of its own."""
+    missed: dict[Slot, list[int]] = {slot: [] for slot in ensemble.lines}
     while not all(row.done for row in rows):
-        ensemble.arrange(lambda slot: slot)
         for r, row in enumerate(rows):
             if row.done:
                 continue
@@ -57,7 +56,7 @@ def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]]) 
     all members have: both are drawn anew."""
     k = row.sample(torch.tensor(row.weights.values).log())
     if missed[k, r]:
-        ensemble.extend({r: missed[k, r]}, lambda lane: lane.role == (k, r))
+        ensemble.read({(k, r): missed[k, r]})
         missed[k, r] = []
     parts = ensemble.parts(r)
     if k not in parts:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from packllm.align.shared import overlap
 from packllm.chat.prompt import Encoded, Prompt, TooLong
+from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop
-from packllm.decode.devices import across_devices
-from packllm.decode.failures import Failures, blamed
+from packllm.decode.failures import Failures
 from packllm.decode.grammar import make_grammar
 from packllm.decode.lazy import check_lazy
-from packllm.decode.mined import MinedMember, translated
+from packllm.decode.line import Line, open_lines
+from packllm.decode.mined import translated
 from packllm.decode.tokens import drop_small
-from packllm.engines.transformers.member import Member
-from packllm.engines.transformers.prefix import PrefixCache
-from packllm.engines.transformers.session import Session
+from packllm.engines import base
+from packllm.engines.base import KeepsHidden
+from packllm.engines.member import Member
+from packllm.engines.prefix import PrefixCache
 from packllm.errors import (
     AnswerTimeout,
     ContextOverflowError,
@@ -34,7 +36,7 @@ from packllm.errors import (
 from packllm.options import Options
 from packllm.results import Usage
 from packllm.weights import Weights, find
-from packllm.weights.scoring import prefill, weights_of
+from packllm.weights.scoring import weights_of
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -48,12 +50,13 @@ class Request:
         members: the pack's members.
         options: the request's options.
         prompts: checked prompts (see prompt.check), at least one.
-        prefixes: earlier prompts that one prompt alone may start from, and is kept in.
-        stop: asked before every forward pass whether to go on.
+        prefixes: earlier prompts that these may start from, and are kept in.
 
     Attributes:
+        stop: asked before every forward pass whether to go on.
+        admission: what requests in flight may keep together.
         encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
-        sessions: open sessions by member index, one row a prompt; filled in by prefill().
+        lines: by (member index, index of the prompt), at the ends of the prompts; filled in by prefill().
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
         timings: seconds spent so far: prefill, weighting.
         failures: what becomes of a member that fails.
@@ -68,10 +71,9 @@ class Request:
         options: Options,
         prompts: Sequence[Prompt],
         prefixes: PrefixCache | None = None,
-        stop: Stop | None = None,
     ) -> None:
         self.members, self.options = members, options
-        self._stop = stop or Stop()
+        self.stop, self.admission = Stop(), Admission(None)
         self._candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
             given = {name: value for name, value in options.weighting.items() if value != 0}
@@ -84,14 +86,16 @@ class Request:
         self.encoded: list[dict[int, Encoded]] = [
             {k: self._encode(members[k], prompt) for k in self._candidates} for prompt in prompts
         ]
-        self.sessions: dict[int, Session] = {}
+        self.lines: dict[tuple[int, int], Line] = {}
+        self._scores: dict[tuple[int, int], Tensor | None] = {}
+        self._opened: list[base.Sequence] = []
         names = [member.name for member in members]
         self.failures = Failures(names, self._candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
-        self._prefixes = prefixes if options.prefix_cache_mb and len(prompts) == 1 else None
-        self._cached: dict[int, int] = {}  # tokens of the prompt that were not read again, by member
+        self._prefixes = prefixes if options.prefix_cache_mb else None
+        self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
     def _encode(self, member: Member, prompt: Prompt) -> Encoded:
         asked = self.options
@@ -117,10 +121,12 @@ class Request:
         first = self.members[self._candidates[0]]
         for k in self._candidates[1:]:
             member = self.members[k]
-            if not member.vocabulary.same_as(first.vocabulary):
+            if not member.vocabulary.akin(first.vocabulary):
+                share = overlap(first.vocabulary, member.vocabulary)
                 raise VocabularyError(
-                    f"members {first.name!r} and {member.name!r} have different vocabularies, which "
-                    f"decoding={self.options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
+                    f"members {first.name!r} and {member.name!r} have different vocabularies ({share:.0%} of their "
+                    f"tokens are in both), which decoding={self.options.decoding!r} cannot fuse; use decoding='cool', "
+                    f"'mined' or 'auto'"
                 )
 
     def check_room(self, lengths: dict[int, int]) -> None:
@@ -152,30 +158,28 @@ class Request:
         return limit
 
     def prefill(self) -> None:
-        """Run every candidate over the prompts once: caches, scores, weights.
+        """Let every candidate read the prompts once: caches, scores, weights.
 
         Raises:
             MemberError: a member fails, and on_member_error is "raise" or it is the last one.
             AnswerTimeout: see check_time.
         """
         started = self._started = time.perf_counter()
-        keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
-        logprobs = self._score(self._candidates, keep)
-        if self.options.decoding == "mined" and not self.one_vocabulary(list(self.sessions)):
-            logprobs |= self._score(self._translate(logprobs), keep)
+        self._read(self._candidates)
+        if self.options.decoding == "mined" and not self.one_vocabulary(self._live()):
+            self._read(self._translate())
         self.timings["prefill"] = time.perf_counter() - started
         started = time.perf_counter()
-        self.weights = self._without_failing(
-            lambda live: [self._weigh(row, live, logprobs) for row in range(len(self.encoded))]
-        )
-        for session in self.sessions.values():
-            session.release()
+        self.weights = self._without_failing(lambda live: [self._weigh(row, live) for row in range(len(self.encoded))])
+        for line in self.lines.values():
+            if isinstance(engine := line.sequence.engine, KeepsHidden):
+                engine.release_hidden(line.sequence)
         self.timings["weighting"] = time.perf_counter() - started
         self.check_time()
 
     def check(self) -> None:
         """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
-        self._stop.check()
+        self.stop.check()
         self.check_time()
 
     def check_time(self) -> None:
@@ -184,110 +188,89 @@ class Request:
         if timeout is not None and time.perf_counter() - self._started > timeout:
             raise AnswerTimeout(timeout)
 
+    def _live(self) -> list[int]:
+        """Members that have read the prompts, ascending."""
+        return sorted({k for k, _ in self.lines})
+
     def _without_failing(self, work: Callable[[Sequence[int]], T], row: int | None = None) -> T:
         """What `work` gives of the members that are left (that run for a row); again, where one fails in it."""
         while True:
-            live = list(self.sessions) if row is None else self.running(row)
+            live = self._live() if row is None else self.running(row)
             try:
                 return work(live)
             except MemberError as error:
                 lost, self.weights = self.failures.lose(error, live, self.weights)
-                for k in lost:
-                    self.sessions.pop(k).close()
+                self._drop(lost)
 
-    def whole(self, work: Callable[[dict[int, Session]], T]) -> T:
-        """What `work` gives of the sessions of a single prompt, prefilled, that run; all of it without a member that
-        fails on the way, never half of it.
+    def _drop(self, members: Collection[int]) -> None:
+        for slot in [slot for slot in self.lines if slot[0] in members]:
+            self.lines.pop(slot).close()
+
+    def whole(self, work: Callable[[dict[int, Line]], T]) -> T:
+        """What `work` gives of the lines of a single prompt that run; all of it without a member that fails on the way,
+        never half of it.
 
         Raises:
             MemberError: a member fails, and on_member_error is "raise" or it is the last one.
         """
-        return self._without_failing(lambda running: work({k: self.sessions[k] for k in running}), row=0)
+        return self._without_failing(lambda running: work({k: self.lines[k, 0] for k in running}), row=0)
 
-    def _weigh(self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]]) -> Weights:
-        weights = self._weights_of(row, live, logprobs, self._options_for(live))
+    def _weigh(self, row: int, live: Sequence[int]) -> Weights:
+        weights = self._weights_of(row, live, self._options_for(live))
         return drop_small(self._over_all(weights, live), self.options.min_weight)
 
-    def _weights_of(
-        self, row: int, live: Sequence[int], logprobs: dict[int, list[Tensor | None]], options: Options
-    ) -> Weights:
+    def _weights_of(self, row: int, live: Sequence[int], options: Options) -> Weights:
         encoded = [self.encoded[row][k] for k in live]
-        given = [logprobs[k][row] for k in live]
+        given: list[Tensor | None] = [self._scores[k, row] for k in live]
         if not self.one_vocabulary(live):  # in one vocabulary all hide the same
             unknown = [self.members[k].vocabulary.special.get("unk") for k in live]
             given = [charged(*each) for each in zip(given, encoded, unknown, strict=True)]
-        return weights_of([self.sessions[k] for k in live], row, encoded, given, options)
+        members = [self.members[k] for k in live]
+        return weights_of(members, [self.lines[k, row].sequence for k in live], encoded, given, options)
 
-    def _score(self, which: Sequence[int], keep: bool) -> dict[int, list[Tensor | None]]:
-        """Open and prefill sessions: log-probabilities of the scored tokens per row, by member; None where the
-        weighting is to find them."""
-        engines: dict[int, list[int]] = {}
-        for k in which:
-            engines.setdefault(id(self.members[k].engine), []).append(k)
-        logprobs: dict[int, list[Tensor | None]] = {}
-        groups = list(engines.values())
-        runs = [partial(self._score_together, sharing, keep, logprobs) for sharing in groups]
-        for failure in across_devices([self.members[sharing[0]].device for sharing in groups], runs, go_on=False):
-            if failure is not None:
-                raise failure
-        self.sessions = dict(sorted(self.sessions.items()))
-        return logprobs
+    def _read(self, which: Sequence[int]) -> None:
+        """Let members read the prompts. Those that fail are left out, or raise.
 
-    def _score_together(self, sharing: Sequence[int], keep: bool, logprobs: dict[int, list[Tensor | None]]) -> None:
-        """Prefill the members of one engine in one pass, a row for each member and prompt. Those that fail are
-        left out, or raise."""
-        # Late scores do not do where they tell which vocabulary is the reference.
+        Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out
+            too: one
+        product with the LM head instead of two. Not where they tell which vocabulary is the reference.
+        """
+        keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
         late = keep and (self.options.decoding != "mined" or self.one_vocabulary(self._candidates))
-        while sharing:
-            self.check_time()
-            try:
-                self._read_together(sharing, keep, late, logprobs)
-                return
-            except MemberError as error:
-                lost, _ = self.failures.lose(error, sharing)
-                sharing = [k for k in sharing if k not in lost]
+        asked, unread = {}, set()
+        for k in which:
+            for row, encoded in enumerate(self.encoded):
+                prompt = encoded[k]
+                sequence = self.members[k].open(self._prefixes)
+                sequence.gate = self.check
+                if keep and isinstance(sequence.engine, KeepsHidden) and sequence.engine.keep_hidden(sequence) and late:
+                    unread.add((k, row))
+                asked[k, row] = sequence, self.members[k], prompt.ids, () if (k, row) in unread else prompt.positions
+        self._opened += [sequence for sequence, *_ in asked.values()]
+        lines, scores, failed = open_lines(asked)
+        self.lines |= lines
+        self._cached |= {slot: line.sequence.cached_tokens for slot, line in lines.items()}
+        self._scores |= {slot: None if slot in unread else given for slot, given in scores.items()}
+        for (k, _), error in failed.items():
+            if k not in self.failures.members:
+                lost, _ = self.failures.lose(error, [k])
+                self._drop(lost)
+        self.lines = dict(sorted(self.lines.items()))
 
-    def _read_together(
-        self, sharing: Sequence[int], keep: bool, late: bool, logprobs: dict[int, list[Tensor | None]]
-    ) -> None:
-        count = len(self.encoded)
-        prompts = [encoded[k] for k in sharing for encoded in self.encoded]
-        rows, scored = [prompt.ids for prompt in prompts], [prompt.positions for prompt in prompts]
-        if len(sharing) == 1:
-            session = self.members[sharing[0]].open(rows)
-        else:
-            session = Session([self.members[k] for k in sharing for _ in self.encoded], rows)
-        session.gate = self.check
-        prefixes = None if isinstance(session.member, MinedMember) else self._prefixes
-        try:
-            with blamed(session):
-                cached = prefixes.resume(session, scored) if prefixes else 0
-                observed = prefill(session, scored, keep or prefixes is not None, late)
-                if prefixes:
-                    prefixes.keep(session, self.options.prefix_cache_mb * 2**20)
-                parts = [range(at * count, (at + 1) * count) for at in range(len(sharing))]
-                taken = [session.take(part) for part in parts] if len(sharing) > 1 else [session]
-        except BaseException:
-            session.close()
-            raise
-        for k, part, own in zip(sharing, parts, taken, strict=True):
-            self.sessions[k], self._cached[k] = own, cached
-            logprobs[k] = list(observed[part.start : part.stop])
-
-    def _translate(self, logprobs: dict[int, list[Tensor | None]]) -> list[int]:
+    def _translate(self) -> list[int]:
         """Put members of other vocabularies in the one of the reference: the lowest NLL per byte (paper §3.4).
 
         Returns:
             Those members; they have yet to read the prompt, in the reference's ids.
         """
-        live = list(self.sessions)
+        live = self._live()
         by_byte = self.options.model_copy(update={"weighting": "top1", "unit": "byte"})
-        lowest = self._weights_of(0, live, logprobs, by_byte)
+        lowest = self._weights_of(0, live, by_byte)
         reference = live[max(range(len(live)), key=lowest.values.__getitem__)]
         others = [k for k in live if not self.one_vocabulary([reference, k])]
         members = list(self.members)
         for k, member in zip(others, translated([members[k] for k in others], members[reference]), strict=True):
-            self.sessions.pop(k).close()
+            self.lines.pop((k, 0)).close()
             members[k] = member
             self.encoded[0][k] = self.encoded[0][reference]
         self.members = members
@@ -315,21 +298,30 @@ class Request:
 
     def running(self, index: int) -> list[int]:
         """Members that run for a prompt, once it is weighed."""
-        return [k for k in self.sessions if self.weights[index].values[k] != 0]
+        return [k for k in self._live() if self.weights[index].values[k] != 0]
 
     def one_vocabulary(self, which: Sequence[int]) -> bool:
         """Whether these members share a vocabulary."""
         first = self.members[which[0]].vocabulary
-        return all(self.members[k].vocabulary.same_as(first) for k in which[1:])
+        return all(self.members[k].vocabulary.akin(first) for k in which[1:])
+
+    def cache_bytes(self) -> int:
+        """Most that the caches of all members and prompts grow to."""
+        limits = self.limits(self.options.max_tokens)
+        return sum(
+            (len(prompt.ids) + limit) * self.members[k].engine.token_bytes
+            for encoded, limit in zip(self.encoded, limits, strict=True)
+            for k, prompt in encoded.items()
+        )
 
     def usage(self, index: int, member: int) -> Usage:
         """Tokens of a prompt as a member reads it; none of an answer yet."""
-        return Usage(len(self.encoded[index][member].ids), 0, self._cached.get(member, 0))
+        return Usage(len(self.encoded[index][member].ids), 0, self._cached.get((member, index), 0))
 
     def close(self) -> None:
         """Free the caches."""
-        for session in self.sessions.values():
-            session.close()
+        for sequence in self._opened:
+            sequence.close()
 
 
 def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:

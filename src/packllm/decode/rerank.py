@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from packllm.align.words import Scored, common_words, offsets
-from packllm.decode.failures import Failures, blamed
-from packllm.decode.score import Reading
+from packllm.decode.failures import Failures
+from packllm.decode.line import Line, score_rows
 from packllm.decode.segments import Writers
 from packllm.decode.text import TextStream
 from packllm.decode.writer import Segment
-from packllm.engines.transformers.member import Member, Session
+from packllm.engines.member import Member
 from packllm.errors import MemberError
 from packllm.results import FinishReason
 from packllm.weights.result import Weights
@@ -23,7 +24,7 @@ TOGETHER = 8
 """Most texts that a member reads in one forward."""
 
 
-def text_logprobs(sessions: dict[int, Session], weights: Weights, texts: Sequence[str]) -> Iterator[float]:
+def text_logprobs(lines: dict[int, Line], weights: Weights, texts: Sequence[str]) -> Iterator[float]:
     """log p(text) of each text under members of any vocabularies, fused word by word (METHODS §4).
 
     Each member scores a text with its own tokenizer. The text is cut where a word ends at token boundaries of
@@ -32,7 +33,7 @@ def text_logprobs(sessions: dict[int, Session], weights: Weights, texts: Sequenc
     whose tokenizer does not know the text is left out, and the others' weights renormalised.
 
     Args:
-        sessions: prefilled sessions of one row, by index of the members that run.
+        lines: at the end of the prompt, by index of the members that run; they stay there.
         weights: final weights; those of the running members are used.
         texts: each at least one character.
 
@@ -41,36 +42,29 @@ def text_logprobs(sessions: dict[int, Session], weights: Weights, texts: Sequenc
     """
     for start in range(0, len(texts), TOGETHER):
         group = texts[start : start + TOGETHER]
+        known = {k: _known(line.member, group) for k, line in lines.items()}
+        scores = score_rows(lines, {k: list(ids.values()) for k, ids in known.items()})
         read_by: list[dict[int, Scored]] = [{} for _ in group]
-        for k, session in sessions.items():
-            for row, scored in _read(session, group).items():
-                read_by[row][k] = scored
+        for k, ids in known.items():
+            for row, given in zip(ids, scores[k], strict=True):
+                read_by[row][k] = spelled(lines[k].member, group[row], ids[row], given)
         for text, by in zip(group, read_by, strict=True):
             yield _fused(text, by, weights)
 
 
-def _read(session: Session, texts: Sequence[str]) -> dict[int, Scored]:
-    """Texts as one member's tokens with their log-probabilities, by index; none of texts that it cannot spell."""
-    member = session.member
+def _known(member: Member, texts: Sequence[str]) -> dict[int, list[int]]:
+    """Texts as a member's ids, by index; none of texts that it cannot spell."""
     ids = {row: member.encoder.continuation(text) for row, text in enumerate(texts)}
-    known = {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
-    if not known:
-        return {}
-    with blamed(session):
-        reading = Reading(session, session.logprobs[0], list(known.values()))
-        reading.close()
-    return {
-        row: spelled(member, texts[row], known[row], given) for row, given in zip(known, reading.logprobs, strict=True)
-    }
+    return {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
 
 
-def spelled(member: Member, text: str, ids: list[int], logprobs: Sequence[float]) -> Scored:
+def spelled(member: Member, text: str, ids: list[int], logprobs: Tensor) -> Scored:
     """Tokens of a text with their places in it; one token that is all of it, where the tokenizer writes it in
     another form (lower case, say)."""
     places = offsets(text, [member.vocabulary.text_bytes(i) for i in ids])
     if places is None:
-        return Scored([0], [0], [len(text)], [0], torch.tensor([math.fsum(logprobs)], dtype=torch.float64))
-    return Scored(ids, *places, list(range(len(ids))), torch.tensor(logprobs, dtype=torch.float64))
+        return Scored([0], [0], [len(text)], [0], logprobs.sum()[None])
+    return Scored(ids, *places, list(range(len(ids))), logprobs)
 
 
 def _fused(text: str, by: dict[int, Scored], weights: Weights) -> float:

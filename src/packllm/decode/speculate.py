@@ -11,8 +11,8 @@ plain fusion.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +20,12 @@ from torch import Tensor
 
 from packllm.decode.sampling import Greedy, Random
 from packllm.decode.tokens import Ensemble, Row, Slot, fused_row, generate_ids
-from packllm.engines.transformers.engine import Engine
+from packllm.engines.base import Engine
 
 log = logging.getLogger("packllm")
 
 MOST_PLACES = 8
 """Largest γ that is chosen by itself."""
-
-TOKEN_COST, TOKEN_COST_CPU, PACKING_COST_CPU = 0.01, 0.1, 0.3
-"""What each further token adds to a pass, as a share of a pass over one: decoding reads all weights to compute little.
-Measured on a CPU (135M parameters, float32), where a pass over four tokens costs clearly more than one over three."""
 
 FIRST_RATE, FIRST_COUNT, MEMORY = 0.8, 8.0, 0.97
 """Share of drafted tokens taken over that is assumed at first, how many tokens that counts like, and what each
@@ -67,8 +63,6 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], places: int | None 
     if not pace.can_pay(live) or _hindered(ensemble, [rows[r] for r in live]):
         yield from generate_ids(ensemble, rows)
         return
-    for lane in ensemble.lanes:
-        lane.session.record()
     left = {r: rows[r].limit for r in live}
     parts = {r: {k: logprobs[None] for k, logprobs in ensemble.parts(r).items()} for r in live}
     block = Round(parts, {r: [] for r in live}, {r: [] for r in live})
@@ -77,7 +71,7 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], places: int | None 
         live = [r for r in live if not rows[r].done]
         if not live:
             return
-        ensemble.forget({r: block.places - len(chosen[r]) for r in live})
+        ensemble.forget({r: len(block.drafted[r]) + 1 - len(chosen[r]) for r in live}, block.parts)
         left = {r: left[r] - len(chosen[r]) for r in live}
         size = max(1, min(pace.places(live), *left.values()))
         block = _read(ensemble, rows, {r: chosen[r][-1] for r in live}, size)
@@ -87,9 +81,9 @@ def _hindered(ensemble: Ensemble, rows: Sequence[Row]) -> bool:
     """Whether tokens have to come one by one; says why where a member is the reason."""
     if not all(isinstance(row.sample, Greedy | Random) for row in rows):
         return True  # a sampler with a memory must see every token once and in order
-    for lane in ensemble.lanes:
-        if not lane.session.rewindable():
-            log.info("decoding without drafts: the cache of member %r cannot be rolled back", lane.session.member.name)
+    for line in ensemble.lines.values():
+        if not line.sequence.engine.rewinds:
+            log.info("decoding without drafts: the cache of member %r cannot be rolled back", line.member.name)
             return True
     return False
 
@@ -123,16 +117,15 @@ def _judged(
             yield r, token
             if row.done or not agreed:
                 going.remove(r)
-        stopped = any(not rows[r].done for r in block.parts if r not in going)
-        if not going or (stopped and not pace.ragged):  # columns are counted together: the others stop as well
+        if not going:
             break
     return chosen
 
 
 def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], size: int) -> Round:
     """Read the last token of each row and size - 1 drafted ones, fewer where a drafter fails."""
+    ensemble.retire()
     tops = {r: ensemble.top(r) for r in last}
-    ensemble.arrange(lambda slot: size > 1 and slot[0] == tops[slot[1]])
     blocks = {r: [token] for r, token in last.items()}
     drawn_from: dict[int, list[Tensor]] = {r: [] for r in last}
     read: dict[Slot, list[Tensor]] = defaultdict(list)
@@ -142,19 +135,21 @@ def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], size
             read[slot].append(logprobs)
         return found
 
-    while True:
-        drafters = note(
-            ensemble.extend({r: block[-1:] for r, block in blocks.items()}, lambda lane: size == 1 or lane.role)
-        )
-        if any(len(block) == size or (tops[r], r) not in drafters for r, block in blocks.items()):
-            break
-        for r, block in blocks.items():
-            sample, common = rows[r].sample, min(len(part) for part in ensemble.parts(r).values())
-            assert isinstance(sample, Greedy | Random)
-            drawn_from[r].append(sample.distribution(drafters[tops[r], r][0, :common]))
-            block.append(sample.draw(drawn_from[r][-1]))
-    if size > 1:
-        note(ensemble.extend(blocks, lambda lane: not lane.role))
+    if size == 1:
+        note(ensemble.read({(k, r): blocks[r] for r in last for k in ensemble.running(r)}))
+    else:
+        while True:
+            drafters = note(ensemble.read({(tops[r], r): block[-1:] for r, block in blocks.items()}))
+            if any(len(block) == size or (tops[r], r) not in drafters for r, block in blocks.items()):
+                break
+            for r, block in blocks.items():
+                sample, common = rows[r].sample, min(len(part) for part in ensemble.parts(r).values())
+                assert isinstance(sample, Greedy | Random)
+                drawn_from[r].append(sample.distribution(drafters[tops[r], r][0, :common]))
+                block.append(sample.draw(drawn_from[r][-1]))
+        others = {(k, r): block for r, block in blocks.items() for k in ensemble.running(r) if (k, r) not in read}
+        if others:
+            note(ensemble.read(others))
     parts = {r: {k: torch.cat(read[k, r]) for k in ensemble.running(r)} for r in last}
     return Round(parts, {r: block[1:] for r, block in blocks.items()}, drawn_from)
 
@@ -172,15 +167,12 @@ class Pace:
 
     Attributes:
         learns: whether note() makes a difference.
-        ragged: whether rows can go on from different places; else all stop where the first one does.
     """
 
     def __init__(self, ensemble: Ensemble, fixed: int | None) -> None:
         self._ensemble, self._fixed = ensemble, fixed
         self._accepted, self._judged = FIRST_RATE * FIRST_COUNT, FIRST_COUNT
-        self._sizes: dict[Engine, int] = {}
         self.learns = fixed is None
-        self.ragged = all(lane.session.ragged() for lane in ensemble.lanes)
 
     def note(self, accepted: float) -> None:
         """A drafted token was taken over, or the probability that it would have been."""
@@ -198,35 +190,27 @@ class Pace:
     def _best(self, rows: Collection[int], rate: float) -> int:
         if self._fixed is not None:
             return self._fixed
-        rate = rate if self.ragged else rate ** len(rows)
         cost = self._costs(rows)
         return min(range(1, MOST_PLACES + 1), key=lambda n: cost[n] / sum(rate**place for place in range(n)))
 
     def _costs(self, rows: Collection[int]) -> dict[int, float]:
-        """What a round of each γ costs, in weights read."""
+        """What a round of each γ costs, in bytes of weights read."""
         tops = {r: self._ensemble.top(r) for r in rows}
-        drafts, others = Counter[Engine](), Counter[Engine]()
-        for lane in self._ensemble.lanes:
-            for k, r in lane.slots:
-                if r in tops:
-                    (drafts if k == tops[r] else others)[lane.session.engine] += 1
-        costs = {1: self._cost(drafts + others)}
+        drafts, others = defaultdict[Engine, int](int), defaultdict[Engine, int](int)
+        for (k, r), line in self._ensemble.lines.items():
+            if r in tops:
+                (drafts if k == tops[r] else others)[line.sequence.engine] += 1
+        everyone = {engine: drafts[engine] + others[engine] for engine in {*drafts, *others}}
+        costs = {1: _cost(everyone)}
         for n in range(2, MOST_PLACES + 1):
-            costs[n] = n * self._cost(drafts) + self._cost(Counter({e: n * count for e, count in others.items()}))
+            costs[n] = n * _cost(drafts) + _cost({engine: n * count for engine, count in others.items()})
         return costs
 
-    def _cost(self, tokens: Mapping[Engine, int]) -> float:
-        """Of one pass of each engine over so many tokens; engines on different devices run at once."""
-        busy: dict[torch.device, float] = defaultdict(float)
-        for engine, count in tokens.items():
-            if engine not in self._sizes:
-                self._sizes[engine] = sum(weight.numel() for weight in engine.model.parameters())
-            busy[engine.device] += self._sizes[engine] * _pass_cost(engine.device, count)
-        return max(busy.values(), default=0.0)
 
-
-def _pass_cost(device: torch.device, tokens: int) -> float:
-    """Of one pass over so many tokens, in passes over one."""
-    if device.type != "cpu":
-        return 1 + TOKEN_COST * (tokens - 1)
-    return 1 + TOKEN_COST_CPU * (tokens - 1) + PACKING_COST_CPU * (tokens > 3)
+def _cost(tokens: Mapping[Engine, int]) -> float:
+    """Of one pass of each engine over so many tokens, the weights shared with other requests; places run at once."""
+    busy: dict[Hashable, float] = defaultdict(float)
+    for engine, count in tokens.items():
+        if count:
+            busy[engine.place] += engine.size * (1 / engine.requests + engine.packing * (count - 1))
+    return max(busy.values(), default=0.0)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from packllm.decode.devices import across_devices
-from packllm.decode.failures import Failures, blamed, normalised
+from packllm.align.shared import Shared
+from packllm.decode.failures import Failures, normalised
+from packllm.decode.line import Line, read_lines
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import Sampler
-from packllm.engines.transformers.session import Session
-from packllm.errors import MemberError, blamed_on
+from packllm.engines.member import Member
+from packllm.errors import MemberError
 from packllm.weights.result import Weights
 
 
@@ -43,88 +43,30 @@ Slot = tuple[int, int]
 """(member, row of the batch)."""
 
 
-@dataclass(eq=False)
-class Lane:
-    """A session of the ensemble, the slot that each of its rows stands for, and the role they play."""
-
-    session: Session
-    slots: list[Slot]
-    role: Hashable = None
-
-    def keep(self, slots: Sequence[Slot]) -> None:
-        """Go on with these slots only, of which there is at least one."""
-        if len(slots) < len(self.slots):
-            self.session.select([self.slots.index(slot) for slot in slots])
-            self.slots = list(slots)
-
-    def extend(self, tokens: Tensor) -> None:
-        """Session.extend, whose every failure is its members'."""
-        with blamed(self.session):
-            self.session.extend(tokens)
-
-    def divided(self, role: Callable[[Slot], Hashable]) -> list[Lane]:
-        """A lane for each role among the slots."""
-        roles = dict.fromkeys(map(role, self.slots))
-        if len(roles) == 1:
-            return [Lane(self.session, self.slots, *roles)]
-        rows = {one: [at for at, slot in enumerate(self.slots) if role(slot) == one] for one in roles}
-        lanes = [Lane(self.session.take(at), [self.slots[i] for i in at], one) for one, at in rows.items()]
-        self.session.close()
-        return lanes
-
-
 class Ensemble:
-    """The sessions of the members that run, each over the rows where its weight is not 0. Members that share
-    an engine run as rows of one session, in one pass.
+    """The members that run, each at the end of the rows in which its weight is not 0.
 
     Args:
-        sessions: open, prefilled sessions by member index, each over all rows of the batch; used up.
+        lines: by slot, at the ends of the prompts; closed where a member does not run.
         rows: the batch; a row's weights may lose a member that fails.
         failures: what becomes of a member that fails; None: it ends the work.
     """
 
-    def __init__(self, sessions: dict[int, Session], rows: Sequence[Row], failures: Failures | None = None) -> None:
-        self._rows, self._failures = rows, failures
-        self._lanes = [Lane(session, [(k, r) for r in range(len(rows))]) for k, session in sessions.items()]
-        self.arrange()
+    def __init__(self, lines: Mapping[Slot, Line], rows: Sequence[Row], failures: Failures | None = None) -> None:
+        self.lines, self._rows = dict(lines), rows
+        members = {k for k, _ in lines}
+        self._failures = failures or Failures(rows[0].weights.names, members, False)
+        self.retire()
 
-    @property
-    def lanes(self) -> Sequence[Lane]:
-        """What runs in one pass each."""
-        return self._lanes
-
-    def arrange(self, role: Callable[[Slot], Hashable] = lambda slot: None) -> None:
-        """Group the slots: those of one engine and one role run in one pass. What is done leaves."""
-        self._retire()
-        groups: dict[tuple[int, Hashable], list[Lane]] = {}
-        with blamed_on(*(owner.name for lane in self._lanes for owner in lane.session.owners)):
-            for lane in self._lanes:
-                for part in lane.divided(role):
-                    key = id(part.session.engine if part.session.joinable() else lane), part.role
-                    groups.setdefault(key, []).append(part)
-            self._lanes = [
-                Lane(
-                    Session.join([part.session for part in parts]),
-                    [slot for part in parts for slot in part.slots],
-                    kind,
-                )
-                for (_, kind), parts in groups.items()
-            ]
-
-    def _retire(self) -> None:
-        """Let go of rows that are done or give a member no weight, and of sessions without rows."""
-        for lane in list(self._lanes):
-            rows = self._rows
-            left = [(k, r) for k, r in lane.slots if not rows[r].done and rows[r].weights.values[k] != 0]
-            if left:
-                lane.keep(left)
-            else:
-                lane.session.close()
-                self._lanes.remove(lane)
+    def retire(self) -> None:
+        """Let go of rows that are done or give a member no weight."""
+        for k, r in list(self.lines):
+            if self._rows[r].done or self._rows[r].weights.values[k] == 0:
+                self.lines.pop((k, r)).close()
 
     def running(self, row: int) -> list[int]:
         """Indices of the members that run for a row, ascending."""
-        return sorted(k for lane in self._lanes for k, r in lane.slots if r == row)
+        return sorted(k for k, r in self.lines if r == row)
 
     def top(self, row: int) -> int:
         """The running member with the largest weight, the first of equals."""
@@ -132,9 +74,7 @@ class Ensemble:
 
     def parts(self, row: int) -> dict[int, Tensor]:
         """float32 (V_k,), each running member's next-token log-probabilities for a row."""
-        return {
-            k: lane.session.logprobs[at] for lane in self._lanes for at, (k, r) in enumerate(lane.slots) if r == row
-        }
+        return {k: self.lines[k, row].here for k in self.running(row)}
 
     def fused(self, row: int) -> Tensor:
         """The fused next-token distribution of a row: float32 (V,) log-probabilities."""
@@ -142,60 +82,48 @@ class Ensemble:
 
     def step(self, tokens: Mapping[int, int]) -> None:
         """Append a token to each of the given rows; rows not named must be done."""
-        self._retire()
-        self.extend({r: [token] for r, token in tokens.items()})
+        self.retire()
+        self.read({(k, r): [token] for r, token in tokens.items() for k in self.running(r)})
 
-    def extend(
-        self, blocks: Mapping[int, Sequence[int]], among: Callable[[Lane], object] = lambda lane: True
-    ) -> dict[Slot, Tensor]:
-        """Append a block of tokens to each slot of some lanes, in one pass a lane.
-
-        Args:
-            blocks: tokens of each row that these lanes have slots of, of one length.
-            among: the lanes to run.
+    def read(self, blocks: Mapping[Slot, Sequence[int]]) -> dict[Slot, Tensor]:
+        """Let slots read on, together where they can; members that fail are done without, or raise.
 
         Returns:
             float32 (n, V_k) for each slot that did not fail, the log-probabilities after each token.
         """
-        lanes = [lane for lane in self._lanes if among(lane)]
-        runs = [partial(lane.extend, torch.tensor([blocks[r] for _, r in lane.slots])) for lane in lanes]
-        go_on = self._failures is not None and self._failures.drop
-        failures = across_devices([lane.session.engine.device for lane in lanes], runs, go_on)
-        for lane, failure in zip(lanes, failures, strict=True):
-            if failure is not None and lane in self._lanes:
-                self._lose(lane, failure)
-        return {
-            slot: part
-            for lane in lanes
-            if lane in self._lanes
-            for slot, part in zip(lane.slots, lane.session.block, strict=True)
-        }
+        found: dict[Slot, Tensor] = {}
+        failed: dict[int, MemberError] = {}
+        for slot, answer in read_lines(self.lines, blocks).items():
+            if isinstance(answer, MemberError):
+                failed.setdefault(slot[0], answer)
+            else:
+                found[slot] = answer
+        for k, error in failed.items():
+            self._lose(k, error)
+        return {slot: answer for slot, answer in found.items() if slot in self.lines}
 
-    def forget(self, counts: Mapping[int, int]) -> None:
-        """Drop the last tokens of each row again, so many as given; rows not named must be done."""
-        common = min(counts.values())
-        for lane in self._lanes:
-            lane.session.forget([counts.get(r, common) for _, r in lane.slots], common)
+    def forget(self, counts: Mapping[int, int], parts: Mapping[int, Mapping[int, Tensor]]) -> None:
+        """Drop the last tokens of each row again, so many as given.
 
-    def _lose(self, lane: Lane, error: Exception) -> None:
-        """Go on without the members of a lane that failed, in the whole batch, or raise."""
-        if self._failures is None:
-            raise error
-        among = {k for k, _ in lane.slots}
-        rows = [row for row in self._rows if not row.done and any(row.weights.values[k] for k in among)]
-        _, left = self._failures.lose(error, among, [row.weights for row in rows])
-        for row, weights in zip(rows, left, strict=True):
-            row.weights = weights
-        self._retire()
-        if lane in self._lanes:
-            try:
-                lane.session.check()
-            except MemberError as another:
-                self._lose(lane, another)
+        Args:
+            counts: by row; rows not named must be done.
+            parts: by row and member, float32 (n, V_k): the log-probabilities after the last n tokens.
+        """
+        for (k, r), line in self.lines.items():
+            if counts.get(r):
+                line.crop(len(line) - counts[r], parts[r][k][-1 - counts[r]])
+
+    def _lose(self, k: int, error: MemberError) -> None:
+        """Go on without a member, in all rows, or raise."""
+        rows = [r for member, r in self.lines if member == k]
+        _, weights = self._failures.lose(error, [k], [self._rows[r].weights for r in rows])
+        for r, left in zip(rows, weights, strict=True):
+            self._rows[r].weights = left
+            self.lines.pop((k, r)).close()
 
     def close(self) -> None:
-        for lane in self._lanes:
-            lane.session.close()
+        for line in self.lines.values():
+            line.close()
 
 
 def fused_row(parts: dict[int, Tensor], weights: Weights) -> Tensor:
@@ -204,9 +132,24 @@ def fused_row(parts: dict[int, Tensor], weights: Weights) -> Tensor:
     members = sorted(parts)
     size = min(parts[k].shape[-1] for k in members)
     device = parts[members[0]].device
-    with blamed_on(*(weights.names[k] for k in members)):
-        stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
-        return fuse(stacked, [weights.values[k] for k in members], weights.pool)
+    stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
+    return fuse(stacked, [weights.values[k] for k in members], weights.pool)
+
+
+def in_one_vocabulary(lines: Mapping[int, Line]) -> tuple[dict[int, Line], Shared | None]:
+    """Lines of members of one family, by index, asked and answering in the ids that they share; None: in all of
+    them."""
+    members = [line.member for line in lines.values()]
+    shared = shared_by(members)
+    if shared is None:
+        return dict(lines), None
+    return {k: line.speaking(shared, at) for at, (k, line) in enumerate(lines.items())}, shared
+
+
+def shared_by(members: Sequence[Member]) -> Shared | None:
+    """What members of one family share, in the ids of the first; None: all ids, and the ends."""
+    vocabularies, ends = [m.vocabulary for m in members], [m.end_ids for m in members]
+    return Shared.of(vocabularies, ends, [m.vocabulary_size for m in members])
 
 
 def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
@@ -222,7 +165,7 @@ def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int,
                 yield r, tokens[r]
         if all(row.done for row in rows):
             return
-        ensemble.step(tokens)
+        ensemble.step({r: token for r, token in tokens.items() if not rows[r].done})
 
 
 def drop_small(weights: Weights, minimum: float) -> Weights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,8 @@ from torch import Tensor
 
 from packllm.chat.prompt import Encoder
 from packllm.decode.boundaries import common_boundaries, inside_character
+from packllm.decode.line import Line, read_forks
 from packllm.decode.sampling import Sampler
-from packllm.decode.score import Reading
-from packllm.engines.transformers.member import Session
-
-log = logging.getLogger("packllm")
 
 SEGMENT_BYTES = 48
 """Text without a common boundary (Chinese, a long address) is cut here, at the end of a character."""
@@ -41,38 +37,28 @@ class Judgement:
 
 
 class Writer:
-    """A member at the end of the common text: its cache, and the tokens it has written past that end.
+    """A member at the end of the common text, and the tokens that it has written past that end.
 
     The tokens after a segment stay while the text goes on as they do. Where it goes on in another's words,
-    the cache is rolled back to the common text and no further.
+    the member goes back to the common text and no further.
 
     Args:
-        session: a prefilled session of one row; the writer closes it.
-        prompt_tokens: length of its prompt.
+        line: the member at the end of a prompt; the writer closes it.
         stop: stop strings; those that are control tokens end its text.
 
     Attributes:
         room: tokens that still fit the member's context window.
     """
 
-    def __init__(self, session: Session, prompt_tokens: int, stop: Sequence[str] = ()) -> None:
-        self.member = session.member
+    def __init__(self, line: Line, stop: Sequence[str] = ()) -> None:
+        self.member = line.member
         window = self.member.context_window
-        self.room: float = math.inf if window is None else window - prompt_tokens
+        self.room: float = math.inf if window is None else window - len(line)
         tokens, stops = self.member.vocabulary.tokens, {text.encode() for text in stop}
         self._ends = self.member.end_ids | {i for i in self.member.vocabulary.control if tokens[i] in stops}
         self._end_ids = sorted(i for i in self._ends if i < self.member.vocabulary_size)
-        self._rolls_back = session.rewindable()
-        if self._rolls_back:
-            session.record()
-        else:
-            log.warning(
-                "member %r: its cache cannot be rolled back; what others write is computed again", self.member.name
-            )
-        # A cache that cannot be rolled back stays at the end of the common text; a copy of it is written to.
-        self._base = session
-        self._session = session if self._rolls_back else session.fork()
-        self._start_at(session.logprobs[0])
+        self._line, self._start = line, len(line)
+        self._start_at(line.here)
         self._start_round()
 
     def _start_at(self, here: Tensor) -> None:
@@ -81,21 +67,24 @@ class Writer:
         self._logprobs: list[float] = []
         self._reached: list[int] = []  # characters that are whole after each token
         self._clean: list[bool] = []  # whether none is begun after it
-        self._after = [here]  # distributions: at the end of the common text, and after each token in the cache
+        self._after = [here]  # distributions: at the end of the common text, and after each token that was read
         self._text, self._ended = "", False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def _start_round(self) -> None:
         self._proposed: tuple[str, int] | None = None
         self._ids: dict[str, list[int]] = {}
-        self._rows: dict[str, int] = {}  # texts that the reading is of
-        self._reading: Reading | None = None
+        self._read_texts: dict[str, tuple[Line, list[float]]] = {}  # what it gave others' segments
 
     def close(self) -> None:
         """Free the caches."""
-        for held in (self._base, self._session, self._reading):
-            if held is not None:
-                held.close()
+        self._line.close()
+        self._drop_readings()
+
+    def _drop_readings(self) -> None:
+        for line, _ in self._read_texts.values():
+            line.close()
+        self._read_texts = {}
 
     # Writing
 
@@ -145,10 +134,9 @@ class Writer:
         self._clean.append(not self._decoder.getstate()[0])
 
     def _feed(self, count: int) -> None:
-        """Put the first `count` tokens into the cache, where they are not yet."""
+        """Read the first `count` tokens written, as far as they are not yet."""
         for token in self._tokens[len(self._after) - 1 : count]:
-            self._session.step([token])
-            self._after.append(self._session.logprobs[0])
+            self._after.append(self._line.read([token], "last")[0])
 
     def pieces(self) -> tuple[str, ...]:
         """The text of each token of the segment proposed."""
@@ -176,9 +164,14 @@ class Writer:
         return [self._judgement(segment) for segment in segments]
 
     def _read(self, texts: Sequence[str]) -> None:
-        back = len(self._after) - 1 if self._rolls_back else 0
-        self._reading = Reading(self._base, self._after[0], [self._ids_of(text) for text in texts], back)
-        self._rows = {text: row for row, text in enumerate(texts)}
+        base = self._line.fork()
+        try:
+            base.crop(self._start, self._after[0])
+            lines, scores = read_forks(base, [self._ids_of(text) for text in texts])
+        finally:
+            base.close()
+        for text, line, given in zip(texts, lines, scores, strict=True):
+            self._read_texts[text] = line, given.tolist()
 
     def _judgement(self, segment: Segment) -> Judgement | None:
         own = self._own(segment.text)
@@ -186,9 +179,9 @@ class Writer:
             if segment.ends:
                 self._feed(own)
             values, after = self._logprobs[:own], self._after[min(own, len(self._after) - 1)]
-        elif self._reading and segment.text in self._rows and not self._is_unknown(segment.text):
-            row = self._rows[segment.text]
-            values, after = self._reading.logprobs[row], self._reading.after[row]
+        elif segment.text in self._read_texts and not self._is_unknown(segment.text):
+            line, values = self._read_texts[segment.text]
+            after = line.here
         else:
             return None
         if segment.ends:
@@ -227,39 +220,23 @@ class Writer:
         elif ids := self._ids_of(segment.text):
             self.room -= len(ids)
             self._replace(segment.text)
-        if self._reading:
-            self._reading.close()
+        self._drop_readings()
         self._start_round()
 
     def _keep(self, count: int) -> None:
         """The text goes on as the member wrote, for `count` tokens."""
         self._feed(count)
-        ids, start = self._tokens[:count], self._reached[count - 1] if count else 0
+        start = self._reached[count - 1] if count else 0
         self._tokens, self._logprobs = self._tokens[count:], self._logprobs[count:]
         self._reached, self._clean = [at - start for at in self._reached[count:]], self._clean[count:]
         self._text, self._after = self._text[start:], self._after[count:]
-        if self._rolls_back:
-            if len(self._after) == 1:
-                self._session.rewind(0)  # sliding windows may forget what has left them
-        elif len(self._after) == 1:  # the copy holds the common text and no more
-            self._base.close()
-            self._base, self._session = self._session, self._session.fork()
-        else:
-            for token in ids:
-                self._base.step([token])
-            self._session.close()
-            self._session = self._base.fork()
-            self._after = self._after[:1]
+        self._start += count
 
     def _replace(self, text: str) -> None:
         """The text goes on in another's words: what the member wrote is dropped."""
-        if text not in self._rows:
+        if text not in self._read_texts:
             self._read([text])
-        assert self._reading is not None
-        row = self._rows[text]
-        here, taken = self._reading.after[row], self._reading.take(row)
-        self._base.close()
-        self._session.close()
-        self._base = taken
-        self._session = taken if self._rolls_back else taken.fork()
-        self._start_at(here)
+        line, _ = self._read_texts.pop(text)
+        self._line.close()
+        self._line, self._start = line, len(line)
+        self._start_at(line.here)

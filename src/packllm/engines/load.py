@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from packllm.chat.prompt import Encoder
+from packllm.engines.member import Member
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.gguf_header import MAGIC
-from packllm.engines.transformers.member import Member
 from packllm.engines.transformers.precision import fastest
 from packllm.errors import LoadError, OptionError, loading
 

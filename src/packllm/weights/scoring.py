@@ -1,19 +1,21 @@
-"""From prefilled sessions to weights: what each member gave the scored text, in a common unit."""
+"""From what members read to weights: what each gave the scored text, in a common unit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from packllm.align.shared import Shared
 from packllm.align.words import Scored, common_tokens, common_words
 from packllm.chat.prompt import Encoded
-from packllm.engines.transformers.engine import Engine
-from packllm.engines.transformers.session import Session
+from packllm.engines import base
+from packllm.engines.base import KeepsHidden, Read
+from packllm.engines.member import Member
 from packllm.errors import blamed_on
 from packllm.options import Options
 from packllm.weights import Problem, Weights, find, weigh
@@ -22,48 +24,86 @@ from packllm.weights.result import Unit
 BLOCK_BYTES = 48 * 2**20
 """Most bytes of logits of all members that an optimiser's block holds: products of fewer rows are slow."""
 
-
-def prefill(
-    session: Session, positions: Sequence[Sequence[int]], keep: bool, late: bool
-) -> Sequence[Tensor] | Sequence[None]:
-    """Session.prefill; with `late`, which takes `keep`, a session that keeps hidden states leaves the scores, None
-    then, to the weighting, which reads all logits anyway: one pass over the LM head instead of two."""
-    if not late or session.engine.body is None:
-        return session.prefill(positions, keep)
-    session.prefill([[]] * session.rows, keep)
-    session._scored = [torch.tensor(row, dtype=torch.long) for row in positions]
-    return [None] * session.rows
+READ_TOKENS = 256
+"""Tokens that are read at once where logits have to be made again."""
 
 
-class SessionSource:
-    """LogitSource over the sessions that scored a prompt: nothing is stored but their hidden states.
+@dataclass(frozen=True)
+class Behind:
+    """Where the logits behind a member's scores can be had again.
 
-    Args:
-        sessions: K sessions, prefilled with keep=True.
-        row: row of their batch.
-        skip: scored positions of each session before the first common one.
-        count: common scored positions.
+    Attributes:
+        member: whose they are.
+        sequence: what it has read.
+        places: int64 (t,), ascending: the index of the id before each scored token.
     """
 
-    def __init__(self, sessions: Sequence[Session], row: int, skip: Sequence[int], count: int) -> None:
-        self._sessions, self._row, self._skip, self._count = sessions, row, skip, count
-        self._size = min(session.member.vocabulary_size for session in sessions)
-        self._device = sessions[0].logprobs.device
+    member: Member
+    sequence: base.Sequence
+    places: Tensor
+
+    def hidden(self, which: Tensor) -> Tensor | None:
+        """(n, d), what the head made the logits at some of the places of; None where that is not kept."""
+        engine = self.sequence.engine
+        return engine.hidden(self.sequence, self.places[which]) if isinstance(engine, KeepsHidden) else None
+
+    def logits(self, which: Tensor, step: int) -> Iterator[Tensor]:
+        """float32 (step, V) at some of the places (ascending), block by block; log-probabilities, which differ from
+        logits by a constant, where the text has to be read again."""
+        engine = self.sequence.engine
+        if isinstance(engine, KeepsHidden) and (hidden := engine.hidden(self.sequence, self.places[which])) is not None:
+            for part in hidden.split(step):
+                yield engine.logits(part)
+            return
+        places, held = self.places[which].tolist(), torch.empty(0)
+        again = self.member.open()
+        again.gate = self.sequence.gate
+        try:
+            while places:
+                start = len(again.ids)
+                (answer,) = engine.read([Read(again, self.sequence.ids[start : start + READ_TOKENS], "all")])
+                if isinstance(answer, Exception):
+                    raise self.member.failed(answer)
+                inside = [place - start for place in places if place < len(again.ids)]
+                places = places[len(inside) :]
+                held = torch.cat([held.to(answer), answer[inside]])
+                while len(held) >= step or (len(held) and not places):
+                    yield held[:step]
+                    held = held[step:]
+        finally:
+            again.close()
+
+
+class SequenceSource:
+    """LogitSource over the sequences that scored a prompt: nothing is stored but their hidden states.
+
+    Args:
+        behind: K members' logits, at the same t scored positions.
+        shared: the ids that they are told in; None: the members' own, which are the same.
+    """
+
+    def __init__(self, behind: Sequence[Behind], shared: Shared | None = None) -> None:
+        self._behind, self._shared = behind, shared
+        self._size = shared.size if shared else min(one.member.vocabulary_size for one in behind)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return len(self._sessions), self._count, self._size
+        return len(self._behind), len(self._behind[0].places), self._size
 
     def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        chosen = range(len(self._sessions)) if members is None else members
+        chosen = range(len(self._behind)) if members is None else members
         step = self._step(len(chosen))
-        streams = [self._sessions[k].logits(self._row, positions + self._skip[k], step) for k in chosen]
-        buffer = torch.empty(len(chosen) * min(step, len(positions)) * self._size, device=self._device)
+        streams = [self._behind[k].logits(positions, step) for k in chosen]
+        buffer: Tensor | None = None
         for part in positions.split(step):
-            block = buffer[: len(chosen) * len(part) * self._size].view(len(chosen), len(part), self._size)
-            for k, stream in enumerate(streams):
-                with blamed_on(self._sessions[chosen[k]].member.name):
-                    block[k] = next(stream)[..., : self._size]
+            for at, (k, stream) in enumerate(zip(chosen, streams, strict=True)):
+                with blamed_on(self._behind[k].member.name):
+                    logits = next(stream)
+                    logits = logits[..., : self._size] if self._shared is None else self._shared.rows(k, logits)
+                if buffer is None:
+                    buffer = torch.empty(len(chosen) * step * self._size, device=logits.device)
+                block = buffer[: len(chosen) * len(part) * self._size].view(len(chosen), len(part), self._size)
+                block[at] = logits
             yield part, block
 
     def _step(self, rows: int) -> int:
@@ -71,33 +111,36 @@ class SessionSource:
         return max(1, BLOCK_BYTES // (4 * self._size * rows))
 
 
-class OneHeadSource(SessionSource):
+class OneHeadSource(SequenceSource):
     """The same where all members have one LM head, logits W h_k + b: products of all members' hidden states."""
 
-    def __init__(self, sessions: Sequence[Session], row: int, skip: Sequence[int], count: int) -> None:
-        super().__init__(sessions, row, skip, count)
-        head = sessions[0].engine.head
-        self._matrix = head.weight[: self._size]
-        self._bias = None if head.bias is None else head.bias[: self._size]
-        unused = {i for session in sessions for i in session.member.vocabulary.unused if i < self._size}
-        self._unused = torch.tensor(sorted(unused), dtype=torch.long, device=self._device)
-        self._names = [session.member.name for session in sessions]  # who fails where the one head does
+    def __init__(self, behind: Sequence[Behind]) -> None:
+        super().__init__(behind)
+        found = _head(behind[0])
+        assert found is not None
+        weight, bias, _ = found
+        self._matrix = weight[: self._size]
+        self._bias = None if bias is None else bias[: self._size]
+        unused = {i for one in behind for i in one.member.vocabulary.unused if i < self._size}
+        self._unused = torch.tensor(sorted(unused), dtype=torch.long, device=weight.device)
+        self._names = [one.member.name for one in behind]  # who fails where the one head does
 
     @staticmethod
-    def fits(sessions: Sequence[Session]) -> bool:
-        """Whether the sessions hold hidden states, and the same float32 matrix makes logits of them."""
-        engines = [session.engine for session in sessions]
-        heads = [engine.head for engine in engines]
+    def fits(behind: Sequence[Behind]) -> bool:
+        """Whether hidden states are kept, and the same float32 matrix makes logits of them."""
+        heads = [_head(one) for one in behind]
+        if any(head is None for head in heads) or any(
+            one.hidden(torch.arange(len(one.places))) is None for one in behind
+        ):
+            return False
+        known = [head for head in heads if head is not None]
         return (
-            all(session._hidden is not None for session in sessions)
-            and all(type(engine) is Engine for engine in engines)  # others turn logits into what no matrix gives
-            and all(type(head) is torch.nn.Linear for head in heads)
-            and len({(_place(head.weight), _place(head.bias)) for head in heads}) == 1
-            and heads[0].weight.dtype == torch.float32  # in halves W Σ λ_k h_k is not Σ λ_k W h_k, by more than 1e-4
+            len({(_place(weight), _place(bias)) for weight, bias, _ in known}) == 1
+            and known[0][0].dtype == torch.float32  # in halves W Σ λ_k h_k is not Σ λ_k W h_k, by more than 1e-4
         )
 
     def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        chosen = range(len(self._sessions)) if members is None else members
+        chosen = range(len(self._behind)) if members is None else members
         step = self._step(len(chosen))
         with blamed_on(*self._names):
             buffer = self._buffer(len(chosen) * min(step, len(positions)))
@@ -114,7 +157,7 @@ class OneHeadSource(SessionSource):
             for part in positions.split(step):
                 hidden = self._hidden(part, members)
                 fused = self._logits(torch.tensordot(torch.from_numpy(weights).to(hidden), hidden, 1), buffer)
-                observed = targets[part].to(self._device)
+                observed = targets[part].to(self._matrix.device)
                 score = fused.gather(-1, observed[:, None])[:, 0].clone()
                 peak = fused.amax(-1, keepdim=True)
                 chances = fused.sub_(peak).exp_()
@@ -129,10 +172,11 @@ class OneHeadSource(SessionSource):
 
     def _hidden(self, part: Tensor, members: Sequence[int]) -> Tensor:
         """(len(members), b, d), what the head reads at the scored positions."""
-        return torch.stack([_hidden(self._sessions[k], self._row, part + self._skip[k]) for k in members])
+        found = [self._behind[k].hidden(part) for k in members]
+        return torch.stack([hidden for hidden in found if hidden is not None])
 
     def _buffer(self, rows: int) -> Tensor:
-        return torch.empty(rows, self._size, device=self._device)
+        return torch.empty(rows, self._size, device=self._matrix.device)
 
     def _logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """(n, V), in the buffer's first rows."""
@@ -146,20 +190,30 @@ class OneHeadSource(SessionSource):
         return logits
 
 
-def _hidden(session: Session, row: int, which: Tensor) -> Tensor:
-    """(n, d), what the head made Session.logits of."""
-    assert session._hidden is not None
-    columns = session._scored[row][which] - 1  # the index of the token before each
-    return session._hidden[row, -session._prompt_lengths[row] :][columns.to(session._hidden.device)]
+def _head(one: Behind) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    engine = one.sequence.engine
+    return engine.head() if isinstance(engine, KeepsHidden) else None
 
 
 def _place(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
 
 
-def _source(sessions: Sequence[Session], row: int, skip: Sequence[int], count: int) -> SessionSource:
-    kind = OneHeadSource if OneHeadSource.fits(sessions) else SessionSource
-    return kind(sessions, row, skip, count)
+def source_of(
+    members: Sequence[Member],
+    sequences: Sequence[base.Sequence],
+    encoded: Sequence[Encoded],
+    skip: Sequence[int],
+    count: int,
+    shared: Shared | None = None,
+) -> SequenceSource:
+    """The logits behind `count` scored tokens of each member, without its first `skip` ones; in shared ids, if
+    given."""
+    behind = [
+        Behind(member, sequence, torch.tensor(e.positions[begin : begin + count], dtype=torch.long) - 1)
+        for member, sequence, e, begin in zip(members, sequences, encoded, skip, strict=True)
+    ]
+    return OneHeadSource(behind) if shared is None and OneHeadSource.fits(behind) else SequenceSource(behind, shared)
 
 
 def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
@@ -171,29 +225,39 @@ def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
 
 
 def weights_of(
-    sessions: Sequence[Session],
-    row: int,
+    members: Sequence[Member],
+    sequences: Sequence[base.Sequence],
     encoded: Sequence[Encoded],
     logprobs: Sequence[Tensor | None],
     options: Options,
 ) -> Weights:
-    """Weights of one prompt from what each member gave its scored text; None where the prefill left that out.
+    """Weights of one prompt from what each member gave its scored text; None where the reading left that out.
 
     Members that split the text into the same tokens are compared token by token; others by the words that
     end at boundaries of all of them (METHODS §4).
+
+    Args:
+        members, sequences, encoded, logprobs: K members, what each has read of the prompt, how it is encoded for it,
+            and float64 (t_k,) of its scored tokens.
+        options: of the request.
     """
-    members = [session.member for session in sessions]
     tokens = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]
     text = encoded[0].text
-    same = all(member.vocabulary.same_as(members[0].vocabulary) for member in members[1:])
-    common = common_tokens(tokens) if same else None
+    akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members[1:])
+    shared = None
+    if akin and not all(member.vocabulary.same_as(members[0].vocabulary) for member in members[1:]):
+        vocabularies, ends = [member.vocabulary for member in members], [member.end_ids for member in members]
+        shared = Shared.of(vocabularies, ends, [member.vocabulary_size for member in members])
+    if shared is not None:
+        tokens = [replace(one, ids=shared.first(k, one.ids)) for k, one in enumerate(tokens)]
+    common = common_tokens(tokens) if akin else None
     source, targets = None, None
     if common is not None:
         matrix = torch.stack([member.logprobs for member in common])
         spans = list(zip(common[0].starts, common[0].ends, strict=True))
         if isinstance(options.weighting, str) and find(options.weighting).needs_logits and matrix.shape[1]:
             skip = [len(t.ids) - matrix.shape[1] for t in tokens]
-            source = _source(sessions, row, skip, matrix.shape[1])
+            source = source_of(members, sequences, encoded, skip, matrix.shape[1], shared)
             targets = torch.tensor(common[0].ids)
     else:
         matrix, spans = common_words(text, tokens)

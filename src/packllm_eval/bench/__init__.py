@@ -53,7 +53,7 @@ def run(
     setting = {
         "members": [member.name for member in pack],
         "dtype": sorted({str(member.model.dtype).removeprefix("torch.") for member in pack}),
-        "device": sorted({str(member.device) for member in pack}),
+        "device": sorted({str(member.model.device) for member in pack}),
         "vocabulary": sorted({member.vocabulary_size for member in pack}),
         "parameters": [member.model.num_parameters() for member in pack],
         "tokens": tokens,

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
+from packllm.chat.prompt import Encoded
+from packllm.decode.line import Line, open_lines
 from packllm.decode.request import Request
-from packllm.engines.transformers.member import Member, Session
+from packllm.engines.base import KeepsHidden
+from packllm.engines.member import Member
 from packllm.errors import VocabularyError, WeightsError
 from packllm.options import make_options
 from packllm.pack import Pack
 from packllm.weights import find
-from packllm.weights.scoring import prefill, weights_of
+from packllm.weights.scoring import weights_of
 from packllm_eval.bench.measure import bar, peak_mib, ratio, timed
 from packllm_eval.bench.report import Report
 from packllm_eval.bench.subjects import starter_is_here
@@ -36,23 +39,25 @@ def weighting(report: Report, members: Sequence[Member], text: str, repeat: int)
     encoded = [member.encoder.encode(text) for member in members]
     spent: dict[str, list[float]] = {}
 
-    def passes() -> tuple[list[Session], list[torch.Tensor | None]]:
-        sessions = [member.open([e.ids]) for member, e in zip(members, encoded, strict=True)]
-        return sessions, [prefill(s, [e.positions], True, True)[0] for s, e in zip(sessions, encoded, strict=True)]
+    def passes(scored: bool) -> tuple[list[Line], list[torch.Tensor]]:
+        read = [_read(member, e, scored) for member, e in zip(members, encoded, strict=True)]
+        return [line for line, _ in read], [given for _, given in read]
 
-    def scores(sessions: Sequence[Session]) -> list[torch.Tensor]:
-        return [s.prefill([e.positions], keep=True)[0] for s, e in zip(sessions, encoded, strict=True)]
-
-    passes()  # the first pass over a new length is slower
+    passes(False)  # the first pass over a new length is slower
     for _ in bar(range(repeat), "Weighting"):
-        sessions, unread = timed(spent, "prefill", passes)
-        logprobs = timed(spent, "scores", scores, sessions)
+        lines, _ = timed(spent, "prefill", passes, False)
+        again, logprobs = timed(spent, "prefill_and_scores", passes, True)
+        spent.setdefault("scores", []).append(max(0.0, spent["prefill_and_scores"][-1] - spent["prefill"][-1]))
+        sequences = [line.sequence for line in lines]
         for name in WEIGHTINGS:
             with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
                 if find(name).needs_logits:
-                    timed(spent, f"scores_{name}", weights_of, sessions, 0, encoded, unread, options[name])
+                    unread = [None] * len(members)
+                    timed(spent, f"scores_{name}", weights_of, members, sequences, encoded, unread, options[name])
                 else:
-                    timed(spent, name, weights_of, sessions, 0, encoded, logprobs, options[name])
+                    timed(spent, name, weights_of, members, sequences, encoded, logprobs, options[name])
+        for line in [*lines, *again]:
+            line.close()
     added = {name: spent[name] for name in WEIGHTINGS if name in spent}
     for name in WEIGHTINGS:
         if whole := spent.get(f"scores_{name}"):
@@ -87,10 +92,20 @@ def _prefill(members: Sequence[Member], text: str, weighting: str) -> None:
             request.prefill()
         request.close()
         return
-    sessions = []
-    for member in members:
-        sessions.append(member.open([member.encoder.encode(text).ids]))
-        sessions[-1].prefill([[]])
+    lines = [_read(member, member.encoder.encode(text), False)[0] for member in members]
+    for line in lines:
+        line.close()
+
+
+def _read(member: Member, encoded: Encoded, scored: bool) -> tuple[Line, torch.Tensor]:
+    """A member at the end of a prompt that it has read alone, and its scores, if they are wanted."""
+    sequence = member.open()
+    if isinstance(sequence.engine, KeepsHidden):
+        sequence.engine.keep_hidden(sequence)
+    lines, scores, failed = open_lines({0: (sequence, member, encoded.ids, encoded.positions if scored else ())})
+    if failed:
+        raise failed[0]
+    return lines[0], scores[0]
 
 
 def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
@@ -146,7 +161,7 @@ class _Clock:
 
 
 def _generate_step(member: Member, text: str, tokens: int) -> float:
-    ids = torch.tensor([member.encoder.encode(text).ids], device=member.device)
+    ids = torch.tensor([member.encoder.encode(text).ids], device=member.model.device)
     settings = member.model.generation_config
     ends, settings.eos_token_id = settings.eos_token_id, None
     clock = _Clock()

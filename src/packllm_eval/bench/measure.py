@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from packllm.engines.transformers.member import Member
+from packllm.engines.member import Member
 
 
 def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
@@ -52,7 +52,7 @@ def peak_mib(members: Sequence[Member], function: Callable[..., None], *argument
     None where the system cannot tell.
     """
     gc.collect()
-    if any(member.device.type == "cuda" for member in members):
+    if any(member.model.device.type == "cuda" for member in members):
         torch.cuda.reset_peak_memory_stats()
         function(*arguments)
         return torch.cuda.max_memory_allocated() / 2**20

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from packllm.decode.pool import fuse
-from packllm.engines.transformers.member import Member
+from packllm.engines.member import Member
+from packllm.engines.transformers.merge import merged
 from packllm.pack import Pack
 from packllm.results import Generation
 from packllm.weights.blocks import STEPS
@@ -31,7 +32,7 @@ QUESTIONS = ("\n\nQuestion: what does this say first?\nAnswer:", "\n\nQuestion: 
 def speculation(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
     """Greedy seconds a token of three models of their own that mostly agree: speculative, plain, top one alone."""
     first = members[0]
-    trio = [Member(first.merged(), first.tokenizer, "top", first.encoder)]
+    trio = [Member(merged(first), first.tokenizer, "top", first.encoder)]
     trio += [noisy_copy(first, seed, AGREE) for seed in (1, 2)]
     for member in trio:
         member.end_ids = frozenset()
@@ -92,7 +93,7 @@ def naive(report: Report, members: Sequence[Member], text: str, tokens: int, sam
     generation = pack.generate(text)
     ours = generation.timings["total"] / generation.usage.completion_tokens
     ids = trio[0].encoder.encode(text).ids
-    models = [member.merged() for member in trio]
+    models = [merged(member) for member in trio]
     spent = []
     for at in bar([round(i * (tokens - 1) / max(samples - 1, 1)) for i in range(samples)], "Naive loop"):
         grown = torch.tensor(ids + ids[:at])[None]
@@ -133,14 +134,14 @@ def _written(generation: Generation) -> float:
 
 
 def _one_vocabulary(members: Sequence[Member]) -> bool:
-    return all(member.vocabulary.same_as(members[0].vocabulary) for member in members)
+    return all(member.vocabulary.akin(members[0].vocabulary) for member in members)
 
 
 def _naive_step(members: Sequence[Member], models: Sequence[Any], ids: Tensor, prompt: int) -> int:
     """One token: every member reads everything again, the prompt's weights are solved again, all is fused."""
     with torch.inference_mode():
         passes = [model(input_ids=ids.to(model.device), use_cache=False).logits[0] for model in models]
-        logits = torch.stack([member.real(each) for member, each in zip(members, passes, strict=True)])
+        logits = torch.stack([each[..., : members[0].vocabulary_size].float() for each in passes])
         weights = _naive_weights(logits[:, : prompt - 1], ids[0, 1:prompt])
         return int(fuse(logits[:, -1].log_softmax(-1), weights, "log").argmax())
 

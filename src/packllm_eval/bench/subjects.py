@@ -15,7 +15,8 @@ import transformers
 
 from packllm import starter
 from packllm.engines.load import Loader
-from packllm.engines.transformers.member import Member
+from packllm.engines.member import Member
+from packllm.engines.transformers.merge import merged
 from packllm.errors import LoadError
 
 NOISE = 0.05
@@ -52,8 +53,8 @@ def noisy_copy(member: Member, seed: int, noise: float = NOISE) -> Member:
     Args:
         noise: standard deviation of what is added to a matrix, over that matrix's own.
     """
-    model = copy.deepcopy(member.merged())
-    generator = torch.Generator(device=member.device).manual_seed(seed)
+    model = copy.deepcopy(merged(member))
+    generator = torch.Generator(device=member.model.device).manual_seed(seed)
     with torch.inference_mode():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -14,7 +14,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel
 
-from packllm.chat.schemas import schema_of_type
+from packllm import schema_of_type
 
 Model = TypeVar("Model", bound=BaseModel)
 

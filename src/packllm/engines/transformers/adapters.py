@@ -77,7 +77,7 @@ class Adapters:
 
     @contextmanager
     def use(self, chosen: Sequence[int | None]) -> Iterator[None]:
-        """While this is open, row r of a batch runs with adapter chosen[r], or with none."""
+        """While this is open, token i of a pass of one row runs with adapter chosen[i], or with none."""
         if self._cut[0] != tuple(chosen):  # kept from step to step: slicing costs as much as a step's small products
             self._cut = tuple(chosen), self._cuts(_plan(chosen))
         self._parts = self._cut[1]
@@ -93,10 +93,11 @@ class Adapters:
         }
 
     def update(self, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """A module's outputs (B, n, out) for inputs (B, n, in), with each row's own update."""
-        for rows, count, down, up in self._parts.get(name, ()):
-            part = inputs[rows].reshape(count, -1, inputs.shape[-1])
-            outputs[rows].view(count, -1, outputs.shape[-1]).baddbmm_(torch.bmm(part, down), up)
+        """A module's outputs (1, n, out) for inputs (1, n, in), with each token's own update."""
+        flat, added = inputs.view(-1, inputs.shape[-1]), outputs.view(-1, outputs.shape[-1])
+        for tokens, count, down, up in self._parts.get(name, ()):
+            part = flat[tokens].reshape(count, -1, flat.shape[-1])
+            added[tokens].view(count, -1, added.shape[-1]).baddbmm_(torch.bmm(part, down), up)
         return outputs
 
     def factors(self, index: int) -> Factors:

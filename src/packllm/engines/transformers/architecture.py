@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,47 +43,39 @@ class Architecture:
     Attributes:
         carrier: the argument that takes the cache; None: none does, or what it carries is wrong. The text is then
             read again from its start at every pass.
-        positions: whether rows with gaps are told their position ids.
-        padded: whether rows of different lengths, padded on the left, give together what each gives alone.
-        masked: whether a mask is given even where no row has gaps: some take its absence for another way of reading.
+        masked: whether a mask is given though all is seen: some take its absence for another way of reading.
         blocks: whether several tokens may follow others in one pass: some recurrent layers begin a block from an empty
             state. They are read one by one then.
         croppable: whether the cache, where it says that it can drop its last tokens, then is as if it had never
             read them.
-        ragged: whether rows may drop different numbers of tokens, which leaves gaps: not where a window is measured
-            in columns.
         steady: whether a token is read the same however long the text is: not so where rotary positions are scaled
-            by its length. A row then depends on those beside it, and a token on those drafted after it.
+            by its length. A token then depends on those after it in its pass.
         switch: the length beyond which positions are scaled in another way, and all is read again in it; 0: none.
         whole: whether logits are the head applied to the body's output: some models cap or scale them after.
     """
 
     carrier: str | None
-    positions: bool = True
-    padded: bool = True
     masked: bool = False
     blocks: bool = True
     croppable: bool = True
-    ragged: bool = True
     steady: bool = True
     switch: int = 0
     whole: bool = False
 
     @classmethod
-    def of(cls, model: Any, vocabulary_size: int, fill: int = 0) -> Architecture:
+    def of(cls, model: Any, vocabulary_size: int) -> Architecture:
         """What a model needs: looked up, or tried on eight tokens.
 
         Args:
             model: a transformers causal LM in evaluation mode.
             vocabulary_size: ids that it and its tokenizer both have.
-            fill: the id that rows are padded with.
 
         Raises:
             LoadError: it does not run on tokens alone, or reads what comes later.
         """
-        kind = f"{type(model).__name__} {model.config.to_json_string()} {model.dtype} {vocabulary_size} {fill}"
+        kind = f"{type(model).__name__} {model.config.to_json_string()} {model.dtype} {vocabulary_size}"
         if kind not in _known:
-            _known[kind] = _tried(model, vocabulary_size, fill)
+            _known[kind] = _tried(model, vocabulary_size)
         return _known[kind]
 
     def new_cache(self, config: Any) -> DynamicCache:
@@ -99,29 +91,24 @@ class Architecture:
         tokens: Tensor,
         cache: DynamicCache,
         seen: int,
-        mask: Tensor | None = None,
         run: Callable[..., Any] = lambda function, **inputs: function(**inputs),
     ) -> Tensor:
         """What a model, or its body, makes of tokens that come after those in a cache, which takes them in.
 
         Args:
             function: the model or its body.
-            tokens: int64 (B, n).
+            tokens: int64 (1, n).
             cache: from new_cache.
             seen: N, tokens in the cache.
-            mask: int64 (B, N + n), 0 at columns that a row does not have; None: it has all.
             run: calls the function.
 
         Returns:
-            (B, n, V) logits, or (B, n, d) what the body gives.
+            (1, n, V) logits, or (1, n, d) what the body gives.
         """
         count = tokens.shape[1]
-        if mask is None and self.masked:
-            mask = tokens.new_ones(len(tokens), seen + count)
         if self.carrier and seen and count > 1 and not self.blocks:
-            masks = [None if mask is None else mask[:, : seen + at + 1] for at in range(count)]
-            steps = zip(tokens.split(1, 1), range(seen, seen + count), masks, strict=True)
-            return torch.cat([self.read(function, token, cache, n, part, run) for token, n, part in steps], 1)
+            steps = zip(tokens.split(1, 1), range(seen, seen + count), strict=True)
+            return torch.cat([self.read(function, token, cache, n, run) for token, n in steps], 1)
         inputs: dict[str, Any] = {"use_cache": False}
         if self.carrier is None or self.switch:
             text = kv.append_text(cache, tokens)
@@ -131,20 +118,18 @@ class Architecture:
             if tokens.shape[1] > count:
                 cache.layers = [*kv.new(function.config).layers, cache.layers[-1]]
             inputs = {"use_cache": True, self.carrier: cache}
-        if mask is not None and not (seen and kv.is_recurrent(cache)):  # those expect a mask of the new tokens alone
-            inputs["attention_mask"] = mask
-            if self.positions:
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if self.masked and not (seen and kv.is_recurrent(cache)):  # those expect a mask of the new tokens alone
+            inputs["attention_mask"] = tokens.new_ones(1, seen + count)
         output = run(function, input_ids=tokens, **inputs)
         states = output.logits if "logits" in output else output.last_hidden_state
         return states[:, -count:]
 
 
-def _tried(model: Any, vocabulary_size: int, fill: int) -> Architecture:
+def _tried(model: Any, vocabulary_size: int) -> Architecture:
     """The first way of running a model that gives what fresh passes give."""
     name = type(model).__name__
     _refuse_encoder_decoder(model.config, name)
-    trial = _Trial(model, vocabulary_size, fill)
+    trial = _Trial(model, vocabulary_size)
     if not trial.is_causal():
         raise LoadError(
             f"{name} is an encoder ({model.config.model_type}): it reads what comes later, and its logits change with "
@@ -162,19 +147,14 @@ def _candidates(model: Any) -> Iterator[Architecture]:
     """Ways that a model may be run, what costs least first."""
     parameters = inspect.signature(model.forward).parameters
     config = model.config.get_text_config(decoder=True)
-    (steady, switch), windows = _scaling(config), _has_windows(config)
-    masks, positions = "attention_mask" in parameters, "position_ids" in parameters
-    told = [True, False] if positions else [False]  # some count positions by themselves, from another number
-    rows = [(each, True) for each in told] if masks and steady else []
+    steady, switch = _scaling(config)
     # Layers of the model's own are run as `generate` runs them: the whole prompt, then token by token.
     own = _has_own_layers(model.config)
     crops, sizes = (True, False) if steady and not own else (False,), (False,) if own else (True, False)
-    ways = list(itertools.product(sizes, (False, True) if masks else (False,), crops))
+    masks = (False, True) if "attention_mask" in parameters else (False,)
     for carrier in (*(name for name in CARRIERS if name in parameters), None):
-        for tells, padded in (*rows, (positions, False)):
-            for blocks, masked, croppable in ways:
-                for ragged in (True, False) if padded and tells and croppable and not windows else (False,):
-                    yield Architecture(carrier, tells, padded, masked, blocks, croppable, ragged, steady, switch)
+        for blocks, masked, croppable in itertools.product(sizes, masks, crops):
+            yield Architecture(carrier, masked, blocks, croppable, steady, switch)
 
 
 def _has_own_layers(config: Any) -> bool:
@@ -195,28 +175,13 @@ def _scaling(config: Any) -> tuple[bool, int]:
     return "dynamic" not in told, 0
 
 
-def _has_windows(config: Any) -> bool:
-    """Whether some layer may see only the tokens nearby, which eight tokens cannot show."""
-    if kinds := getattr(config, "layer_types", None):
-        return any(kind != "full_attention" for kind in kinds)
-    near = re.compile("window|chunk(?!_size_feed)|local(?!_expert)")
-    return any(value and near.search(key) for key, value in config.to_dict().items())
-
-
-PLAIN, WITH_BLOCKS, WITH_CROPS, WITH_GAPS = 4, 5, 6, 7
-"""How many claims of an Architecture, in order, have played a part by each stage of a trial: what fails there fails
-for all that make the same."""
-
-
 class _Trial:
     """A few tokens of a model, read in one fresh pass, for other ways of reading them to be held against."""
 
     COUNT = 8
-    GAP = 2
-    """Columns of padding before the second row."""
 
-    def __init__(self, model: Any, vocabulary_size: int, fill: int) -> None:
-        self._model, self._fill = model, fill
+    def __init__(self, model: Any, vocabulary_size: int) -> None:
+        self._model = model
         # Ordinary ids: control tokens, which some models treat apart, come first or last.
         steps = torch.arange(self.COUNT) * max(1, vocabulary_size // (3 * self.COUNT))
         self._ids = ((vocabulary_size // 3 + steps) % vocabulary_size).to(model.device)
@@ -225,8 +190,6 @@ class _Trial:
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LoadError(f"{type(model).__name__} does not run on tokens alone: {first}") from error
-        self._failed: list[tuple[Any, ...]] = []
-        self._claims = PLAIN
         self._tolerance = TOLERANCE
         if model.dtype != torch.float32:  # rounding moves logits too: by less than the loss of what came before
             lost = self._apart(self._read_fresh(self._ids[5:]), 5).median().item()
@@ -243,60 +206,31 @@ class _Trial:
         return bool(self._apart(other[:5], 0).median() <= max(TOLERANCE, torch.finfo(self._model.dtype).eps))
 
     def holds(self, architecture: Architecture) -> bool:
-        """Whether the model, run so, gives what a fresh pass gives: read in parts, cropped, beside a row that is
-        padded, and while another text is read."""
-        claims = astuple(architecture)
-        if any(claims[: len(failed)] == failed for failed in self._failed):
-            return False
-        self._claims = PLAIN
+        """Whether the model, run so, gives what a fresh pass gives: read in parts, cropped, and while another text is
+        read."""
         try:
-            right = self._read_in_parts(architecture)
-            if right and architecture.padded and not kv.is_plain(architecture.new_cache(self._model.config)):
-                right = self._read_in_parts(replace(architecture, padded=False, ragged=False))  # and without a mask
+            return self._read_in_parts(architecture)
         except Exception as error:
             log.debug("%s does not run as %s: %s", type(self._model).__name__, architecture, error)
-            right = False
-        if not right:
-            self._failed.append(claims[: self._claims])
-        return right
+            return False
 
     @torch.inference_mode()
     def _read_in_parts(self, architecture: Architecture) -> bool:
-        ids, gap, cache = self._ids, self.GAP, architecture.new_cache(self._model.config)
-        rows, mask = ids[None], None
-        if architecture.padded:  # the second row lags behind by the gap
-            rows = torch.stack([ids, torch.cat([ids.new_full((gap,), self._fill), ids[:-gap]])])
-            mask = (torch.arange(self.COUNT, device=ids.device) >= torch.tensor([[0], [gap]], device=ids.device)).long()
+        cache = architecture.new_cache(self._model.config)
 
-        def read(start: int, stop: int) -> Tensor:
-            part = None if mask is None else mask[:, :stop]
-            return architecture.read(self._model, rows[:, start:stop], cache, start, part).float()
+        def right(start: int, stop: int) -> bool:
+            logits = architecture.read(self._model, self._ids[None, start:stop], cache, start)[0]
+            return self._is_fresh(logits.float(), start)
 
-        if not self._same(read(0, 5), (0, -gap)):
+        if not right(0, 5):
             return False
-        self._claims = WITH_BLOCKS
-        self._read_fresh(ids[3:])  # what another text leaves behind in the model must not matter
-        crops = architecture.croppable and cache.is_croppable
-        if crops:
-            cache.activate_past_recording()
-        if not self._same(read(5, 7), (5, 5 - gap)):
+        self._read_fresh(self._ids[3:])  # what another text leaves behind in the model must not matter
+        if not right(5, 7):
             return False
-        if not crops:
-            return self._same(read(7, 8), (7, 7 - gap))
-        self._claims = WITH_CROPS
-        cache.crop(-1)
-        if not architecture.ragged:
-            return self._same(read(6, 7), (6, 6 - gap))
-        self._claims = WITH_GAPS
-        assert mask is not None
-        mask, rows = mask.clone(), rows.clone()
-        mask[1, 5], rows[1, 6] = 0, ids[5 - gap]  # the second row drops one token more
-        return self._same(read(6, 7), (6, 5 - gap))
-
-    def _same(self, rows: Tensor, places: tuple[int, int]) -> bool:
-        """Whether logits (1 or 2, n, V) are those of the fresh pass, each row from its place on; a place below 0
-        begins with padding."""
-        return all(self._is_fresh(row[max(0, -at) :], max(0, at)) for row, at in zip(rows, places, strict=False))
+        if architecture.croppable and kv.is_full(cache):
+            kv.crop(cache, 1)
+            return right(6, 7)
+        return right(7, 8)
 
     def _is_fresh(self, logits: Tensor, start: int) -> bool:
         """Whether (n, V) logits are those of the fresh pass from a place on."""

@@ -1,15 +1,15 @@
-"""Key-value caches: rows taken apart and put together, and tokens at the end taken off again."""
+"""Key-value caches of one sequence: tokens appended without moving what is there, taken off again, shared by forks."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 SPARE = 64
 """Tokens that a layer leaves room for. Every step reads all that is there; copying it at one step in 64 is little."""
@@ -30,7 +30,7 @@ class RoomyLayer(DynamicLayer):
         self._rooms: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, n, d) keys and values; all of them, (B, heads, N, d)."""
+        """Append (1, heads, n, d) keys and values; all of them, (1, heads, N, d)."""
         before = self.get_seq_length()
         if self.keys is None or self.values is None or not before:
             return super().update(key_states, value_states)
@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _fits(self, room: Tensor, before: int, after: int) -> bool:
-        """Whether there is space, and the keys still begin there: crop() leaves them, reorder_cache() does not."""
+        """Whether there is space, and the keys still begin there."""
         there = self.keys is not None and self.keys.data_ptr() == room.data_ptr()
         return there and self.shared <= before and after <= room.shape[-2]
 
@@ -56,8 +56,16 @@ class RoomyLayer(DynamicLayer):
         return twin
 
 
+def full(config: Any) -> DynamicCache:
+    """An empty cache whose layers all keep all that is read, also where they look back a few tokens only: it can go
+    back."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    return cache
+
+
 def new(config: Any) -> DynamicCache:
-    """An empty cache for a model of this configuration."""
+    """An empty cache as the architecture wants it; layers that look at everything have room."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -71,7 +79,7 @@ def text() -> DynamicCache:
 
 
 def append_text(cache: DynamicCache, tokens: Tensor) -> Tensor:
-    """Append int64 (B, n) ids to a cache whose last layer holds the text; all ids of it, (B, N)."""
+    """Append int64 (1, n) ids to a cache whose last layer holds the text; all ids of it, (1, N)."""
     ids = tokens[:, None, :, None]
     return cache.update(ids, ids[..., :0], len(cache.layers) - 1)[0][:, 0, :, 0]
 
@@ -83,65 +91,29 @@ def is_recurrent(cache: DynamicCache) -> bool:
     )
 
 
-def is_plain(cache: DynamicCache) -> bool:
-    """Whether the layers hold keys and values alone, and never write over what another cache shares."""
-    return all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+def is_full(cache: Any) -> bool:
+    """Whether every layer holds all that was read: then it can go back, and share."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
-def index(rows: Sequence[int]) -> Any:
-    """Index of these rows: a slice where they follow each other, which copies nothing."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows)
-
-
-def take(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
-    """A cache of its own over these rows, which may repeat; consecutive ones of plain layers are shared."""
+def fork(cache: Any) -> Any:
+    """A cache of its own with the same content; full ones share it."""
+    if not is_full(cache):
+        return copy.deepcopy(cache)
     twin = copy.copy(cache)
-    if not is_plain(cache):
-        twin.layers = copy.deepcopy(cache.layers)
-        twin.reorder_cache(torch.LongTensor(rows))  # also where layers keep a running state
-        return twin
-    chosen = index(rows)
-    twin.layers = _twins(cache)
-    for layer in _filled(twin):
-        layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+    twin.layers = [layer.twin() for layer in cache.layers]
     return twin
 
 
-def join(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache with the rows of several plain ones that have read equally much."""
-    whole = copy.copy(caches[0])
-    whole.layers = _twins(whole)
-    for layer, *parts in zip(_filled(whole), *map(_filled, caches), strict=True):
-        layer.keys = torch.cat([part.keys for part in parts])
-        layer.values = torch.cat([part.values for part in parts])
-    return whole
-
-
-def is_whole(cache: DynamicCache) -> bool:
-    """Whether crop() can take the cache back to any length: plain layers that still hold all that was read."""
-    return is_plain(cache) and all(layer.keys.shape[-2] == layer.get_seq_length() for layer in _filled(cache))
-
-
 def crop(cache: DynamicCache, count: int) -> None:
-    """Drop the last `count` tokens of a whole cache, which stays whole: unlike its own crop(), this lets sliding
-    windows keep what left them."""
-    for layer in _filled(cache) if count else ():
-        layer.keys, layer.values = layer.keys[..., :-count, :], layer.values[..., :-count, :]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length -= count
+    """Drop the last `count` tokens of a full cache."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if layer.get_seq_length():
+            layer.keys, layer.values = layer.keys[..., :-count, :], layer.values[..., :-count, :]
 
 
-def forget_past(cache: DynamicCache) -> None:
-    """Let sliding windows drop what they recorded, and record no more."""
-    for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer and layer.record_past:
-            layer.crop(0)
-            layer.record_past = False
-
-
-def tensors(cache: DynamicCache) -> Iterator[Tensor]:
+def tensors(cache: Any) -> Iterator[Tensor]:
     """All tensors that the layers hold."""
     for layer in cache.layers:
         for held in vars(layer).values():
@@ -152,12 +124,3 @@ def _moved(states: Tensor, size: int) -> Tensor:
     room = states.new_empty((*states.shape[:-2], size, states.shape[-1]))
     room[..., : states.shape[-2], :] = states
     return room
-
-
-def _twins(cache: DynamicCache) -> list[Any]:
-    return [layer.twin() if isinstance(layer, RoomyLayer) else copy.copy(layer) for layer in cache.layers]
-
-
-def _filled(cache: DynamicCache) -> list[Any]:
-    layers: list[Any] = cache.layers
-    return [layer for layer in layers if layer.get_seq_length()]

@@ -1,0 +1,194 @@
+"""A member where it stands in its text: what it has read, and what it expects next."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from packllm.align.shared import Shared
+from packllm.engines import base
+from packllm.engines.base import Read, Want, read_together
+from packllm.engines.member import Member
+from packllm.errors import MemberError
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Line:
+    """A member's sequence in one request.
+
+    Args:
+        member: whose it is.
+        sequence: what it has read.
+        here: float32 (V,), log-probabilities of the next token.
+        shared: the ids that it is asked and answers in, and which of their members it is; None: its own.
+    """
+
+    def __init__(
+        self, member: Member, sequence: base.Sequence, here: Tensor, shared: tuple[Shared, int] | None = None
+    ) -> None:
+        self.member, self.sequence, self.here = member, sequence, here
+        self._shared = shared
+
+    def speaking(self, shared: Shared, index: int) -> Line:
+        """The same line, asked and answering in shared ids."""
+        return Line(self.member, self.sequence, shared.rows(index, self.here), (shared, index))
+
+    def own(self, ids: Sequence[int]) -> Sequence[int]:
+        """The member's own ids of those that it is asked in."""
+        return ids if self._shared is None else self._shared[0].own(self._shared[1], ids)
+
+    def told(self, rows: Tensor) -> Tensor:
+        """Log-probabilities (..., V) of the member's own ids in those that it answers in."""
+        return rows if self._shared is None else self._shared[0].rows(self._shared[1], rows)
+
+    def __len__(self) -> int:
+        """Tokens that were read."""
+        return len(self.sequence.ids)
+
+    def read(self, ids: Sequence[int], want: Want = "all") -> Tensor:
+        """Read on; the answer as Want says.
+
+        Raises:
+            MemberError: the member failed.
+        """
+        (answer,) = read_lines({None: self}, {None: ids}, want).values()
+        if isinstance(answer, MemberError):
+            raise answer
+        return answer
+
+    def crop(self, length: int, here: Tensor) -> None:
+        """Go back to the first `length` tokens, after which the member expects `here`."""
+        self.sequence.crop(length)
+        self.here = here
+
+    def fork(self) -> Line:
+        """The same once more; this one stays as it is."""
+        return Line(self.member, self.sequence.fork(), self.here, self._shared)
+
+    def close(self) -> None:
+        self.sequence.close()
+
+
+def read_lines(
+    lines: Mapping[K, Line], blocks: Mapping[K, Sequence[int]], want: Want = "all"
+) -> dict[K, Tensor | MemberError]:
+    """Let several lines read on, each a block of its own, together where they can; `here` moves along.
+
+    Args:
+        lines: at least those of `blocks`.
+        blocks: at least one id each.
+        want: "all" or "last".
+
+    Returns:
+        What Want says, or the error of a member that failed.
+    """
+    answers = read_together([Read(lines[key].sequence, lines[key].own(ids), want) for key, ids in blocks.items()])
+    results: dict[K, Tensor | MemberError] = {}
+    for key, answer in zip(blocks, answers, strict=True):
+        line = lines[key]
+        if isinstance(answer, Exception):
+            results[key] = line.member.failed(answer)
+        else:
+            results[key] = rows = line.told(answer)
+            line.here = rows[-1]
+    return results
+
+
+def open_lines(
+    asked: Mapping[K, tuple[base.Sequence, Member, Sequence[int], Sequence[int]]],
+) -> tuple[dict[K, Line], dict[K, Tensor], dict[K, MemberError]]:
+    """Read prompts, together where they can.
+
+    Args:
+        asked: new sequences, each with its member, a prompt's ids and the ascending positions (≥ 1) to score.
+
+    Returns:
+        Lines at the end of the prompts; float64 (n,), the log-probabilities of the scored tokens; what failed instead.
+    """
+    reads = []
+    for sequence, _, ids, scored in asked.values():
+        targets = [-1] * (len(ids) - 1)
+        for position in scored:
+            targets[position - 1] = ids[position]
+        reads += [Read(sequence, ids[:-1], targets), Read(sequence, ids[-1:], "last")]
+    answers = read_together(reads)
+    lines, scores, failed = {}, {}, {}
+    for (key, (sequence, member, _, scored)), given, last in zip(
+        asked.items(), answers[::2], answers[1::2], strict=True
+    ):
+        error = given if isinstance(given, Exception) else last if isinstance(last, Exception) else None
+        if error is not None or isinstance(given, Exception) or isinstance(last, Exception):
+            failed[key] = member.failed(error or ValueError("no answer"))
+            sequence.close()
+        else:
+            lines[key] = Line(member, sequence, last[0])
+            scores[key] = given[[position - 1 for position in scored]]
+    return lines, scores, failed
+
+
+def read_forks(line: Line, rows: Sequence[Sequence[int]]) -> tuple[list[Line], list[Tensor]]:
+    """What a member gives several continuations of its text, each at least one of its own ids, read together by forks
+    of the line.
+
+    Returns:
+        The forks, at the ends of the continuations; float64 (n,) each, log p of their ids.
+
+    Raises:
+        MemberError: the member failed; nothing stays open.
+    """
+    forks = [line.fork() for _ in rows]
+    try:
+        reads = []
+        for fork, ids in zip(forks, rows, strict=True):
+            reads += [Read(fork.sequence, ids[:-1], ids[1:]), Read(fork.sequence, ids[-1:], "last")]
+        answers = read_together(reads)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise line.member.failed(answer)
+    except BaseException:
+        for fork in forks:
+            fork.close()
+        raise
+    scores = []
+    for fork, ids, given, last in zip(forks, rows, answers[::2], answers[1::2], strict=True):
+        assert not isinstance(given, Exception)
+        assert not isinstance(last, Exception)
+        fork.here = last[0]
+        first = line.here[ids[0]].double().cpu().reshape(1)
+        scores.append(given.new_tensor([*first.tolist(), *given.tolist()]))
+    return forks, scores
+
+
+def score_rows(lines: Mapping[K, Line], rows: Mapping[K, Sequence[Sequence[int]]]) -> dict[K, list[Tensor]]:
+    """What members give continuations of their texts, each at least one id; all read together, by forks of the lines.
+
+    Returns:
+        float64 (n,) each, log p of their ids, for the keys of `rows`.
+
+    Raises:
+        MemberError: a member failed.
+    """
+    longer = [(key, r) for key, texts in rows.items() for r, ids in enumerate(texts) if len(ids) > 1]
+    forks = {slot: lines[slot[0]].fork() for slot in longer}
+    try:
+        own = {(k, r): lines[k].own(rows[k][r]) for k, r in longer}
+        answers = read_together([Read(forks[slot].sequence, own[slot][:-1], own[slot][1:]) for slot in longer])
+    finally:
+        for fork in forks.values():
+            fork.close()
+    given: dict[tuple[K, int], list[float]] = {}
+    for slot, answer in zip(longer, answers, strict=True):
+        if isinstance(answer, Exception):
+            raise lines[slot[0]].member.failed(answer)
+        given[slot] = answer.tolist()
+    return {
+        key: [
+            torch.tensor([float(lines[key].here[ids[0]]), *given.get((key, r), ())], dtype=torch.float64)
+            for r, ids in enumerate(texts)
+        ]
+        for key, texts in rows.items()
+    }

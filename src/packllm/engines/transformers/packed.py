@@ -1,0 +1,212 @@
+"""Rows of different lengths in one pass: all tokens as one row of a batch of one, each attending to its own cache.
+
+Every matrix product of the model runs once over the tokens of all sequences. Only attention goes sequence by
+sequence, each
+over its own keys and values, so no cache is padded, copied or moved when sequences come and go. transformers lets a
+model's attention be replaced by name (its attention interface); a name without a mask function gets no mask, and the
+function here knows what each token may look at.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DynamicCache
+
+from packllm.engines.transformers import kv
+
+NAME = "packllm"
+_here = threading.local()
+
+
+class PackedCache(DynamicCache):
+    """The caches of several sequences, as one model sees them in one pass.
+
+    Args:
+        caches: one a sequence.
+        counts: tokens of each in this pass.
+    """
+
+    def __init__(self, caches: Sequence[DynamicCache], counts: Sequence[int]) -> None:
+        super().__init__()
+        self._caches, self._counts = caches, counts
+        self._keys: Tensor | None = None
+        self._layer = 0
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self.windows: dict[int, int | None] = {}  # by layer, what the attention was told
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Give each sequence its part of keys and values (1, heads, n, d)."""
+        start = 0
+        for cache, count in zip(self._caches, self._counts, strict=True):
+            part = slice(start, start + count)
+            cache.update(key_states[:, :, part], value_states[:, :, part], layer_idx)
+            start += count
+        self._keys, self._layer = key_states, layer_idx
+        return key_states, value_states
+
+    def rows(self, keys: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For each sequence: its tokens of the pass, and all its keys and values of the layer that was just updated."""
+        if keys is not self._keys:
+            raise ValueError("this architecture changes keys after they are cached")
+        start = 0
+        for cache, count in zip(self._caches, self._counts, strict=True):
+            layer: Any = cache.layers[self._layer]
+            yield slice(start, start + count), layer.keys, layer.values
+            start += count
+
+    def mask(self, tokens: int, length: int, window: int | None, device: torch.device) -> Tensor:
+        """bool (tokens, length): what each of the last `tokens` of `length` may look at; one for all layers."""
+        key = tokens, length, window
+        if key not in self._masks:
+            ahead = torch.arange(length, device=device) - torch.arange(length - tokens, length, device=device)[:, None]
+            self._masks[key] = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+        return self._masks[key]
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of (1, heads, n, d) queries, as transformers calls it; each sequence's tokens look at its own cache."""
+    cache: PackedCache = _here.cache
+    cache.windows[getattr(module, "layer_idx", len(cache.windows))] = sliding_window
+    parts = []
+    for tokens, keys, values in cache.rows(key):
+        part = query[:, :, tokens]
+        count, length = part.shape[2], keys.shape[2]
+        if sliding_window is not None and length > sliding_window + count - 1:  # no token looks further back
+            start = length - (sliding_window + count - 1)
+            keys, values, length = keys[:, :, start:], values[:, :, start:], length - start
+        window = sliding_window if sliding_window is not None and sliding_window < length else None
+        plain = window is None and (count == 1 or count == length)
+        mask = None if plain or count == 1 else cache.mask(count, length, window, part.device)
+        if softcap is not None or s_aux is not None:
+            mask = None if count == 1 else cache.mask(count, length, window, part.device)
+            parts.append(_by_hand(part, keys, values, mask, scaling, softcap, s_aux))
+        elif count == 1:  # the heads that share keys are its rows: nothing is repeated
+            shape = (1, keys.shape[1], -1, part.shape[-1])
+            out = scaled_dot_product_attention(part.reshape(shape), keys, values, scale=scaling)
+            parts.append(out.reshape(1, -1, 1, values.shape[-1]))
+        else:
+            grouped = part.shape[1] != keys.shape[1]
+            out = scaled_dot_product_attention(
+                part, keys, values, attn_mask=mask, scale=scaling, is_causal=mask is None, enable_gqa=grouped
+            )
+            parts.append(out)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return whole.transpose(1, 2).contiguous(), None
+
+
+def _by_hand(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """With what fused kernels do not know: capped scores (Gemma 2), attention sinks (gpt-oss)."""
+    repeat = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
+    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1).to(scores)], dim=-1)
+    shares = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (shares if sinks is None else shares[..., :-1]) @ values
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def attention(config: Any, cache: PackedCache) -> Iterator[None]:
+    """While this is open, models of this configuration attend in this thread as `attend` does, over the given caches.
+    Outside, the user's own model is as it was."""
+    before = config._attn_implementation
+    config._attn_implementation, _here.cache = NAME, cache
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del _here.cache
+
+
+_packable: dict[str, bool] = {}
+"""By class and configuration: models of one kind are tried once."""
+
+
+def can_pack(model: Any, vocabulary_size: int, carrier: str | None) -> bool:
+    """Whether sequences of a model can be packed: its attention goes through transformers' interface, tells its
+    windows, and two packed sequences, in two passes, give what fresh passes give."""
+    kind = f"{type(model).__module__} {type(model).__name__} {model.dtype} {model.config.to_json_string()}"
+    if kind not in _packable:
+        _packable[kind] = carrier is not None and _tried(model, vocabulary_size, carrier)
+    return _packable[kind]
+
+
+def _tried(model: Any, vocabulary_size: int, carrier: str) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    accepted = inspect.signature(model.forward).parameters
+    known = type(model).__module__.startswith("transformers.")  # a class of others may do more with its cache
+    if not known or not {"position_ids", carrier} <= accepted.keys():
+        return False
+    if getattr(config, "attention_chunk_size", None):
+        return False
+    rows = [[i % vocabulary_size for i in row] for row in (range(1, 7), range(3, 6))]
+    caches = [kv.full(config) for _ in rows]
+    ours: list[list[Tensor]] = [[], []]
+    with torch.inference_mode():
+        try:
+            own = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
+            for cuts in ((slice(0, 4), slice(0, 1)), (slice(4, 6), slice(1, 3))):
+                parts = [row[cut] for row, cut in zip(rows, cuts, strict=True)]
+                cache = PackedCache(caches, [len(part) for part in parts])
+                ids = torch.tensor([[i for part in parts for i in part]], device=model.device)
+                places = [place for row, cut in zip(rows, cuts, strict=True) for place in range(len(row))[cut]]
+                at = torch.tensor([places], device=model.device)
+                with attention(config, cache):
+                    logits = model(input_ids=ids, position_ids=at, use_cache=True, **{carrier: cache}).logits[0]
+                for found, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
+                    found.append(part)
+        except Exception:  # attention that goes another way
+            return False
+    if sum(window is not None for window in cache.windows.values()) != _windows(config):
+        return False
+    scale = 1e-3 if model.dtype == torch.float32 else 0.2
+    return all(
+        bool((torch.cat(found).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std())))
+        for found, right in zip(ours, own, strict=True)
+    )
+
+
+def _windows(config: Any) -> int:
+    """Layers that look back a few tokens only."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return sum(kind == "sliding_attention" for kind in kinds)
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return config.num_hidden_layers if window else 0
