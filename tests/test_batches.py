@@ -17,7 +17,6 @@ from lines import lines
 from packllm import Generation, Member
 from packllm.decode.line import read_lines
 from packllm.engines.load import Loader
-from packllm.engines.transformers.merge import merged
 from packllm.pack import _grouped
 
 LONG = "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. " * 3
@@ -95,7 +94,7 @@ def test_company_never_changes_logits_of_any_adapter(experts, lengths, steps):
     ends = lines({at: (owner, rows[at % len(rows)]) for at, owner in enumerate(owners)})
     for token in steps:
         read_lines(ends, {at: [token] for at in ends})
-    alone = [merged(member) for member in members]
+    alone = [member.merged() for member in members]
     for at, owner in enumerate(owners):
         read = [*rows[at % len(rows)], *steps]
         expected = naive.next_logprobs(_As(owner, alone[members.index(owner)]), read)

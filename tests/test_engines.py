@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, GPTNeo
 
 from packllm import Member
 from packllm.engines.load import Loader
-from packllm.engines.transformers.merge import merged
 
 TEXT = (
     "The court shall order relief. What is the capital of France? Once upon a time there was a planner, and it "
@@ -88,7 +87,7 @@ def subject(request, make_member, byte_tokenizer, tmp_path) -> Subject:
         return byte_subject()
     if kind == "adapters":
         members = Loader().members(saved_experts(make_member("llama", 5), tmp_path))
-        return torch_subject(members, [merged(member) for member in members])
+        return torch_subject(members, [member.merged() for member in members])
     if kind in ("llama", "gpt2", "qwen", "gemma"):
         return torch_subject([make_member(kind)])
     return torch_subject([Member(own_model(kind, len(byte_tokenizer)), byte_tokenizer, kind)])

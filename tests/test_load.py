@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from packllm import Pack
 from packllm.engines.load import Loader
-from packllm.engines.transformers.lora import merge
+from packllm.engines.transformers.merged_adapters import merge
 from packllm.errors import LoadError, OptionError, PackError
 
 IDS = torch.tensor([[5, 60, 200, 7, 33, 34, 35]])

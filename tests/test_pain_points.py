@@ -46,8 +46,8 @@ class Listener(Member):
 
         encode = self.encoder.encode
 
-        def listen(*asked: Any) -> Any:
-            encoded = encode(*asked)
+        def listen(*asked: Any, **more: Any) -> Any:
+            encoded = encode(*asked, **more)
             self.ids.append(encoded.ids)
             self.heard.append(self.tokenizer.decode(encoded.ids))
             return encoded
@@ -145,7 +145,7 @@ WEATHER = {
 def test_tools_reach_the_rendered_prompt(listener: Listener, face: type[Face]) -> None:
     face = face(Pack([listener]), max_tokens=2)
     face.converse([{"role": "user", "content": "hot in Oslo?"}], [WEATHER])
-    (heard,) = listener.heard
+    *_, heard = listener.heard
     assert "look_up_weather" in heard
     assert "The weather of a city." in heard
     assert '"city"' in heard
@@ -166,7 +166,7 @@ def test_user_assistant_tool_round_trip(listener: Listener, face: type[Face], to
         {"role": "tool", "content": "minus 4 degrees", "tool_call_id": "call_1"},
     ]
     text = face.converse(conversation, tools)
-    (heard,) = listener.heard
+    *_, heard = listener.heard
     at = [heard.rindex(part) for part in ("be brief", "hot in Oslo?", '"Oslo"', "minus 4 degrees")]
     assert at == sorted(at), heard
     assert "look_up_weather" in heard
@@ -444,7 +444,7 @@ def test_one_bos(make_member: Any, word_tokenizer: Any, face: type[Face]) -> Non
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
     listener = Listener(make_member("llama", 0, "words").model, tokenizer, "tiny")
     face(Pack([listener]), max_tokens=2).ask(PROMPT)
-    (ids,) = listener.ids
+    *_, ids = listener.ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
 

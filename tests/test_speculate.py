@@ -125,9 +125,10 @@ def test_members_of_other_vocabularies_through_mappings(make_member):
 def test_an_end_inside_a_draft(make_member, at):
     members = [make_member("llama", 0), make_member("gpt2", 1)]
     tokens = naive_tokens(members, PROMPTS[1], (0.7, 0.3), 10)
-    ending = Member(members[1].model, members[1].tokenizer, "gpt2-1")
-    ending.end_ids = frozenset({tokens[at]})
-    pack = Pack([members[0], ending], weighting={"llama-0": 0.7, "gpt2-1": 0.3}, max_tokens=10, draft_tokens=5)
+    ending = [Member(one.model, one.tokenizer, one.name) for one in members]
+    for one in ending:
+        one.end_ids = frozenset({tokens[at]})
+    pack = Pack(ending, weighting={"llama-0": 0.7, "gpt2-1": 0.3}, max_tokens=10, draft_tokens=5)
     answer = pack.generate(PROMPTS[1])
     assert answer.finish_reason == "stop"
     assert answer.usage.completion_tokens == tokens.index(tokens[at])

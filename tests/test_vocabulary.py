@@ -377,7 +377,7 @@ def test_padding_rows_of_the_model_do_not_count(make_member):
     member = make_member("llama")
     assert member.model.config.vocab_size == len(member.vocabulary) + 24
     assert member.vocabulary_size == len(member.vocabulary)
-    assert member.logprobs(torch.zeros(1, member.model.config.vocab_size)).shape == (1, len(member.vocabulary))
+    assert member.real(torch.zeros(1, member.model.config.vocab_size)).shape == (1, len(member.vocabulary))
     other = byte_level_tokenizer()
     assert member.vocabulary.same_as(Vocabulary.from_tokenizer(other))
 

@@ -20,6 +20,7 @@ from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.gguf_header import MAGIC
+from packllm.engines.transformers.merged_adapters import merge
 from packllm.engines.transformers.precision import fastest
 from packllm.errors import LoadError, OptionError, loading
 
@@ -141,7 +142,7 @@ class Loader:
                 tokenizer, encoder = own, _encoder(own)
         with loading(adapter.what):
             if factors is None or not shared or not encoder.vocabulary.same_as(base.encoder.vocabulary):
-                return Member(lora.merge(base.model, adapter), tokenizer, spec.name, encoder)
+                return Member(merge(base.model, adapter), tokenizer, spec.name, encoder)
             if base.engine.adapters is None:
                 base.engine.adapters = Adapters(base.model)
             index = base.engine.adapters.attach(factors, adapter.what)

@@ -66,6 +66,10 @@ class Member:
         said = f"{self.vocabulary.fingerprint} {self.encoder.template} {self.engine.fingerprint(self.adapter)}"
         return hashlib.sha256(said.encode()).hexdigest()
 
+    def merged(self) -> Any:
+        """A torch model that is this member by itself: the model, or a copy of the base with the adapter merged."""
+        return self.engine.merged(self.adapter)  # type: ignore[attr-defined]
+
     def real(self, logits: Any) -> Any:
         """float32 logits of the ids that tokenizer and model share, of what the torch model gives."""
         return self.engine.real(logits)  # type: ignore[attr-defined]

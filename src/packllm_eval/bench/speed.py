@@ -12,7 +12,6 @@ from torch import Tensor
 
 from packllm.decode.pool import fuse
 from packllm.engines.member import Member
-from packllm.engines.transformers.merge import merged
 from packllm.pack import Pack
 from packllm.results import Generation
 from packllm.weights.blocks import STEPS
@@ -32,7 +31,7 @@ QUESTIONS = ("\n\nQuestion: what does this say first?\nAnswer:", "\n\nQuestion: 
 def speculation(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
     """Greedy seconds a token of three models of their own that mostly agree: speculative, plain, top one alone."""
     first = members[0]
-    trio = [Member(merged(first), first.tokenizer, "top", first.encoder)]
+    trio = [Member(first.merged(), first.tokenizer, "top", first.encoder)]
     trio += [noisy_copy(first, seed, AGREE) for seed in (1, 2)]
     for member in trio:
         member.end_ids = frozenset()
@@ -93,7 +92,7 @@ def naive(report: Report, members: Sequence[Member], text: str, tokens: int, sam
     generation = pack.generate(text)
     ours = generation.timings["total"] / generation.usage.completion_tokens
     ids = trio[0].encoder.encode(text).ids
-    models = [merged(member) for member in trio]
+    models = [member.merged() for member in trio]
     spent = []
     for at in bar([round(i * (tokens - 1) / max(samples - 1, 1)) for i in range(samples)], "Naive loop"):
         grown = torch.tensor(ids + ids[:at])[None]

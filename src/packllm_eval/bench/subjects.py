@@ -16,7 +16,6 @@ import transformers
 from packllm import starter
 from packllm.engines.load import Loader
 from packllm.engines.member import Member
-from packllm.engines.transformers.merge import merged
 from packllm.errors import LoadError
 
 NOISE = 0.05
@@ -53,7 +52,7 @@ def noisy_copy(member: Member, seed: int, noise: float = NOISE) -> Member:
     Args:
         noise: standard deviation of what is added to a matrix, over that matrix's own.
     """
-    model = copy.deepcopy(merged(member))
+    model = copy.deepcopy(member.merged())
     generator = torch.Generator(device=member.model.device).manual_seed(seed)
     with torch.inference_mode():
         for weight in model.parameters():

@@ -25,6 +25,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import default_completion_to_prompt
 from pydantic import PrivateAttr
 
 from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_message
@@ -196,7 +197,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         options = self._call_options(kwargs)
         if formatted:
             return Formatted.whole(prompt), self._as_it_is(options)
-        if self.completion_to_prompt is None:
+        if self.completion_to_prompt in (None, default_completion_to_prompt):  # nobody gave one
             return prompt, options
         write = self.completion_to_prompt
         return Formatted.by(lambda texts: write(texts[0]), [prompt]), options

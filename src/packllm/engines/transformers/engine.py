@@ -124,6 +124,10 @@ class Engine(Packs):
             digest.update(f"{name} {tuple(parameter.shape)} {sample.float().tolist()}".encode())
         return digest.hexdigest()
 
+    def merged(self, adapter: int | None) -> Any:
+        """The model, or a copy of it with an adapter added to its weights."""
+        return self.model if adapter is None or self.adapters is None else self.adapters.merged(adapter)
+
     # What log-pool optimisers ask for (base.KeepsHidden)
 
     def keep_hidden(self, sequence: base.Sequence) -> bool:

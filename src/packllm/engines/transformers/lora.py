@@ -138,31 +138,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def merge(base: Any, adapter: Adapter | str) -> Any:
-    """The base with the adapter's update added to its weights. What the adapter leaves alone is shared.
-
-    Plain LoRA is added here, in a fraction of a second; other kinds of adapters go through peft.
-
-    Args:
-        base: a loaded transformers model; it stays as it is.
-        adapter: as read, or its folder.
-
-    Raises:
-        LoadError: an adapter of another model, or one that cannot be merged exactly.
-    """
-    opened = open_adapter(adapter) if isinstance(adapter, str) else adapter
-    factors = opened.factors()
-    if factors is None:
-        from packllm.engines.transformers.peft_merge import merge_with_peft
-
-        return merge_with_peft(base, opened)
-    with loading(opened.what):
-        check_fit(base, factors, opened.what)
-        model = add(base, factors)
-        check_finite({f"{name}.weight": model.get_submodule(name).weight for name in factors}, opened.what)
-        return model
-
-
 def check_fit(base: Any, factors: Factors, what: str) -> None:
     """Refuse factors of modules that the base lacks, keeps elsewhere or has in another shape: products would
     broadcast, and change what they should not."""

@@ -29,24 +29,17 @@ def average(members: Sequence[Member], name: str = "average") -> Member:
             raise LoadError(
                 f"members {first.name!r} and {member.name!r} have different vocabularies; fuse them instead"
             )
-    own = merged(first).state_dict()
+    own = first.merged().state_dict()
     mean = {key: weight.float() / len(members) for key, weight in own.items()}
     for member in members[1:]:
-        weights = merged(member).state_dict()
+        weights = member.merged().state_dict()
         _require_one_shape(first, own, member, weights)
         for key, weight in weights.items():
             mean[key] += weight.to(mean[key].device).float() / len(members)
-    model = copy.deepcopy(merged(first))
+    model = copy.deepcopy(first.merged())
     with torch.no_grad():
         model.load_state_dict(mean)
     return Member(model, first.tokenizer, name, first.encoder)
-
-
-def merged(member: Member) -> Any:
-    """A transformers model that is this member by itself: the model, or a copy of the base with the adapter added to
-    its weights."""
-    adapters = getattr(member.engine, "adapters", None)
-    return member.model if member.adapter is None or adapters is None else adapters.merged(member.adapter)
 
 
 def _require_one_shape(first: Member, own: dict[str, Any], other: Member, weights: dict[str, Any]) -> None:
