@@ -45,7 +45,7 @@ NEWEST := .venv-newest/bin/python
 newest: .venv-newest/ready
 	$(NEWEST) -m pip list 2>/dev/null | grep -E "^(transformers|langchain|llama-index)"
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest --numprocesses auto --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
-		models member decode speculate prefix load langchain langchain_chat langchain_standard llama_index llama_index_tools))
+		models member decode speculate prefix load engines langchain langchain_chat langchain_standard llama_index))
 
 # The table of architectures, some ten minutes; the tests run a sample of it.
 models: setup

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from packllm.align.vocabulary import Vocabulary
 from packllm.engines import base
@@ -354,6 +355,8 @@ class Engine(Packs):
             if self.packs:
                 cache = packed.PackedCache([sequence.cache for sequence in sequences], [len(row) for row in ids])
                 stack.enter_context(packed.attention(self._config, cache))
+                if self.device.type == "cuda":
+                    stack.enter_context(sdpa_kernel(list(packed.KERNELS)))
                 starts = [sequence.cached for sequence in sequences]
                 places = [start + at for start, row in zip(starts, ids, strict=True) for at in range(len(row))]
                 inputs = {"position_ids": torch.tensor([places], device=self.device), "use_cache": True}

@@ -17,12 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from packllm.engines.transformers import kv
 
 NAME = "packllm"
+
+KERNELS = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+"""Not cuDNN's: it builds a plan for each length of keys, in each thread anew."""
+
 _here = threading.local()
 
 
