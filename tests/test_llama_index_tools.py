@@ -689,9 +689,9 @@ def test_unknown_roles_are_refused_by_the_framework():
         ChatMessage("x", role="wizard")
 
 
-def test_text_with_tools_has_no_meaning(llm):
+def test_text_that_is_continued_with_tools_has_no_meaning(llm):
     with pytest.raises(OptionError, match="conversation"):
-        llm.complete("x", tools=_tools(LOOK_UP))
+        llm.complete("x", tools=_tools(LOOK_UP), chat_template=False)
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
