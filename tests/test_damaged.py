@@ -262,7 +262,9 @@ def test_encoders_are_no_members(whole, tmp_path):
     from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
     small = {"vocab_size": 424, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    BertLMHeadModel(BertConfig(**small, num_attention_heads=2)).save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    wide = BertConfig(**small, num_attention_heads=2, initializer_range=0.5)  # as if trained: what comes later matters
+    BertLMHeadModel(wide).save_pretrained(tmp_path / "bert")
     T5ForConditionalGeneration(T5Config(vocab_size=424, d_model=16, d_ff=16, num_layers=1)).save_pretrained(
         tmp_path / "t5"
     )
