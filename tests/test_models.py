@@ -236,3 +236,10 @@ def test_what_a_library_warns_of_is_not_seen_on_the_command_line(monkeypatch):
         found = CliRunner().invoke(cli.app, ["ask", TEXTS[0], "--raw", "--quiet"], catch_exceptions=False)
     assert found.stdout == answer + "\n"
     assert not seen
+
+
+def test_sizes_that_differ_between_layers_are_no_reason_to_refuse():
+    """Gemma 4's config refuses to tell one head size; what a token keeps is then estimated."""
+    pack = pack_of(tiny_model("gemma4_text"))
+    assert pack.members[0].engine.token_bytes > 0
+    assert [pack.generate(text).text for text in TEXTS] == [anew(pack, text) for text in TEXTS]

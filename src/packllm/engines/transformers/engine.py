@@ -401,8 +401,12 @@ class Engine(Packs):
 
 
 def _token_bytes(config: Any) -> int:
-    """Numbers of keys and values that all layers keep of a token, going by the usual names."""
-    if not (heads := getattr(config, "num_attention_heads", 0)):  # a state, which does not grow
-        return 0
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)
+    """Numbers of keys and values that all layers keep of a token, going by the usual names; where sizes differ between
+    layers (Gemma 4) as many as the hidden states have."""
+    try:
+        heads = getattr(config, "num_attention_heads", 0)
+        size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+        width = size * (getattr(config, "num_key_value_heads", None) or heads)
+    except Exception:  # transformers refuses to tell one number where there are several
+        width = getattr(config, "hidden_size", 0)
+    return 2 * config.num_hidden_layers * width
