@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from packllm.machine import wait_passively
+
 if TYPE_CHECKING:
     from packllm.chat.calls import ToolStream, parse_tool_calls
     from packllm.chat.formatted import Formatted
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from packllm.weights import Weights
 
 __version__ = "0.1.0"
+
+wait_passively()  # before torch is loaded; afterwards it has no effect
 
 __all__ = [
     "AnswerTimeout",

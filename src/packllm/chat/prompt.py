@@ -123,10 +123,6 @@ class Encoder:
     def _ids_of_control(self) -> dict[str, int]:
         return {token["content"]: token["id"] for token in self._control}
 
-    def control_id(self, text: str) -> int | None:
-        """The id of the control token that is spelled `text`, None if there is none."""
-        return self._ids_of_control.get(text)
-
     def encode(
         self,
         prompt: Prompt,
