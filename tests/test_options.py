@@ -36,7 +36,6 @@ BAD = [
     ("batch_size", 0, "greater than or equal to 1"),
     ("pool", "cubic", "'linear' or 'log'"),
     ("unit", "word", "'token' or 'byte'"),
-    ("decoding", "fast", "'auto'"),
     ("on_member_error", "ignore", "'raise' or 'drop'"),
     ("chat_template", "perhaps", "boolean"),
     ("score_on", "", "at least 1 character"),

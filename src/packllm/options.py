@@ -73,11 +73,12 @@ class OptionFields(BaseModel):
     """File of what the weightings `cbtm` and `router` learnt (packllm.weights.cbtm.fit, router.fit)."""
     unit: Literal["token", "byte"] | None = None
     """What perplexity is counted per. None: token for one vocabulary, byte (`em`: word) for several."""
-    decoding: Literal["auto", "tokens", "lazy", "cool", "cool+rerank", "mined"] = "auto"
-    """How members decode together. tokens: token by token, in one vocabulary; lazy: so too, each token drawn from
-    one member that is drawn by weight (linear pool, temperature 1); cool: segment by segment, in any vocabularies
-    (Cool-Fusion); cool+rerank: the best of that and of each member's own answer; mined: token by token in the top
-    member's vocabulary, the others' mapped to it; auto: tokens where the vocabularies are the same, else cool."""
+    decoding: str = "auto"
+    """How members decode together (packllm.decode.DECODINGS). tokens: token by token, in one vocabulary; lazy: so too,
+    each token drawn from one member that is drawn by weight (linear pool, temperature 1); cool: segment by segment, in
+    any vocabularies (Cool-Fusion); cool+rerank: the best of that and of each member's own answer; mined: token by token
+    in the top member's vocabulary, the others' mapped to it; auto: tokens where the vocabularies are the same, else
+    cool."""
     draft_tokens: Count | None = Field(None, ge=1)
     """Token by token: how many tokens the top member is ahead of the others, which read them in one pass. None: as
     many as pay; 1: all members take every step together. The answers are the same, or distributed the same."""

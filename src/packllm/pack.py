@@ -17,9 +17,10 @@ from packllm import starter
 from packllm.asynchronous import iterate
 from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Prompt, check
-from packllm.decode import answer, verdict
+from packllm.decode import answer, decodings, verdict
 from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop, Stream
+from packllm.decode.decodings import Decoding
 from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
@@ -65,7 +66,7 @@ class Pack:
         self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
         most = self.options.max_cache_mb
         self._admission = Admission(None if most is None else most * 2**20)
-        self._check_weighting(self.options)
+        self._check_named(self.options)
 
     @classmethod
     def load(
@@ -95,9 +96,10 @@ class Pack:
             LoadError: a model that cannot be loaded.
             OptionError: an unknown or invalid option.
         """
-        weighting = make_options(options, beside=LOADING).weighting  # misspelt, it should not wait for gigabytes
-        if isinstance(weighting, str):
-            find(weighting)
+        asked = make_options(options, beside=LOADING)  # what is misspelt should not wait for gigabytes
+        decodings.find(asked.decoding)
+        if isinstance(asked.weighting, str):
+            find(asked.weighting)
         models = as_list(models)
         with bars_if_slow():
             members = Loader(dtype, device_map, trust_remote_code, model_kwargs).members(models)
@@ -259,22 +261,23 @@ class Pack:
         checked = self.check(**options)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
             raise PromptError(f"prompts must be a list of prompts, not {shown(prompts)}")
-        size = 1 if checked.decoding == "mined" else checked.batch_size  # each prompt has a vocabulary of its own
+        decoding = decodings.find(checked.decoding)
+        size = 1 if decoding.mapped else checked.batch_size
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:
             request = self._request([prompts[at] for at in group], checked)
             request.stop = stop
-            request.check_decoding()
+            decoding.check(request)
             request.limits(checked.max_tokens)
             requests.append(request)
 
         def anew(at: int) -> Generator[tuple[int, Chunk], None, None]:
             request = self._request([prompts[at]], verdict.drawn_anew(checked))
             request.stop = stop
-            return answer.chunks(request)
+            return answer.chunks(request, decoding)
 
-        return _chunks(requests, groups, anew)
+        return _chunks(requests, groups, decoding, anew)
 
     def generate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """The whole answer; arguments and errors as stream()."""
@@ -346,10 +349,12 @@ class Pack:
             OptionError, WeightsError: an unknown option or member, or a value out of range.
         """
         checked = self.options.override(options)
-        self._check_weighting(checked)
+        self._check_named(checked)
         return checked
 
-    def _check_weighting(self, options: Options) -> None:
+    def _check_named(self, options: Options) -> None:
+        """OptionError, WeightsError where the weighting or the decoding is unknown."""
+        decodings.find(options.decoding)
         if isinstance(options.weighting, dict):
             fixed(options.weighting, tuple(member.name for member in self.members), options.pool or "linear")
         else:
@@ -368,7 +373,8 @@ class Pack:
         if options.prefix_cache_mb not in (0, self.options.prefix_cache_mb):
             told = f"prefix_cache_mb={options.prefix_cache_mb} of a request has no effect; it is a property of the pack"
             warnings.warn(told, DeprecationWarning, stacklevel=2)
-        request = Request(self.members, options, checked, self.prefixes)
+        mapped = decodings.find(options.decoding).mapped
+        request = Request(self.members, options, checked, self.prefixes, mapped)
         request.admission = self._admission
         return request
 
@@ -381,7 +387,7 @@ def _scores(
     if not request.one_vocabulary(running):
         return text_logprobs(lines, weights, texts)
     lines, _ = in_one_vocabulary(lines)
-    if request.options.decoding != "mined":
+    if not request.mapped:
         return continuation_logprobs(lines, weights, ids[running[0]])
     spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]
     request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
@@ -398,10 +404,10 @@ def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
 
 
 def _chunks(
-    requests: Sequence[Request], groups: Sequence[list[int]], anew: Callable[[int], Generator]
+    requests: Sequence[Request], groups: Sequence[list[int]], decoding: Decoding, anew: Callable[[int], Generator]
 ) -> Generator[tuple[int, Chunk], None, None]:
     for request, group in zip(requests, groups, strict=True):
-        with closing(answer.chunks(request)) as chunks:
+        with closing(answer.chunks(request, decoding)) as chunks:
             given = ((group[row], chunk) for row, chunk in chunks)
             if request.grammar is None or request.grammar.exact:
                 yield from given

@@ -11,13 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from packllm.align.shared import overlap
 from packllm.chat.prompt import Encoded, Prompt, TooLong
 from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop
 from packllm.decode.failures import Failures
 from packllm.decode.grammar import make_grammar
-from packllm.decode.lazy import check_lazy
 from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
 from packllm.decode.tokens import drop_small
@@ -30,7 +28,6 @@ from packllm.errors import (
     ContextOverflowError,
     MemberError,
     OptionError,
-    VocabularyError,
     WeightsError,
 )
 from packllm.options import Options
@@ -51,8 +48,10 @@ class Request:
         options: the request's options.
         prompts: checked prompts (see prompt.check), at least one.
         prefixes: earlier prompts that these may start from, and are kept in.
+        mapped: members of other vocabularies read in the ids of the one that knows the prompt best (paper §3.4).
 
     Attributes:
+        candidates: indices of the members that may run.
         stop: asked before every forward pass whether to go on.
         admission: what requests in flight may keep together.
         encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
@@ -71,26 +70,27 @@ class Request:
         options: Options,
         prompts: Sequence[Prompt],
         prefixes: PrefixCache | None = None,
+        mapped: bool = False,
     ) -> None:
-        self.members, self.options = members, options
+        self.members, self.options, self.mapped = members, options, mapped
         self.stop, self.admission = Stop(), Admission(None)
-        self._candidates = list(range(len(members)))
+        self.candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
             given = {name: value for name, value in options.weighting.items() if value != 0}
-            self._candidates = [k for k, member in enumerate(members) if member.name in given]
+            self.candidates = [k for k, member in enumerate(members) if member.name in given]
             self.options = options.model_copy(update={"weighting": given})
         if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
         self.encoded: list[dict[int, Encoded]] = [
-            {k: self._encode(members[k], prompt) for k in self._candidates} for prompt in prompts
+            {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]
         self.lines: dict[tuple[int, int], Line] = {}
         self._scores: dict[tuple[int, int], Tensor | None] = {}
         self._opened: list[base.Sequence] = []
         names = [member.name for member in members]
-        self.failures = Failures(names, self._candidates, options.on_member_error == "drop")
+        self.failures = Failures(names, self.candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
@@ -105,29 +105,6 @@ class Request:
         except TooLong as error:
             window = member.context_window or 0
             raise ContextOverflowError(member.name, window, error.tokens, asked.max_tokens or 1) from None
-
-    def check_decoding(self) -> None:
-        """VocabularyError if the way of decoding asked for cannot serve the members that may run, OptionError if
-        it cannot keep to the form that the answer must have."""
-        if self.grammar is not None and self.options.decoding in ("cool", "cool+rerank"):
-            raise OptionError(
-                f"decoding={self.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
-                f"demands; use decoding='tokens' or 'mined'"
-            )
-        if self.options.decoding == "lazy":
-            check_lazy(self.options)
-        if self.options.decoding not in ("tokens", "lazy") or self.options.weighting == "top1":
-            return
-        first = self.members[self._candidates[0]]
-        for k in self._candidates[1:]:
-            member = self.members[k]
-            if not member.vocabulary.akin(first.vocabulary):
-                share = overlap(first.vocabulary, member.vocabulary)
-                raise VocabularyError(
-                    f"members {first.name!r} and {member.name!r} have different vocabularies ({share:.0%} of their "
-                    f"tokens are in both), which decoding={self.options.decoding!r} cannot fuse; use decoding='cool', "
-                    f"'mined' or 'auto'"
-                )
 
     def check_room(self, lengths: dict[int, int]) -> None:
         """ContextOverflowError unless each candidate's window holds each prompt and so many more tokens."""
@@ -165,8 +142,8 @@ class Request:
             AnswerTimeout: see check_time.
         """
         started = self._started = time.perf_counter()
-        self._read(self._candidates)
-        if self.options.decoding == "mined" and not self.one_vocabulary(self._live()):
+        self._read(self.candidates)
+        if self.mapped and not self.one_vocabulary(self._live()):
             self._read(self._translate())
         self.timings["prefill"] = time.perf_counter() - started
         started = time.perf_counter()
@@ -187,6 +164,14 @@ class Request:
         timeout = self.options.timeout
         if timeout is not None and time.perf_counter() - self._started > timeout:
             raise AnswerTimeout(timeout)
+
+    def first_token(self) -> None:
+        """Note when the first token was there."""
+        self.timings.setdefault("first_token", time.perf_counter() - self._started)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds spent so far: prefill, weighting, first_token, and in total."""
+        return {**self.timings, "total": time.perf_counter() - self._started}
 
     def _live(self) -> list[int]:
         """Members that have read the prompts, ascending."""
@@ -231,12 +216,11 @@ class Request:
     def _read(self, which: Sequence[int]) -> None:
         """Let members read the prompts. Those that fail are left out, or raise.
 
-        Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out
-            too: one
-        product with the LM head instead of two. Not where they tell which vocabulary is the reference.
+        Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out too:
+        one product with the LM head instead of two. Not where they tell which vocabulary is the reference.
         """
         keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
-        late = keep and (self.options.decoding != "mined" or self.one_vocabulary(self._candidates))
+        late = keep and (not self.mapped or self.one_vocabulary(self.candidates))
         asked, unread = {}, set()
         for k in which:
             for row, encoded in enumerate(self.encoded):
@@ -279,7 +263,7 @@ class Request:
 
     def _options_for(self, live: Sequence[int]) -> Options:
         """The options, with fixed weights renormalised over the members that are left."""
-        if not isinstance(self.options.weighting, dict) or len(live) == len(self._candidates):
+        if not isinstance(self.options.weighting, dict) or len(live) == len(self.candidates):
             return self.options
         left = {self.members[k].name: self.options.weighting[self.members[k].name] for k in live}
         total = math.fsum(left.values())

@@ -1,0 +1,97 @@
+"""Segment by segment (Cool-Fusion): members of any vocabularies write, judge, and the best segment wins."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from packllm.decode.failures import without
+from packllm.decode.request import Request
+from packllm.decode.rerank import best_answer
+from packllm.decode.segments import Writers
+from packllm.decode.text import TextStream
+from packllm.decode.tokens import Row
+from packllm.decode.writer import Writer
+from packllm.errors import OptionError
+from packllm.results import Chunk, FinishReason
+
+
+def check_segments(request: Request) -> None:
+    """OptionError where the answer must keep to a form."""
+    if request.grammar is not None:
+        raise OptionError(
+            f"decoding={request.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
+            f"demands; use decoding='tokens' or 'mined'"
+        )
+
+
+def by_segments(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
+    """(row, Chunk) of the rows that are not done, one row after the other."""
+    for r, row in enumerate(rows):
+        if not row.done:
+            yield from _segments(_Team(request, r, row))
+            row.done = True
+
+
+def reranked(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
+    """As by_segments; the best of that and of each member's own answer, in one piece."""
+    for r, row in enumerate(rows):
+        if not row.done:
+            yield from _best(_Team(request, r, row))
+            row.done = True
+
+
+class _Team:
+    """The members that run for one prompt.
+
+    Raises:
+        OptionError: weights below 0 in a mixture.
+    """
+
+    def __init__(self, request: Request, index: int, row: Row) -> None:
+        self.request, self.index, self.row = request, index, row
+        self.running = request.running(index)
+        self._top = max(self.running, key=lambda k: row.weights.values[k])
+        if request.options.scoring == "mixture" and min(row.weights.values) < 0:
+            raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
+
+    def writers(self, which: Sequence[int], row: Row) -> Writers:
+        """Some of them at the end of the prompt."""
+        request, options = self.request, self.request.options
+
+        def open_at(k: int) -> Writer:
+            return Writer(request.lines[k, self.index].fork(), options.stop)
+
+        made = request.failures.each(open_at, which, row)
+        return Writers(made, row, options.scoring, options.align, request.failures)
+
+    def stream(self) -> TextStream:
+        return TextStream(self.request.members[self._top].vocabulary, self.request.options.stop)
+
+    def last(self, text: str, reason: FinishReason, count: int) -> Chunk:
+        usage = replace(self.request.usage(self.index, self._top), completion_tokens=count)
+        return Chunk(text, self.row.weights, reason, usage, self.request.spent())
+
+
+def _segments(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
+    row = team.row
+    with closing(team.writers(team.running, row)) as together:
+        for text, reason, count in together.answer(row.limit, team.stream()):
+            team.request.first_token()
+            if reason is not None:
+                yield team.index, team.last(text, reason, count)
+            elif text:
+                yield team.index, Chunk(text, row.weights)
+
+
+def _best(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
+    row, failures = team.row, team.request.failures
+    if len(team.running) == 1:
+        yield from _segments(team)
+        return
+    teams = [team.running, *([k] for k in team.running if row.weights.values[k] > 0)]
+    best = best_answer(teams, lambda which: team.writers(which, replace(row)), row.limit, team.stream, failures)
+    row.weights = without(row.weights, failures.members) or row.weights
+    team.request.first_token()
+    yield team.index, team.last(*best)

@@ -1,0 +1,67 @@
+"""Decodings: how members write one answer together. All of them are in DECODINGS, as weightings are in WEIGHTINGS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+from packllm.decode.by_segments import by_segments, check_segments, reranked
+from packllm.decode.by_tokens import by_tokens, check_drawn, check_tokens, drawn
+from packllm.decode.request import Request
+from packllm.decode.tokens import Row
+from packllm.errors import OptionError, VocabularyError
+from packllm.results import Chunk
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One way of decoding.
+
+    Attributes:
+        check: raises OptionError or VocabularyError, before anything runs, where it cannot serve a request.
+        decode: (row, Chunk) of the rows that are not done; the last chunk of each has a finish_reason. The request is
+            read and weighed.
+        mapped: members of other vocabularies read and answer in the ids of the one that knows the prompt best. Then
+            each prompt has a vocabulary of its own, and is decoded by itself.
+    """
+
+    check: Callable[[Request], None]
+    decode: Callable[[Request, Sequence[Row]], Generator[tuple[int, Chunk], None, None]]
+    mapped: bool = False
+
+
+def _any(request: Request) -> None:
+    """Serves every request."""
+
+
+def _auto(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
+    """Token by token where the members that run share a vocabulary, else segment by segment."""
+    mixed = {r for r in range(len(rows)) if not request.one_vocabulary(request.running(r))}
+    if mixed and request.grammar is not None:
+        raise VocabularyError(
+            "the members that run have different vocabularies, and the form that json_schema or tool_choice demands "
+            "is guaranteed in one only; use decoding='mined' or weighting='top1'"
+        )
+    for r, row in enumerate(rows):
+        row.done = r not in mixed
+    yield from by_segments(request, rows)
+    for r, row in enumerate(rows):
+        row.done = r in mixed
+    yield from by_tokens(request, rows)
+
+
+DECODINGS: dict[str, Decoding] = {
+    "auto": Decoding(_any, _auto),
+    "tokens": Decoding(check_tokens, by_tokens),
+    "lazy": Decoding(check_drawn, drawn),
+    "cool": Decoding(check_segments, by_segments),
+    "cool+rerank": Decoding(check_segments, reranked),
+    "mined": Decoding(_any, by_tokens, mapped=True),
+}
+
+
+def find(name: str) -> Decoding:
+    """The decoding of that name; OptionError with the valid names otherwise."""
+    if name not in DECODINGS:
+        raise OptionError(f"decoding={name!r} is unknown; valid: {', '.join(DECODINGS)}")
+    return DECODINGS[name]
