@@ -38,14 +38,14 @@ def test_what_a_decoding_cannot_serve_is_refused_before_anything_runs(make_membe
     if "json_schema" in options:
         pytest.importorskip("llguidance", reason="needs the extra `structured`")
     pack = Pack([make_member("llama", 0), make_member("llama", 1, "word")])
-    reads: list[int] = []
+    opened: list[int] = []
     for member in pack.members:
-        monkeypatch.setattr(member.engine, "read", lambda asked, own=member.engine.read: reads.append(1) or own(asked))
+        monkeypatch.setattr(member.engine, "open", lambda *given, own=member.engine.open: opened.append(1) or own(*given))
     with pytest.raises(error):
         list(pack.stream(PROMPT, **options))
-    assert not reads
+    assert not opened
     assert pack.generate(PROMPT, max_tokens=1).usage.completion_tokens == 1
-    assert reads  # they are counted
+    assert opened  # they are counted
 
 
 def test_a_decoding_of_ones_own(make_member, monkeypatch):
