@@ -39,8 +39,8 @@ def test_what_a_decoding_cannot_serve_is_refused_before_anything_runs(make_membe
         pytest.importorskip("llguidance", reason="needs the extra `structured`")
     pack = Pack([make_member("llama", 0), make_member("llama", 1, "word")])
     opened: list[int] = []
-    for member in pack.members:
-        monkeypatch.setattr(member.engine, "open", lambda *given, own=member.engine.open: opened.append(1) or own(*given))
+    for engine in (member.engine for member in pack.members):
+        monkeypatch.setattr(engine, "open", lambda *given, own=engine.open: opened.append(1) or own(*given))
     with pytest.raises(error):
         list(pack.stream(PROMPT, **options))
     assert not opened
