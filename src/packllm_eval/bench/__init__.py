@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from packllm.errors import OptionError
-from packllm_eval.bench import figures, speed
+from packllm_eval.bench import company, figures, speed
 from packllm_eval.bench.report import Report, show
 from packllm_eval.bench.subjects import build, machine, text_of
 
@@ -18,7 +18,24 @@ __all__ = ["Report", "run", "show"]
 MEMORY_TOKENS = 4096
 DECODE_PROMPT, DECODE_TOKENS = 64, 48
 CONTEXT_TOKENS = 2000
-GROUPS = ("weighting", "memory", "decoding", "speculation", "prefix", "batches", "naive", "modes", "start")
+LONG_TOKENS = 3000
+CROWD_TOKENS = 24
+GROUPS = (
+    "weighting",
+    "memory",
+    "decoding",
+    "speculation",
+    "prefix",
+    "batches",
+    "naive",
+    "modes",
+    "company",
+    "beside",
+    "passes",
+    "growth",
+    "threads",
+    "start",
+)
 QUICK_TOKENS = 48
 
 
@@ -65,6 +82,7 @@ def run(
     }
     report = Report(machine(), setting, notes=notes)
     long = min(room - 64, 2 * QUICK_TOKENS if quick else CONTEXT_TOKENS)
+    wall = min(room - 64, 2 * QUICK_TOKENS if quick else LONG_TOKENS)
     naive_prompt, naive_tokens, samples = (16, 4, 2) if quick else (min(room // 2, 256), min(room // 2, 64), 4)
     groups = {
         "weighting": lambda: figures.weighting(report, pack, text_of(pack, tokens), repeat),
@@ -75,7 +93,12 @@ def run(
         "batches": lambda: speed.batches(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
         "naive": lambda: speed.naive(report, pack, text_of(pack, naive_prompt), naive_tokens, samples),
         "modes": lambda: speed.modes(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
-        "start": lambda: figures.start(report, skip=quick),
+        "company": lambda: company.company(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
+        "beside": lambda: company.beside(report, pack, text_of(pack, wall), new_tokens, repeat),
+        "passes": lambda: company.passes(report, 4 if quick else CROWD_TOKENS),
+        "growth": lambda: company.growth(report, pack, 128 if quick else room, new_tokens, 1 if quick else repeat),
+        "threads": lambda: company.threads(report, new_tokens, repeat, quick),
+        "start": lambda: figures.start(report, repeat, skip=quick),
     }
     for name in only or GROUPS:
         groups[name]()

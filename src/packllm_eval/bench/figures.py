@@ -22,6 +22,7 @@ from packllm.options import make_options
 from packllm.pack import Pack
 from packllm.weights import find
 from packllm.weights.scoring import weights_of
+from packllm_eval.bench import company
 from packllm_eval.bench.measure import bar, peak_mib, ratio, timed
 from packllm_eval.bench.report import Report
 from packllm_eval.bench.subjects import starter_is_here
@@ -180,8 +181,9 @@ def _generate_step(member: Member, text: str, tokens: int) -> float:
     return (clock.ticks[-1] - clock.ticks[1]) / (len(clock.ticks) - 2)
 
 
-def start(report: Report, skip: bool) -> None:
+def start(report: Report, repeat: int, skip: bool) -> None:
     """Seconds that Pack.starter() takes in a new process, and that process as a whole; conversions are done before."""
+    company.imports(report, repeat)
     if skip or not starter_is_here():
         report.notes.append("start: not measured" + ("" if skip else ", the starter pack is absent"))
         return

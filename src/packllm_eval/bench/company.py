@@ -1,0 +1,211 @@
+"""Figures of requests at the same time, of growth with context and members, of threads beside a busy core."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+from packllm import machine
+from packllm.engines.member import Member
+from packllm.pack import Pack
+from packllm_eval.bench.measure import bar, ratio, timed
+from packllm_eval.bench.report import Report
+from packllm_eval.bench.subjects import noisy_copy, random_member, text_of
+
+THREADS, TASKS, CROWD = 8, 32, 64
+GROWN = (1024, 4096, 8000)
+MOST = 16
+QUESTION = "What is said here?"
+
+IMPORTS = {
+    "packllm": "import packllm",
+    "theirs": "import torch, transformers; transformers.AutoModelForCausalLM, transformers.AutoTokenizer",
+}
+"""transformers loads what is named when it is named: these two are what a program that runs a model needs."""
+
+DECODE = """
+import torch, time
+from packllm import Pack
+torch.set_num_threads({threads})
+from packllm_eval.bench.subjects import random_member
+member = random_member(quick={quick})
+member.end_ids = frozenset()
+pack = Pack([member], chat_template=False, max_tokens={tokens})
+pack.generate("the")
+started = time.perf_counter()
+pack.generate("the")
+print(time.perf_counter() - started)
+"""
+
+
+def company(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
+    """Seconds of requests from threads and tasks over those of the same requests as one batch."""
+    pack = Pack(members, chat_template=False, max_tokens=tokens, batch_size=TASKS, prefix_cache_mb=0)
+    prompts = [text[at:] for at in range(TASKS)]
+    spent: dict[str, list[float]] = {}
+    pack.generate_batch(prompts[:2])
+    for _ in bar(range(repeat), "Company"):
+        timed(spent, "threads", _in_threads, pack, prompts[:THREADS])
+        timed(spent, "batch_of_8", pack.generate_batch, prompts[:THREADS])
+        timed(spent, "tasks", _in_tasks, pack, prompts)
+        timed(spent, "batch_of_32", pack.generate_batch, prompts)
+    report.figures["company.threads"] = ratio(spent["threads"], spent["batch_of_8"])
+    report.figures["company.tasks"] = ratio(spent["tasks"], spent["batch_of_32"])
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def beside(report: Report, members: Sequence[Member], long: str, tokens: int, repeat: int) -> None:
+    """Seconds that a short question takes while a long prompt is read, over those it takes alone."""
+    pack = Pack(members, chat_template=False, max_tokens=tokens, prefix_cache_mb=0)
+    spent: dict[str, list[float]] = {}
+    pack.generate(QUESTION)
+    for _ in bar(range(repeat), "Beside"):
+        timed(spent, "question_alone", pack.generate, QUESTION)
+        begun, engine = threading.Event(), members[0].engine
+
+        def seen(parts: Any, own: Callable = engine.run, begun: threading.Event = begun) -> None:  # type: ignore[attr-defined]
+            begun.set()
+            own(parts)
+
+        with patch.object(engine, "run", seen):
+            reading = threading.Thread(target=pack.generate, args=(long,), kwargs={"max_tokens": 1})
+            reading.start()
+            begun.wait()
+            timed(spent, "question_beside", pack.generate, QUESTION)
+        reading.join()
+    report.figures["company.beside"] = ratio(spent["question_beside"], spent["question_alone"])
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def passes(report: Report, tokens: int) -> None:
+    """Passes over the weights of many requests at once, over those of one batch of them; three tiny models."""
+    first = random_member(quick=True)
+    trio = [first, noisy_copy(first, 1), noisy_copy(first, 2)]
+    for member in trio:
+        member.end_ids = frozenset()
+    pack = Pack(trio, chat_template=False, max_tokens=tokens, batch_size=CROWD, prefix_cache_mb=0, min_weight=0.0)
+    text = text_of(trio, 60)
+    prompts = [text[at:] for at in range(CROWD)]
+    counts = [_counted(trio, _in_threads, pack, prompts), _counted(trio, pack.generate_batch, prompts)]
+    report.figures["company.passes"] = counts[0] / counts[1]
+
+
+def _counted(members: Sequence[Member], function: Callable[..., Any], *arguments: Any) -> int:
+    """Passes that members' engines run while the function does."""
+    runs: list[int] = []
+    with ExitStack() as stack:
+        for engine in {id(member.engine): member.engine for member in members}.values():
+            own = engine.run  # type: ignore[attr-defined]
+            stack.enter_context(
+                patch.object(engine, "run", lambda parts, own=own: runs.append(1) or own(parts))  # type: ignore
+            )
+        function(*arguments)
+    return len(runs)
+
+
+def _in_threads(pack: Pack, prompts: Sequence[str]) -> None:
+    threads = [threading.Thread(target=pack.generate, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _in_tasks(pack: Pack, prompts: Sequence[str]) -> None:
+    async def all_of_them() -> None:
+        await asyncio.gather(*(pack.agenerate(prompt) for prompt in prompts))
+
+    asyncio.run(all_of_them())
+
+
+def growth(report: Report, members: Sequence[Member], room: int, tokens: int, repeat: int) -> None:
+    """A step of all members: of eight rows over one; after long contexts over a short one; of K small models over K
+    steps of one."""
+    even = {member.name: 1 / len(members) for member in members}
+    pack = Pack(members, chat_template=False, max_tokens=tokens, weighting=even, draft_tokens=1)
+    short = text_of(members, min(128, room))
+    spent: dict[str, list[float]] = {}
+    contexts = {length: text_of(members, length) for length in GROWN if length <= room - tokens}
+    for _ in bar(range(repeat), "Growth"):
+        spent.setdefault("step_at_128", []).append(_step(pack, [short]))
+        spent.setdefault("step_of_8_rows", []).append(_step(pack, [short[at:] for at in range(8)]))
+        for length, text in contexts.items():
+            spent.setdefault(f"step_at_{length}", []).append(_step(pack, [text]))
+    report.figures["growth.rows"] = ratio(spent["step_of_8_rows"], spent["step_at_128"])
+    for length in contexts:
+        report.figures[f"growth.{length}"] = ratio(spent[f"step_at_{length}"], spent["step_at_128"])
+    first = random_member(quick=room < 200)
+    crowd = [first, *(noisy_copy(first, seed) for seed in range(1, MOST))]
+    for member in crowd:
+        member.end_ids = frozenset()
+    text = text_of(crowd[:1], 64)
+    for _ in bar(range(repeat), "Members"):
+        for count in (1, MOST):
+            options = {"weighting": {member.name: 1 / count for member in crowd[:count]}, "draft_tokens": 1}
+            several = Pack(crowd[:count], chat_template=False, max_tokens=tokens, **options)
+            spent.setdefault(f"step_of_{count}_members", []).append(_step(several, [text]))
+    report.figures["growth.members"] = ratio(
+        spent[f"step_of_{MOST}_members"], [MOST * seconds for seconds in spent["step_of_1_members"]]
+    )
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def _step(pack: Pack, prompts: Sequence[str]) -> float:
+    """Seconds a token, once the prompts are read."""
+    generation = pack.generate_batch(prompts)[-1]
+    timings = generation.timings
+    return (timings["total"] - timings["first_token"]) / (generation.usage.completion_tokens - 1)
+
+
+def threads(report: Report, tokens: int, repeat: int, quick: bool) -> None:
+    """Seconds of decoding with two threads over one, while a loop keeps one core busy: waiting passively and, as torch
+    does where nobody says otherwise, spinning."""
+    if machine.cores() < 2:
+        report.notes.append("threads: not measured, this process has one core")
+        return
+    spent: dict[str, list[float]] = {}
+    for _ in bar(range(repeat), "Threads"):
+        with _Busy():
+            for name, count, policy in (("one", 1, "PASSIVE"), ("passive", 2, "PASSIVE"), ("active", 2, "ACTIVE")):
+                program = DECODE.format(threads=count, quick=quick, tokens=tokens)
+                found = _python(program, OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY=policy)
+                spent.setdefault(f"busy_{name}", []).append(float(found))
+    report.figures["threads.busy"] = ratio(spent["busy_passive"], spent["busy_one"])
+    report.figures["threads.spinning"] = ratio(spent["busy_active"], spent["busy_one"])
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+class _Busy:
+    """A process that keeps one core busy."""
+
+    def __enter__(self) -> None:
+        self._loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.kill()
+        self._loop.wait()
+
+
+def imports(report: Report, repeat: int) -> None:
+    """Seconds of a process that imports packllm, over one that imports torch and what transformers runs models with."""
+    spent: dict[str, list[float]] = {}
+    for _ in bar(range(repeat), "Imports"):
+        for name, program in IMPORTS.items():
+            timed(spent, f"import_{name}", _python, program)
+    report.figures["start.import"] = ratio(spent["import_packllm"], spent["import_theirs"])
+    report.seconds |= {name: median(values) for name, values in spent.items()}
+
+
+def _python(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    return done.stdout
