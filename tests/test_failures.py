@@ -80,6 +80,15 @@ def generated(**options) -> Callable:
     return ask
 
 
+def structured(**options) -> Callable:
+    def ask(pack: Pack, **more) -> tuple[float, ...]:
+        answer = pack.generate(PROMPT, max_tokens=LENGTH, json_schema={"type": "boolean"}, **options, **more)
+        assert answer.text in ("true", "false")
+        return answer.weights.values
+
+    return ask
+
+
 def batched(pack: Pack, **more) -> tuple[float, ...]:
     answers = pack.generate_batch([PROMPT, "The capital of France is"], max_tokens=LENGTH, draft_tokens=1, **more)
     assert len({answer.weights.values for answer in answers}) == 1
@@ -107,6 +116,8 @@ WAYS = {
     "cool of one vocabulary": (ALIKE, generated(decoding="cool")),
     "cool+rerank": (UNLIKE, generated(decoding="cool+rerank")),
     "mined": (UNLIKE, generated(decoding="mined")),
+    "schema": (ALIKE, structured()),
+    "mined schema": (UNLIKE, structured(decoding="mined")),
     "score across": (UNLIKE, scored),
     "score mined": (UNLIKE, lambda pack: pack.score(PROMPT, TEXTS, decoding="mined")),
 }

@@ -39,6 +39,7 @@ class ScriptedPack:
     """Says `pieces`, slowly if told so; counts and records what it is asked. Not a model: see `pack` for those."""
 
     name, fingerprint, context_window, recipe = "packllm:a+b", "f00", 128, None
+    astream, astream_batch = packllm.Pack.astream, packllm.Pack.astream_batch
 
     def __init__(
         self, pieces: tuple[str, ...] = ("one ", "two ", "three"), *, delay: float = 0.0, fail_at: int | None = None
@@ -50,11 +51,11 @@ class ScriptedPack:
     def check(self, **options: Any) -> Options:
         return self.options.override(options)
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: str, *, cancel: Any = None, **options: Any) -> Iterator[Chunk]:
         self.asked.append((prompt, options))
         return self._run(prompt, self.check(**options))
 
-    def stream_batch(self, prompts: list[str], **options: Any) -> Iterator[tuple[int, Chunk]]:
+    def stream_batch(self, prompts: list[str], *, cancel: Any = None, **options: Any) -> Iterator[tuple[int, Chunk]]:
         streams = [self.stream(prompt, **options) for prompt in prompts]
 
         def run() -> Iterator[tuple[int, Chunk]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -20,15 +21,31 @@ QUESTIONS = ["What is insulin?", "Once upon a time", "SELECT 1", "日本", "The 
 
 
 class Watched(Pack):
-    """A pack that notes how many prompts a batch was of."""
+    """A pack that notes how many answers were asked for, and how many were under way at most."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.sizes: list[int] = []
+        self.lock, self.asked, self.open, self.most = threading.Lock(), 0, 0, 0
 
     def stream_batch(self, prompts: Any, **options: Any) -> Any:
-        self.sizes.append(len(prompts))
-        return super().stream_batch(prompts, **options)
+        return self._counted(super().stream_batch(prompts, **options))
+
+    def stream(self, prompt: Any, **options: Any) -> Any:
+        return self._counted(super().stream(prompt, **options))
+
+    def _counted(self, pieces: Any) -> Any:
+        with self.lock:
+            self.asked, self.open = self.asked + 1, self.open + 1
+            self.most = max(self.most, self.open)
+        try:
+            yield from pieces
+        finally:
+            with self.lock:
+                self.open -= 1
+
+    @property
+    def passes(self) -> int:
+        return sum(member.engine.forwards for member in self.members)
 
 
 @pytest.fixture
@@ -68,12 +85,13 @@ WAYS = pytest.mark.parametrize("way", ["sync", "async"])
 @WAYS
 def test_a_batch_is_decoded_together_and_says_what_each_alone_would(pack, way):
     llm = ChatPackLLM(pack=pack)
+    start = pack.passes
     alone = [llm.invoke(question).content for question in QUESTIONS]
-    pack.sizes.clear()
+    middle = pack.passes
     answers = batched(llm, way, QUESTIONS)
+    assert pack.passes - middle < (middle - start) / 2
     assert [answer.content for answer in answers] == alone
     assert len(set(alone)) > 1
-    assert pack.sizes == [5]
     assert all(answer.usage_metadata["output_tokens"] for answer in answers)
     assert batched(llm, way, []) == []
     assert [a.content for a in batched(llm.bind(max_tokens=2), way, QUESTIONS[:2])] == [
@@ -82,13 +100,26 @@ def test_a_batch_is_decoded_together_and_says_what_each_alone_would(pack, way):
 
 
 @WAYS
+def test_sampled_answers_of_a_batch_are_those_of_each_alone(pack, way):
+    llm = ChatPackLLM(pack=pack, temperature=1.0, seed=5)
+    alone = [llm.invoke(question).content for question in QUESTIONS]
+    assert [answer.content for answer in batched(llm, way, QUESTIONS)] == alone
+
+
+@WAYS
 def test_max_concurrency_and_batch_size_bound_what_is_decoded_together(pack, way):
     llm = ChatPackLLM(pack=pack)
+    batched(llm, way, QUESTIONS)
+    assert pack.most > 3
+    pack.most = 0
     batched(llm, way, QUESTIONS, {"max_concurrency": 2})
-    assert pack.sizes == [2, 2, 1]
-    pack.sizes.clear()
+    assert pack.most == 2
+    pack.most = 0
     batched(ChatPackLLM(pack=pack, batch_size=3), way, QUESTIONS)
-    assert pack.sizes == [3, 2]
+    assert pack.most == 3
+    pack.most = 0
+    batched(llm, way, QUESTIONS, batch_size=1)
+    assert pack.most == 1
 
 
 @WAYS
@@ -124,10 +155,10 @@ def test_a_member_that_fails_fails_every_input(way, pack, monkeypatch):
 def test_what_the_cache_holds_is_not_asked_again(pack, way):
     llm = ChatPackLLM(pack=pack, cache=InMemoryCache())
     known = llm.invoke(QUESTIONS[1]).content
-    pack.sizes.clear()
+    pack.asked = 0
     answers = batched(llm, way, QUESTIONS)
     assert answers[1].content == known
-    assert pack.sizes == [4]
+    assert pack.asked == 4
 
 
 @WAYS

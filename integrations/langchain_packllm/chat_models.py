@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from functools import partial
+from contextlib import aclosing, closing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -14,15 +12,13 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, run_in_executor
+from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 
 import packllm
 from langchain_packllm.base import PackModel
-from langchain_packllm.cancel import Cancelled
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 from langchain_packllm.structured import schema_of, structured_output, tool_of
-from langchain_packllm.together import SEAT, Seat, Together
 
 _FOR_TRACES = ("ls_structured_output_format", "structured_output_format", "stream")  # no options of an answer
 
@@ -162,22 +158,29 @@ class ChatPackLLM(PackModel, BaseChatModel):
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
-        *,
-        cancelled: Cancelled | None = None,
-        seat: Seat | None = None,
         **kwargs: Any,
     ) -> ChatResult:
         options, parts = self._request(stop, kwargs)
-        pieces = self._pieces(pack_messages(messages), options, cancelled, seat or SEAT.get())
-        for piece in pieces:
-            parts.feed(piece.text)
+        return self._result(self.pack.generate(pack_messages(messages), **options), parts, kwargs)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        options, parts = self._request(stop, kwargs)
+        return self._result(await self.pack.agenerate(pack_messages(messages), **options), parts, kwargs)
+
+    def _result(self, answer: packllm.Generation, parts: packllm.ToolStream, kwargs: Mapping[str, Any]) -> ChatResult:
+        parts.feed(answer.text)
         parts.finish()
-        answer = parts.answer
-        calls, refused = tool_calls(answer)
-        reasoning = "".join(piece.reasoning for piece in pieces) + answer.reasoning
-        usage, info = self._ending(pieces[-1], kwargs)
+        calls, refused = tool_calls(parts.answer)
+        reasoning = answer.reasoning + parts.answer.reasoning
+        usage, info = self._ending(answer, kwargs)
         message = AIMessage(
-            answer.content,
+            parts.answer.content,
             additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
             tool_calls=calls,
             invalid_tool_calls=refused,
@@ -187,32 +190,6 @@ class ChatPackLLM(PackModel, BaseChatModel):
         llm_output = {"token_usage": info["usage"], "model_name": info["model_name"]}
         return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)], llm_output=llm_output)
 
-    async def _agenerate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        """BaseChatModel's way (`_generate` in a thread), and the thread stops when the task is cancelled."""
-        cancelled, seat = Cancelled(), SEAT.get()
-        seat = seat if seat is not None and seat.free_for(self) else None
-        handed = run_manager.get_sync() if run_manager else None
-        run = partial(self._generate, messages, stop, handed, cancelled=cancelled, seat=seat, **kwargs)
-        try:
-            return await run_in_executor(seat.together.threads if seat else None, run)
-        finally:
-            cancelled.set()
-
-    def _pieces(
-        self, prompt: list[dict[str, Any]], options: dict[str, Any], cancelled: Cancelled | None, seat: Seat | None
-    ) -> list[packllm.Chunk]:
-        """The whole answer; in a batch, that which all runs of it are answered with."""
-        if seat is not None and seat.free_for(self):
-            return seat.ask(prompt, options, cancelled)
-        with closing(self.pack.stream(prompt, **options)) as stream:
-            return list(cancelled.watch(stream) if cancelled else stream)
-
     def batch(
         self,
         inputs: list[LanguageModelInput],
@@ -221,28 +198,13 @@ class ChatPackLLM(PackModel, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answers to several inputs, `batch_size` of them decoded together, or `max_concurrency` where that is less.
+        """Answers to several inputs, `batch_size` of them at a time, or `max_concurrency` where that is less.
 
-        Each input is a run of its own, with its callbacks, its place in the cache and its errors; those that ask with
-        the same options are decoded in one batch.
+        Each input is a run of its own, with its callbacks, its place in the cache and its errors; those under way
+        share the members' passes.
         """
-
-        def run(given: LanguageModelInput, config: RunnableConfig, together: Together) -> Any:
-            with together.seat(self):
-                try:
-                    return self.invoke(given, config, **kwargs)
-                except Exception as error:
-                    if return_exceptions:
-                        return error
-                    raise
-
-        answers: list[Any] = []
-        for group in self._groups(inputs, config, kwargs):
-            with ContextThreadPoolExecutor(len(group)) as threads:
-                answers += threads.map(
-                    partial(run, together=Together(self.pack, len(group))), *zip(*group, strict=True)
-                )
-        return answers
+        configs = self._bounded(len(inputs), config, kwargs)
+        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
         self,
@@ -253,58 +215,30 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> list[AIMessage]:
         """As batch."""
+        configs = self._bounded(len(inputs), config, kwargs)
+        return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
-        async def run(given: LanguageModelInput, config: RunnableConfig, together: Together) -> AIMessage:
-            with together.seat(self):
-                return await self.ainvoke(given, config, **kwargs)
-
-        answers: list[Any] = []
-        for group in self._groups(inputs, config, kwargs):
-            together = Together(self.pack, len(group))
-            try:
-                runs = [run(given, config, together) for given, config in group]
-                answers += await asyncio.gather(*runs, return_exceptions=return_exceptions)
-            finally:
-                together.threads.shutdown(wait=False)
-        return answers
-
-    def _groups(
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None,
-        kwargs: Mapping[str, Any],
-    ) -> list[list[tuple[LanguageModelInput, RunnableConfig]]]:
-        """Inputs with their configurations, as many together as are decoded together."""
-        if not inputs:
-            return []
-        configs = get_config_list(config, len(inputs))
+    def _bounded(
+        self, count: int, config: RunnableConfig | list[RunnableConfig] | None, kwargs: Mapping[str, Any]
+    ) -> list[RunnableConfig]:
+        """Configurations of so many runs, of which no more than batch_size are under way."""
         size = self.pack.check(**self._options(None, {n: kwargs[n] for n in ("batch_size",) if n in kwargs})).batch_size
-        size = min(size, configs[0].get("max_concurrency") or size)
-        pairs = list(zip(inputs, configs, strict=True))
-        return [pairs[at : at + size] for at in range(0, len(pairs), size)]
+        return [
+            RunnableConfig(**{**one, "max_concurrency": min(size, one.get("max_concurrency") or size)})
+            for one in get_config_list(config, count)
+        ]
 
     def _stream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
-        *,
-        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         options, parts = self._request(stop, kwargs)
         with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
-            for piece in cancelled.watch(pieces) if cancelled else pieces:
-                if piece.reasoning:
-                    yield _chunk(packllm.ReasoningPart(piece.reasoning))
-                for part in parts.feed(piece.text):
-                    yield _chunk(part)
-        for part in parts.finish():
-            yield _chunk(part)
-        usage, info = self._ending(piece, kwargs)
-        metadata = {"model_provider": "packllm"}
-        last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
-        yield ChatGenerationChunk(message=last, generation_info=info)
+            for piece in pieces:
+                yield from self._translated(piece, parts, kwargs)
 
     async def _astream(
         self,
@@ -313,13 +247,28 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        """BaseChatModel's way (`_stream` in a thread), and the thread stops when the task is cancelled."""
-        cancelled = Cancelled()
-        try:
-            async for chunk in super()._astream(messages, stop, run_manager, cancelled=cancelled, **kwargs):
-                yield chunk
-        finally:
-            cancelled.set()
+        options, parts = self._request(stop, kwargs)
+        async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
+            async for piece in pieces:
+                for chunk in self._translated(piece, parts, kwargs):
+                    yield chunk
+
+    def _translated(
+        self, piece: packllm.Chunk, parts: packllm.ToolStream, kwargs: Mapping[str, Any]
+    ) -> Iterator[ChatGenerationChunk]:
+        """A piece of the pack's as LangChain has it; after the last one, what is told of the whole answer."""
+        if piece.reasoning:
+            yield _chunk(packllm.ReasoningPart(piece.reasoning))
+        for part in parts.feed(piece.text):
+            yield _chunk(part)
+        if piece.finish_reason is None:
+            return
+        for part in parts.finish():
+            yield _chunk(part)
+        usage, info = self._ending(piece, kwargs)
+        metadata = {"model_provider": "packllm"}
+        last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
+        yield ChatGenerationChunk(message=last, generation_info=info)
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[dict[str, Any] | type | Callable | BaseTool] | None = None
@@ -329,8 +278,10 @@ class ChatPackLLM(PackModel, BaseChatModel):
         options = self._options(None, {"tools": offered} if offered else {})
         return self.pack.count_tokens(pack_messages(messages), **options)
 
-    def _ending(self, last: packllm.Chunk, kwargs: Mapping[str, Any]) -> tuple[UsageMetadata, dict[str, Any]]:
-        """What the last chunk tells of the whole answer: token counts, and what callbacks and messages carry."""
+    def _ending(
+        self, last: packllm.Chunk | packllm.Generation, kwargs: Mapping[str, Any]
+    ) -> tuple[UsageMetadata, dict[str, Any]]:
+        """What is told of the whole answer: token counts, and what callbacks and messages carry."""
         assert last.usage is not None
         usage = UsageMetadata(
             input_tokens=last.usage.prompt_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from contextlib import aclosing, closing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -13,7 +13,6 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 import packllm
 from langchain_packllm.base import OPTIONS, PackModel
-from langchain_packllm.cancel import Cancelled
 
 _FRAMEWORK_WORDS = ("tags", "metadata", "run_name", "run_id")  # keywords of BaseLLM.generate that are no options
 
@@ -70,25 +69,15 @@ class PackLLM(PackModel, BaseLLM):
         prompts: list[str],
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
-        *,
-        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        texts = [""] * len(prompts)
-        infos: list[dict[str, Any] | None] = [None] * len(prompts)
+        answers: list[list[GenerationChunk]] = [[] for _ in prompts]
         with closing(self.pack.stream_batch(prompts, **self._options(stop, kwargs))) as pieces:
-            for index, piece in cancelled.watch(pieces) if cancelled else pieces:
-                chunk = self._chunk(piece)
+            for index, piece in pieces:
+                answers[index].append(chunk := self._chunk(piece))
                 if run_manager and len(prompts) == 1:  # of a batch, LangChain hands over the first prompt's run only
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                texts[index] += chunk.text
-                infos[index] = chunk.generation_info
-        generations = [Generation(text=t, generation_info=i) for t, i in zip(texts, infos, strict=True)]
-        usage: Counter[str] = Counter()
-        for generation in generations:
-            usage.update((generation.generation_info or {}).get("usage", {}))
-        llm_output = {"token_usage": dict(usage), "model_name": self.model_name}
-        return LLMResult(generations=[[generation] for generation in generations], llm_output=llm_output)
+        return self._result(answers)
 
     async def _agenerate(
         self,
@@ -97,24 +86,34 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """BaseLLM's way (`_generate` in a thread), and the thread stops when the task is cancelled."""
-        cancelled = Cancelled()
-        try:
-            return await super()._agenerate(prompts, stop, run_manager, cancelled=cancelled, **kwargs)
-        finally:
-            cancelled.set()
+        answers: list[list[GenerationChunk]] = [[] for _ in prompts]
+        async with aclosing(self.pack.astream_batch(prompts, **self._options(stop, kwargs))) as pieces:
+            async for index, piece in pieces:
+                answers[index].append(chunk := self._chunk(piece))
+                if run_manager and len(prompts) == 1:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        return self._result(answers)
+
+    def _result(self, answers: list[list[GenerationChunk]]) -> LLMResult:
+        generations = [
+            Generation(text="".join(chunk.text for chunk in chunks), generation_info=chunks[-1].generation_info)
+            for chunks in answers
+        ]
+        usage: Counter[str] = Counter()
+        for generation in generations:
+            usage.update((generation.generation_info or {}).get("usage", {}))
+        llm_output = {"token_usage": dict(usage), "model_name": self.model_name}
+        return LLMResult(generations=[[generation] for generation in generations], llm_output=llm_output)
 
     def _stream(
         self,
         prompt: str,
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
-        *,
-        cancelled: Cancelled | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         with closing(self.pack.stream(prompt, **self._options(stop, kwargs))) as pieces:  # closing stops the work
-            for piece in cancelled.watch(pieces) if cancelled else pieces:
+            for piece in pieces:
                 chunk = self._chunk(piece)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -127,13 +126,12 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        """BaseLLM's way (`_stream` in a thread), and the thread stops when the task is cancelled."""
-        cancelled = Cancelled()
-        try:
-            async for chunk in super()._astream(prompt, stop, run_manager, cancelled=cancelled, **kwargs):
+        async with aclosing(self.pack.astream(prompt, **self._options(stop, kwargs))) as pieces:
+            async for piece in pieces:
+                chunk = self._chunk(piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
-        finally:
-            cancelled.set()
 
     def _chunk(self, piece: packllm.Chunk) -> GenerationChunk:
         if piece.usage is None:  # adding chunks joins repeated strings and refuses repeated floats

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,5 +28,7 @@ async def iterate(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerat
             yield item  # type: ignore[misc]
     finally:
         if items is not None:
-            items.close()
+            with suppress(ValueError):  # a plain generator that is executing
+                items.close()
+            thread.submit(items.close)  # that one is closed right after its step, without waiting for it here
         thread.shutdown(wait=False)

@@ -300,6 +300,14 @@ class Pack:
             async for chunk in chunks:
                 yield chunk
 
+    async def astream_batch(
+        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
+    ) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """stream_batch() for asyncio, as astream()."""
+        async with aclosing(iterate(partial(self.stream_batch, prompts, cancel=cancel, **options))) as chunks:
+            async for pair in chunks:
+                yield pair
+
     async def agenerate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
         """generate() for asyncio, as astream()."""
         async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:

@@ -51,15 +51,15 @@ class Round:
         return 1 + max(map(len, self.drafted.values()))
 
 
-def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], places: int | None = None) -> Iterator[tuple[int, int]]:
+def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], fixed: int | None = None) -> Iterator[tuple[int, int]]:
     """Yield (row, token id) as generate_ids does: greedily the same tokens, else tokens of the same distribution.
 
     Args:
         ensemble, rows: as for generate_ids.
-        places: γ, tokens a round; None: what pays, going by the tokens so far.
+        fixed: γ, tokens a round; None: what pays, going by the tokens so far.
     """
     live = [r for r, row in enumerate(rows) if not row.done]
-    pace = Pace(ensemble, places)
+    pace = Pace(ensemble, fixed)
     if not pace.can_pay(live) or _hindered(ensemble, [rows[r] for r in live]):
         yield from generate_ids(ensemble, rows)
         return
@@ -73,8 +73,9 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], places: int | None 
             return
         ensemble.forget({r: len(block.drafted[r]) + 1 - len(chosen[r]) for r in live}, block.parts)
         left = {r: left[r] - len(chosen[r]) for r in live}
-        size = max(1, min(pace.places(live), *left.values()))
-        block = _read(ensemble, rows, {r: chosen[r][-1] for r in live}, size)
+        places = pace.places(live)
+        sizes = {r: max(1, min(places, left[r])) for r in live}  # a row's own, for the seed's sake
+        block = _read(ensemble, rows, {r: chosen[r][-1] for r in live}, sizes)
 
 
 def _hindered(ensemble: Ensemble, rows: Sequence[Row]) -> bool:
@@ -122,7 +123,7 @@ def _judged(
     return chosen
 
 
-def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], size: int) -> Round:
+def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], sizes: Mapping[int, int]) -> Round:
     """Read the last token of each row and size - 1 drafted ones, fewer where a drafter fails."""
     ensemble.retire()
     tops = {r: ensemble.top(r) for r in last}
@@ -135,21 +136,22 @@ def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], size
             read[slot].append(logprobs)
         return found
 
-    if size == 1:
-        note(ensemble.read({(k, r): blocks[r] for r in last for k in ensemble.running(r)}))
-    else:
-        while True:
-            drafters = note(ensemble.read({(tops[r], r): block[-1:] for r, block in blocks.items()}))
-            if any(len(block) == size or (tops[r], r) not in drafters for r, block in blocks.items()):
-                break
-            for r, block in blocks.items():
+    next_: dict[Slot, list[int]] = {
+        (k, r): [token] for r, token in last.items() for k in (ensemble.running(r) if sizes[r] == 1 else [tops[r]])
+    }
+    while next_:
+        found = note(ensemble.read(next_))
+        next_ = {}
+        for r, block in blocks.items():
+            if len(block) < sizes[r] and (slot := (tops[r], r)) in found:
                 sample, common = rows[r].sample, min(len(part) for part in ensemble.parts(r).values())
                 assert isinstance(sample, Greedy | Random)
-                drawn_from[r].append(sample.distribution(drafters[tops[r], r][0, :common]))
+                drawn_from[r].append(sample.distribution(found[slot][0, :common]))
                 block.append(sample.draw(drawn_from[r][-1]))
-        others = {(k, r): block for r, block in blocks.items() for k in ensemble.running(r) if (k, r) not in read}
-        if others:
-            note(ensemble.read(others))
+                next_[slot] = block[-1:]
+    others = {(k, r): block for r, block in blocks.items() for k in ensemble.running(r) if (k, r) not in read}
+    if others:
+        note(ensemble.read(others))
     parts = {r: {k: torch.cat(read[k, r]) for k in ensemble.running(r)} for r in last}
     return Round(parts, {r: block[1:] for r, block in blocks.items()}, drawn_from)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import functools
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -29,7 +28,7 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from pydantic import PrivateAttr
 
 from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_message
-from llama_index.llms.packllm.streams import off_the_loop, streaming
+from llama_index.llms.packllm.streams import streaming
 from llama_index.llms.packllm.structured import StructuredOutput
 from llama_index.llms.packllm.tool_calls import ToolCalling
 from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
@@ -156,26 +155,34 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return await self._astream(*self._chat_request(messages, **kwargs))
 
     def _answer(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Response:
-        generation = self._pack.generate(prompt, **options)
-        response = reply(generation.text, _raw(generation), True, generation.reasoning)
-        response.delta = None
-        return response
+        return _whole(reply, self._pack.generate(prompt, **options))
+
+    async def _aanswer(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Response:
+        return _whole(reply, await self._pack.agenerate(prompt, **options))
 
     def _stream(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Generator[Response]:
-        return _responses(reply, self._pack.stream(prompt, **options))  # a wrong option is raised here, at the call
+        chunks = self._pack.stream(prompt, **options)  # a wrong option is raised here, at the call
 
-    async def _aanswer(self, *request: Any) -> Any:
-        """As `_answer`, but through the stream: a cancelled caller stops the work at the next token."""
-        async for response in await self._astream(*request):
-            last = response
-        last.delta = None
-        return last
+        def responses() -> Generator[Response]:
+            respond = _responder(reply)
+            with closing(chunks):
+                for chunk in chunks:
+                    yield respond(chunk)
+
+        return responses()
 
     async def _astream(
         self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]
     ) -> AsyncGenerator[Response]:
-        chunks = await asyncio.to_thread(self._pack.stream, prompt, **options)
-        return off_the_loop(_responses(reply, chunks), chunks)
+        self._pack.check(**options)  # at the call, too
+
+        async def responses() -> AsyncGenerator[Response]:
+            respond = _responder(reply)
+            async with aclosing(self._pack.astream(prompt, **options)) as chunks:
+                async for chunk in chunks:
+                    yield respond(chunk)
+
+        return responses()
 
     def _chat_request(
         self,
@@ -256,11 +263,20 @@ def _raw(generation: Generation) -> dict[str, Any]:
     return {**raw, "packllm": {**raw["weights"], "usage": raw["usage"], "timings": raw["timings"]}}
 
 
-def _responses(reply: Reply[Response], chunks: Generator[Chunk, None, None]) -> Generator[Response]:
+def _whole(reply: Reply[Response], generation: Generation) -> Response:
+    response = reply(generation.text, _raw(generation), True, generation.reasoning)
+    response.delta = None
+    return response
+
+
+def _responder(reply: Reply[Response]) -> Callable[[Chunk], Response]:
+    """What makes responses of one stream's chunks, in their order."""
     so_far: list[Chunk] = []
-    with closing(chunks):
-        for chunk in chunks:
-            so_far.append(chunk)
-            last = chunk.finish_reason is not None
-            raw = _raw(Generation.from_chunks(so_far)) if last else {"packllm": chunk.weights.as_dict()}
-            yield reply(chunk.text, raw, last, chunk.reasoning)
+
+    def respond(chunk: Chunk) -> Response:
+        so_far.append(chunk)
+        last = chunk.finish_reason is not None
+        raw = _raw(Generation.from_chunks(so_far)) if last else {"packllm": chunk.weights.as_dict()}
+        return reply(chunk.text, raw, last, chunk.reasoning)
+
+    return respond

@@ -1,16 +1,12 @@
-"""Streams between the pack's threads and LlamaIndex: announced, closable, off the event loop."""
+"""Streams between the pack and LlamaIndex: announced, closable."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from collections.abc import AsyncGenerator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, suppress
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from contextlib import aclosing, closing
+from typing import Any
 
 
 def streaming(callback: Callable) -> Callable:
@@ -57,20 +53,3 @@ def streaming(callback: Callable) -> Callable:
         return astream if inspect.iscoroutinefunction(method) else stream
 
     return wrap
-
-
-async def off_the_loop(steps: Generator[T], work: Generator) -> AsyncGenerator[T]:
-    """Step a generator in one thread of its own, so that the loop stays free; closing or cancelling closes it, and
-    the stream beneath it, which stops before its next forward pass."""
-    worker = ThreadPoolExecutor(1, "packllm")
-    try:
-        while (step := await asyncio.get_running_loop().run_in_executor(worker, next, steps, None)) is not None:
-            yield step
-    except GeneratorExit:
-        steps.close()  # between two steps: done when aclose() returns
-        raise
-    finally:
-        with suppress(ValueError):  # a plain generator that is executing
-            work.close()
-        worker.submit(steps.close)  # cancelled within a step: closed right after it, without waiting for it here
-        worker.shutdown(wait=False)
