@@ -37,7 +37,8 @@ def test_quick_bench_ends_in_one_line_of_json(folder, monkeypatch) -> None:
     assert set(report["figures"]) == set(TARGETS)
     for key, figure in report["figures"].items():
         apart = key == "decoding.one_batch" or key.startswith("modes.")  # no adapters of one base, one vocabulary
-        if apart or key.startswith("start.") or (key.startswith("memory.") and not CAN_RESET_PEAK):
+        apart = apart or key in ("growth.1024", "growth.4096", "growth.8000")  # no room
+        if apart or key.startswith(("start.", "threads.")) or (key.startswith("memory.") and not CAN_RESET_PEAK):
             assert figure["value"] is None, key
             continue
         assert math.isfinite(figure["value"]), key
