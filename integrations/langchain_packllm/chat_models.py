@@ -17,6 +17,7 @@ from langchain_core.tools import BaseTool
 
 import packllm
 from langchain_packllm.base import PackModel
+from langchain_packllm.errors import typed
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 from langchain_packllm.structured import schema_of, structured_output, tool_of
 
@@ -160,8 +161,9 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options, parts = self._request(stop, kwargs)
-        return self._result(self.pack.generate(pack_messages(messages), **options), parts, kwargs)
+        with typed():
+            options, parts = self._request(stop, kwargs)
+            return self._result(self.pack.generate(pack_messages(messages), **options), parts, kwargs)
 
     async def _agenerate(
         self,
@@ -170,8 +172,9 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options, parts = self._request(stop, kwargs)
-        return self._result(await self.pack.agenerate(pack_messages(messages), **options), parts, kwargs)
+        with typed():
+            options, parts = self._request(stop, kwargs)
+            return self._result(await self.pack.agenerate(pack_messages(messages), **options), parts, kwargs)
 
     def _result(self, answer: packllm.Generation, parts: packllm.ToolStream, kwargs: Mapping[str, Any]) -> ChatResult:
         parts.feed(answer.text)
@@ -222,7 +225,9 @@ class ChatPackLLM(PackModel, BaseChatModel):
         self, count: int, config: RunnableConfig | list[RunnableConfig] | None, kwargs: Mapping[str, Any]
     ) -> list[RunnableConfig]:
         """Configurations of so many runs, of which no more than batch_size are under way."""
-        size = self.pack.check(**self._options(None, {n: kwargs[n] for n in ("batch_size",) if n in kwargs})).batch_size
+        given = {name: kwargs[name] for name in ("batch_size",) if name in kwargs}
+        with typed():
+            size = self.pack.check(**self._options(None, given)).batch_size
         return [
             RunnableConfig(**{**one, "max_concurrency": min(size, one.get("max_concurrency") or size)})
             for one in get_config_list(config, count)
@@ -235,10 +240,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options, parts = self._request(stop, kwargs)
-        with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
-            for piece in pieces:
-                yield from self._translated(piece, parts, kwargs)
+        with typed():
+            options, parts = self._request(stop, kwargs)
+            with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
+                for piece in pieces:
+                    yield from self._translated(piece, parts, kwargs)
 
     async def _astream(
         self,
@@ -247,11 +253,12 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        options, parts = self._request(stop, kwargs)
-        async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
-            async for piece in pieces:
-                for chunk in self._translated(piece, parts, kwargs):
-                    yield chunk
+        with typed():
+            options, parts = self._request(stop, kwargs)
+            async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
+                async for piece in pieces:
+                    for chunk in self._translated(piece, parts, kwargs):
+                        yield chunk
 
     def _translated(
         self, piece: packllm.Chunk, parts: packllm.ToolStream, kwargs: Mapping[str, Any]

@@ -13,6 +13,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 import packllm
 from langchain_packllm.base import OPTIONS, PackModel
+from langchain_packllm.errors import typed
 
 _FRAMEWORK_WORDS = ("tags", "metadata", "run_name", "run_id")  # keywords of BaseLLM.generate that are no options
 
@@ -46,7 +47,8 @@ class PackLLM(PackModel, BaseLLM):
         call (langchain #40403), and `stop=None` hides the model's own. Keys must differ where answers do.
         """
         words = {name: kwargs.pop(name) for name in _FRAMEWORK_WORDS if name in kwargs}
-        checked = self.pack.options.override(self._options(stop, kwargs))
+        with typed():
+            checked = self.pack.options.override(self._options(stop, kwargs))
         llm = self.model_copy(update={name: getattr(checked, name) for name in OPTIONS})
         return llm, list(llm.stop) or None, words
 
@@ -72,7 +74,7 @@ class PackLLM(PackModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         answers: list[list[GenerationChunk]] = [[] for _ in prompts]
-        with closing(self.pack.stream_batch(prompts, **self._options(stop, kwargs))) as pieces:
+        with typed(), closing(self.pack.stream_batch(prompts, **self._options(stop, kwargs))) as pieces:
             for index, piece in pieces:
                 answers[index].append(chunk := self._chunk(piece))
                 if run_manager and len(prompts) == 1:  # of a batch, LangChain hands over the first prompt's run only
@@ -87,11 +89,12 @@ class PackLLM(PackModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         answers: list[list[GenerationChunk]] = [[] for _ in prompts]
-        async with aclosing(self.pack.astream_batch(prompts, **self._options(stop, kwargs))) as pieces:
-            async for index, piece in pieces:
-                answers[index].append(chunk := self._chunk(piece))
-                if run_manager and len(prompts) == 1:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        with typed():
+            async with aclosing(self.pack.astream_batch(prompts, **self._options(stop, kwargs))) as pieces:
+                async for index, piece in pieces:
+                    answers[index].append(chunk := self._chunk(piece))
+                    if run_manager and len(prompts) == 1:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
         return self._result(answers)
 
     def _result(self, answers: list[list[GenerationChunk]]) -> LLMResult:
@@ -112,8 +115,8 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self.pack.stream(prompt, **self._options(stop, kwargs))) as pieces:  # closing stops the work
-            for piece in pieces:
+        with typed(), closing(self.pack.stream(prompt, **self._options(stop, kwargs))) as pieces:
+            for piece in pieces:  # closing stops the work
                 chunk = self._chunk(piece)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -126,12 +129,13 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(self.pack.astream(prompt, **self._options(stop, kwargs))) as pieces:
-            async for piece in pieces:
-                chunk = self._chunk(piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with typed():
+            async with aclosing(self.pack.astream(prompt, **self._options(stop, kwargs))) as pieces:
+                async for piece in pieces:
+                    chunk = self._chunk(piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     def _chunk(self, piece: packllm.Chunk) -> GenerationChunk:
         if piece.usage is None:  # adding chunks joins repeated strings and refuses repeated floats

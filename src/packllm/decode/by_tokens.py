@@ -14,6 +14,7 @@ from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
 from packllm.decode.text import TextStream
 from packllm.decode.tokens import Ensemble, Row, in_one_vocabulary
+from packllm.engines.member import Member
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
 
@@ -26,16 +27,23 @@ def check_tokens(request: Request) -> None:
     options, which = request.options, request.candidates
     if options.weighting == "top1":  # one member runs
         return
-    first = request.members[which[0]]
-    for k in which[1:]:
-        member = request.members[k]
-        if not member.vocabulary.akin(first.vocabulary):
-            share = overlap(first.vocabulary, member.vocabulary)
-            raise VocabularyError(
-                f"members {first.name!r} and {member.name!r} have different vocabularies ({share:.0%} of their "
-                f"tokens are in both), which decoding={options.decoding!r} cannot fuse; use decoding='cool', "
-                f"'mined' or 'auto'"
-            )
+    if told := difference([request.members[k] for k in which]):
+        raise VocabularyError(
+            f"{told}, which decoding={options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
+        )
+
+
+def difference(members: Sequence[Member]) -> str:
+    """Which of the members have different vocabularies, and how much of them is the same; "" where none have."""
+    first = members[0]
+    other = next((member for member in members[1:] if not member.vocabulary.akin(first.vocabulary)), None)
+    if other is None:
+        return ""
+    share = overlap(first.vocabulary, other.vocabulary)
+    return (
+        f"members {first.name!r} and {other.name!r} have different vocabularies ({share:.0%} of their tokens are in "
+        f"both)"
+    )
 
 
 def check_drawn(request: Request) -> None:
