@@ -176,11 +176,11 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
             engine = reads[group[0]].sequence.engine
             try:
                 found = (engine.meeting or engine).read([reads[at] for at in group])
-            except (CancelledError, AnswerTimeout):
-                raise  # not a fault of the engine's
             except Exception as error:
                 found = [error] * len(group)
             for at, answer in zip(group, found, strict=True):
+                if isinstance(answer, CancelledError | AnswerTimeout):
+                    raise answer  # a gate's word, whether the engine let it pass or told it: no fault of a member
                 answers[at] = answer
 
     if len(by_place) <= 1:
