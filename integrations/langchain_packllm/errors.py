@@ -30,7 +30,8 @@ def typed() -> Iterator[None]:
     try:
         yield
     except packllm.PackError as error:
-        error.__class__ = _joined(type(error))  # the same object: attributes, cause and traceback stay
+        # The same object: attributes, cause and traceback stay.
+        error.__class__ = _joined(type(error))  # type: ignore[arg-type]  # mypy: a class is no Hashable
         raise
 
 
