@@ -33,12 +33,11 @@ def _pieces(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk]
             request.prefill()
             options = request.options
             limits = request.limits(options.max_tokens)
-            yield from decoding.decode(
-                request,
-                [
-                    Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
-                    for weights, limit in zip(request.weights, limits, strict=True)
-                ],
-            )
+            filters = options.temperature, options.top_p, options.top_k
+            rows = [
+                Row(weights, make_sampler(*filters, options.seed, options.min_p), limit)
+                for weights, limit in zip(request.weights, limits, strict=True)
+            ]
+            yield from decoding.decode(request, rows)
     finally:
         request.close()

@@ -8,6 +8,8 @@ from dataclasses import replace
 from packllm.align.shared import Shared, overlap
 from packllm.decode.lazy import check_lazy, lazy_ids
 from packllm.decode.line import Line
+from packllm.decode.logprobs import Recorder
+from packllm.decode.penalties import Penalties, bias_ids
 from packllm.decode.reasoned import shown
 from packllm.decode.request import Request
 from packllm.decode.speculate import speculative_ids
@@ -87,21 +89,28 @@ def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple
         rows[r].done = reason is not None
         if reason is not None:
             usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent())
+            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent(), logprobs=rows[r].told())
         elif text:
-            yield r, Chunk(text, rows[r].weights)
+            yield r, Chunk(text, rows[r].weights, logprobs=rows[r].told())
 
 
 def _answer(request: Request, index: int, row: Row, running: Sequence[int], shared: Shared | None) -> Answer:
-    marks = shown(request, index)
+    options, reference = request.options, request.members[running[0]]
     top = max(running, key=lambda k: row.weights.values[k])
-    vocabulary, prompt = request.members[running[0]].vocabulary, request.usage(index, top)
-    ends = request.members[running[0]].end_ids if shared is None else frozenset([shared.end])
-    if request.grammar is None:
-        return Answer(TextStream(vocabulary, request.options.stop, marks), ends, row.limit, prompt)
-    constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
-    row.sample = constraint.wrap(row.sample)
-    return Answer(TextStream(vocabulary), ends, row.limit, prompt, constraint)
+    vocabulary, prompt = reference.vocabulary, request.usage(index, top)
+    ends = reference.end_ids if shared is None else frozenset([shared.end])
+    if options.tells_logprobs:
+        row.recorder = Recorder(vocabulary, ends, row.weights.names, options.top_logprobs or 0)
+        if request.grammar is not None or options.penalises:
+            row.sample = row.recorder.watching(row.sample)
+    text, constraint = TextStream(vocabulary, options.stop, shown(request, index)), None
+    if request.grammar is not None:
+        text, constraint = TextStream(vocabulary), Constraint(request.grammar, vocabulary, ends, row.limit)
+        row.sample = constraint.wrap(row.sample)
+    if options.penalises:
+        biases = bias_ids(request.biases, reference, None if shared is None else shared.end)
+        row.sample = Penalties(options, request.encoded[index][running[0]].ids, biases).wrap(row.sample)
+    return Answer(text, ends, row.limit, prompt, constraint)
 
 
 class Answer:

@@ -18,6 +18,7 @@ from packllm.decode.failures import Failures
 from packllm.decode.grammar import make_grammar
 from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
+from packllm.decode.penalties import spelled_biases
 from packllm.decode.tokens import drop_small
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden
@@ -60,6 +61,7 @@ class Request:
         timings: seconds spent so far: prefill, weighting.
         failures: what becomes of a member that fails.
         conversations: whether each prompt is messages, not text.
+        biases: what logit_bias adds to tokens, by their spelling.
         grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
             every token of the answer once and in order.
     """
@@ -83,6 +85,7 @@ class Request:
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
+        self.biases = spelled_biases(options.logit_bias, members[0])
         self.encoded: list[dict[int, Encoded]] = [
             {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]

@@ -1,0 +1,103 @@
+"""What answers tell of their tokens, against full passes of each member by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import naive
+import pytest
+from conftest import TextPack
+
+from packllm.errors import OptionError
+
+PROMPT = "The capital of France is"
+OTHER = "Insulin lowers glucose, and the court shall"
+EVEN = {"llama-0": 0.5, "gpt2-1": 0.3, "qwen-2": 0.2}
+
+
+def truth(members, weights, pool, prompt: list[int], tokens: list[int]):
+    """At each place: the fused log-probabilities, and each member's, by fresh passes."""
+    for place in range(len(tokens)):
+        parts = [naive.next_logprobs(m, [*prompt, *tokens[:place]]) for m in members]
+        yield naive.fused(parts, list(weights), pool).log(), parts
+
+
+def assert_true(told, members, weights, pool, prompt, top):
+    tokens = [one.id for one in told]
+    assert tokens
+    for one, (fused, parts) in zip(told, truth(members, weights, pool, prompt, tokens), strict=True):
+        best = fused.topk(top)
+        assert [other.id for other in one.top_logprobs] == best.indices.tolist()
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+        for other in (one, *one.top_logprobs):
+            assert other.logprob == pytest.approx(float(fused[other.id]), abs=1e-4)
+            given = {m.name: float(part[other.id]) for m, part in zip(members, parts, strict=True)}
+            assert other.members == pytest.approx(given, abs=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["linear", "log"])
+@pytest.mark.parametrize("options", [{"draft_tokens": 1}, {"draft_tokens": 4}, {"temperature": 0.7, "draft_tokens": 3}])
+def test_each_token_is_told_as_full_passes_have_it(members, pool, options):
+    pack = TextPack(members, weighting=EVEN, pool=pool, max_tokens=9)
+    answer = pack.generate(PROMPT, top_logprobs=3, seed=1, **options)
+    assert len(answer.logprobs) == answer.usage.completion_tokens
+    assert b"".join(bytes(one.bytes) for one in answer.logprobs).decode(errors="replace") == answer.text
+    assert_true(answer.logprobs, members, EVEN.values(), pool, pack.tokenize(PROMPT), 3)
+
+
+def test_lazily_all_members_are_asked_and_the_text_stays(members):
+    pack = TextPack(members, weighting=EVEN, max_tokens=9, decoding="lazy", temperature=1.0, seed=4)
+    answer = pack.generate(PROMPT, top_logprobs=2)
+    assert answer.text == pack.generate(PROMPT).text
+    assert_true(answer.logprobs, members, EVEN.values(), "linear", pack.tokenize(PROMPT), 2)
+
+
+def test_a_stream_tells_them_with_the_text_and_a_batch_each_its_own(pack):
+    alone = [pack.generate(prompt, logprobs=True) for prompt in (PROMPT, OTHER)]
+    assert alone[0].logprobs != alone[1].logprobs
+    batch = pack.generate_batch([PROMPT, OTHER], logprobs=True)
+    for one, other in zip(alone, batch, strict=True):
+        assert [(t.id, t.token) for t in one.logprobs] == [(t.id, t.token) for t in other.logprobs]
+        assert [t.logprob for t in one.logprobs] == pytest.approx([t.logprob for t in other.logprobs], abs=1e-4)
+    chunks = list(pack.stream(PROMPT, logprobs=True))
+    assert len(chunks) > 2
+    assert tuple(t for chunk in chunks for t in chunk.logprobs) == alone[0].logprobs
+    for end in range(1, len(chunks)):  # text is never ahead of what is told of it
+        told = b"".join(bytes(t.bytes) for c in chunks[:end] for t in c.logprobs).decode(errors="replace")
+        assert told.startswith("".join(c.text for c in chunks[:end]))
+    assert all(token.top_logprobs == () for token in alone[0].logprobs)
+
+
+def test_nobody_asks_nothing_is_told(pack):
+    assert pack.generate(PROMPT).logprobs is None
+    assert [chunk.logprobs for chunk in pack.stream(PROMPT)][-1] is None
+    assert pack.generate(PROMPT, top_logprobs=2, logprobs=False).logprobs is None
+
+
+def test_what_is_told_is_json(pack):
+    answer = pack.generate(PROMPT, top_logprobs=2)
+    data = json.loads(json.dumps(answer.as_dict(), allow_nan=False))["logprobs"]
+    assert [one["id"] for one in data] == [token.id for token in answer.logprobs]
+    assert data[0].keys() == {"token", "logprob", "bytes", "id", "members", "top_logprobs"}
+    assert bytes(data[0]["bytes"]).decode(errors="replace") == data[0]["token"]
+    assert len(data[0]["top_logprobs"]) == 2
+
+
+def test_a_form_is_told_as_chosen_from(members):
+    pytest.importorskip("llguidance")
+    pack = TextPack(members, weighting=EVEN, max_tokens=20)
+    answer = pack.generate(PROMPT, json_schema={"enum": ["yes", "no"]}, top_logprobs=20)
+    assert json.loads(answer.text) in ("yes", "no")
+    for token in answer.logprobs:  # all that may come is among the 20
+        assert math.fsum(math.exp(other.logprob) for other in token.top_logprobs) == pytest.approx(1, abs=1e-4)
+    fused, _ = next(truth(members, EVEN.values(), "linear", pack.tokenize(PROMPT), [answer.logprobs[0].id]))
+    allowed = [other.id for other in answer.logprobs[0].top_logprobs]
+    renormalised = fused[allowed].log_softmax(-1)
+    assert [o.logprob for o in answer.logprobs[0].top_logprobs] == pytest.approx(renormalised.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"top_logprobs": 21}, {"top_logprobs": -1}, {"logprobs": 7}])
+def test_values_out_of_range(pack, wrong):
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        pack.generate(PROMPT, **wrong)
