@@ -101,3 +101,38 @@ def test_a_form_is_told_as_chosen_from(members):
 def test_values_out_of_range(pack, wrong):
     with pytest.raises(OptionError, match=next(iter(wrong))):
         pack.generate(PROMPT, **wrong)
+
+
+def test_segments_are_told_as_the_members_judge_them(make_member):
+    """Two vocabularies: each segment's log-likelihood by full passes over its own ids."""
+    both = [make_member("llama", 0), make_member("gpt2", 1, "word")]
+    pack = TextPack(both, weighting={"llama-0": 0.6, "gpt2-1": 0.4}, max_tokens=48, decoding="cool")
+    answer = pack.generate(PROMPT, top_logprobs=2)
+    assert answer.text == pack.generate(PROMPT).text == "".join(one.token for one in answer.logprobs)
+    assert len(answer.logprobs) > 1
+    text = ""
+    judged = 0
+    for one in answer.logprobs:
+        assert one.id is None
+        assert bytes(one.bytes).decode() == one.token
+        for other in (one, *one.top_logprobs):
+            parts = {"llama-0": 0.6, "gpt2-1": 0.4}
+            likely = [weight * math.exp(other.members[name]) for name, weight in parts.items() if name in other.members]
+            weight = sum(parts[name] for name in other.members)
+            assert other.logprob == pytest.approx(math.log(sum(likely) / weight), abs=1e-4)
+        assert {other.token for other in one.top_logprobs} >= {one.token} or one.logprob < one.top_logprobs[-1].logprob
+        judged += len(one.members) == 2
+        text += one.token
+    assert judged
+    member = both[0]
+    first = answer.logprobs[0]
+    ids = member.encoder.continuation(first.token)
+    prompt = member.encoder.encode(PROMPT).ids
+    truth = float(naive.token_logprobs(member, [*prompt, *ids])[-len(ids) :].sum())
+    assert first.members["llama-0"] == pytest.approx(truth, abs=1e-3)
+
+
+def test_whole_answers_that_are_reranked_are_not_told(make_member):
+    pack = TextPack([make_member("llama", 0), make_member("gpt2", 1, "word")], decoding="cool+rerank", max_tokens=4)
+    with pytest.raises(OptionError, match="cool\\+rerank"):
+        pack.stream(PROMPT, logprobs=True)

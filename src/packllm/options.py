@@ -40,7 +40,8 @@ def _biases(value: Any) -> Any:
     for key in value:
         if isinstance(key, bool) or not isinstance(key, int | str) or key == "" or (isinstance(key, int) and key < 0):
             raise ValueError(f"{shown(key)} is neither a token's id nor its text")
-    return {int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k: v for k, v in value.items()}
+    ids = {int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k: v for k, v in value.items()}
+    return ids or None
 
 
 TEMPLATE_OWN = ("messages", "tools", "add_generation_prompt")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from packllm.decode.by_segments import by_segments, check_segments, reranked
+from packllm.decode.by_segments import by_segments, check_reranked, check_segments, reranked
 from packllm.decode.by_tokens import by_tokens, check_drawn, check_tokens, difference, drawn
 from packllm.decode.request import Request
 from packllm.decode.tokens import Row
@@ -40,12 +40,13 @@ def _any(request: Request) -> None:
 def _auto(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
     """Token by token where the members that run share a vocabulary, else segment by segment."""
     mixed = {r for r in range(len(rows)) if not request.one_vocabulary(request.running(r))}
-    if mixed and (request.grammar is not None or log.isEnabledFor(logging.INFO)):
+    needs_one = request.grammar is not None or request.options.penalises
+    if mixed and (needs_one or log.isEnabledFor(logging.INFO)):
         told = difference([request.members[k] for k in request.running(min(mixed))])
-        if request.grammar is not None:
+        if needs_one:
             raise VocabularyError(
-                f"{told}, and the form that json_schema or tool_choice demands is guaranteed in one only; "
-                f"use decoding='mined' or weighting='top1'"
+                f"{told}; the form that json_schema or tool_choice demands, penalties and logit_bias need one "
+                f"vocabulary; use decoding='mined' or weighting='top1'"
             )
         log.info("%s: they write segment by segment (decoding='cool'); decoding='mined' serves too", told)
     for r, row in enumerate(rows):
@@ -61,7 +62,7 @@ DECODINGS: dict[str, Decoding] = {
     "tokens": Decoding(check_tokens, by_tokens),
     "lazy": Decoding(check_drawn, drawn),
     "cool": Decoding(check_segments, by_segments),
-    "cool+rerank": Decoding(check_segments, reranked),
+    "cool+rerank": Decoding(check_reranked, reranked),
     "mined": Decoding(_any, by_tokens, mapped=True),
 }
 

@@ -17,10 +17,13 @@ from packllm.errors import OptionError
 from packllm.options import Options
 from packllm.weights import find
 
+_PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
+_PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None, "json_schema": None}
+
 
 def check_lazy(options: Options) -> None:
     """OptionError unless the options leave each token a draw from the plain distribution."""
-    for name, needed in (("temperature", 1.0), ("top_p", 1.0), ("top_k", None), ("json_schema", None)):
+    for name, needed in _PLAIN.items():
         if (given := getattr(options, name)) != needed:
             raise OptionError(f"decoding='lazy' needs {name}={needed}, not {given!r}; use decoding='auto'")
     if options.tool_choice not in (None, "auto", "none"):
