@@ -178,6 +178,10 @@ class Options(OptionFields):
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
 
+    def seed_of(self, row: int) -> int | None:
+        """The seed of one of the n answers to each of several prompts."""
+        return None if self.seed is None else (self.seed + row % (self.n or 1)) % 2**64
+
     def override(self, changes: Mapping[str, Any]) -> Options:
         """These options with `changes`, validated; OptionError names what is wrong and what is valid."""
         return make_options({**self.model_dump(exclude_unset=True), **changes}) if changes else self

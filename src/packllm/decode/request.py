@@ -157,6 +157,22 @@ class Request:
         self.timings["weighting"] = time.perf_counter() - started
         self.check_time()
 
+    def fork(self) -> None:
+        """Let each prompt, now that it is read and weighed, be answered n times. From now on all is by row: row r is
+        answer r % n to prompt r // n."""
+        n = self.options.n or 1
+        lines = {}
+        for (k, at), line in self.lines.items():
+            lines[k, at * n] = line
+            for row in range(at * n + 1, at * n + n):
+                lines[k, row] = line.fork()
+                self._opened.append(lines[k, row].sequence)
+        self.lines = dict(sorted(lines.items()))
+        self._cached = {(k, at * n + i): count for (k, at), count in self._cached.items() for i in range(n)}
+        self.encoded = [one for one in self.encoded for _ in range(n)]
+        self.weights = [one for one in self.weights for _ in range(n)]
+        self.conversations = [one for one in self.conversations for _ in range(n)]
+
     def check(self) -> None:
         """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
         self.stop.check()
@@ -295,7 +311,7 @@ class Request:
     def cache_bytes(self) -> int:
         """Most that the caches of all members and prompts grow to."""
         limits = self.limits(self.options.max_tokens)
-        return sum(
+        return (self.options.n or 1) * sum(
             (len(prompt.ids) + limit) * self.members[k].engine.token_bytes
             for encoded, limit in zip(self.encoded, limits, strict=True)
             for k, prompt in encoded.items()
