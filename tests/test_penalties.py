@@ -117,17 +117,18 @@ def greedy(members, prompt: list[int], ends, count: int, repetition=1.0, presenc
     [{"repetition_penalty": 1.6}, {"presence_penalty": 2.0, "frequency_penalty": 1.0}, {"frequency_penalty": -2.0}],
 )
 def test_greedily_the_penalised_best_with_drafts_asked_for_too(members, caplog, penalties):
-    pack = TextPack(members, weighting=EVEN, max_tokens=12)
-    prompt = pack.tokenize(PROMPT)
+    repeating = "Insulin lowers glucose, and the court shall"
+    pack = TextPack(members, weighting=EVEN, max_tokens=20)
+    prompt = pack.tokenize(repeating)
     named = {name.removesuffix("_penalty"): value for name, value in penalties.items()}
-    expected = greedy(members, prompt, set().union(*(m.end_ids for m in members)), 12, **named)
+    expected = greedy(members, prompt, set().union(*(m.end_ids for m in members)), 20, **named)
     with caplog.at_level(logging.INFO, "packllm"):
-        answer = pack.generate(PROMPT, **penalties, draft_tokens=4, logprobs=True)
+        answer = pack.generate(repeating, **penalties, draft_tokens=4, logprobs=True)
     assert [token.id for token in answer.logprobs] == expected
-    assert answer.text != pack.generate(PROMPT).text
+    assert answer.text != pack.generate(repeating).text
     assert answer.usage.drafted_tokens == 0
     assert "without drafts" in caplog.text
-    batch = pack.generate_batch(["Insulin", PROMPT], **penalties)
+    batch = pack.generate_batch(["Insulin", repeating], **penalties)
     assert batch[1].text == answer.text
 
 
@@ -220,14 +221,13 @@ def test_the_prompt_is_read_once(members, monkeypatch):
     pack = TextPack(members, weighting=EVEN, max_tokens=4, temperature=1.0, prefix_cache_mb=0)
     read: list[int] = []
     for engine in {member.engine for member in members}:
-        own = engine.read
+        own = engine.run
         monkeypatch.setattr(
-            engine, "read", lambda reads, own=own: read.extend(len(one.ids) for one in reads) or own(reads)
+            engine, "run", lambda parts, own=own: read.extend(len(one.ids) for one in parts) or own(parts)
         )
     pack.generate(PROMPT, n=4, seed=0)
     prompt = len(pack.tokenize(PROMPT))
-    assert sum(read) <= 3 * (prompt + 4 * 4)
-    assert max(read) == prompt - 1
+    assert 3 * prompt < sum(read) <= 3 * (prompt + 4 * 4)
 
 
 def test_several_answers_of_a_form_in_one_vocabulary_and_by_segments(make_member, members):
