@@ -9,6 +9,7 @@ import naive
 import pytest
 from conftest import TextPack
 
+from packllm import Pack
 from packllm.errors import OptionError
 
 PROMPT = "The capital of France is"
@@ -137,3 +138,95 @@ def test_whole_answers_that_are_reranked_are_not_told(make_member):
     pack = TextPack([make_member("llama", 0), make_member("gpt2", 1, "word")], decoding="cool+rerank", max_tokens=4)
     with pytest.raises(OptionError, match="cool\\+rerank"):
         pack.stream(PROMPT, logprobs=True)
+
+
+# Where the frameworks look
+
+
+@pytest.fixture
+def chat_pack(members):
+    return Pack(members, weighting=EVEN, max_tokens=8)
+
+
+def openai_form(answer):
+    return {"content": [token.as_dict() for token in answer.logprobs]}
+
+
+def test_langchain_messages_tell_them_as_openai_does(chat_pack):
+    chat_models = pytest.importorskip("langchain_packllm.chat_models")
+    model = chat_models.ChatPackLLM(pack=chat_pack, logprobs=True, top_logprobs=2)
+    expected = openai_form(chat_pack.generate([{"role": "user", "content": PROMPT}], top_logprobs=2))
+    assert len(expected["content"][0]["top_logprobs"]) == 2
+    assert model.invoke(PROMPT).response_metadata["logprobs"] == expected
+    chunks = list(model.stream(PROMPT))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole = whole + chunk
+    assert whole.response_metadata["logprobs"] == expected
+    assert sum("logprobs" in chunk.response_metadata for chunk in chunks) > 2
+    bound = chat_models.ChatPackLLM(pack=chat_pack).bind(logprobs=True, top_logprobs=2)
+    assert bound.invoke(PROMPT).response_metadata["logprobs"] == expected
+    assert "logprobs" not in chat_models.ChatPackLLM(pack=chat_pack).invoke(PROMPT).response_metadata
+
+
+def test_langchain_structured_output_and_calls_tell_them(chat_pack):
+    pytest.importorskip("llguidance")
+    chat_models = pytest.importorskip("langchain_packllm.chat_models")
+    model = chat_models.ChatPackLLM(pack=chat_pack, max_tokens=60)
+    schema = {"title": "answer", "type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    for method in ("json_schema", "function_calling"):
+        raw = model.with_structured_output(schema, method=method, include_raw=True, logprobs=True).invoke(PROMPT)["raw"]
+        tokens = raw.response_metadata["logprobs"]["content"]
+        spelled = b"".join(bytes(token["bytes"]) for token in tokens).decode()
+        assert '"a"' in spelled
+        assert len(tokens) == raw.usage_metadata["output_tokens"]
+
+
+def test_langchain_gives_n_answers_and_takes_openais_names(chat_pack):
+    langchain_packllm = pytest.importorskip("langchain_packllm")
+    from langchain_core.messages import HumanMessage
+
+    told = {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {"9": -1}, "temperature": 1.0, "seed": 3}
+    model = langchain_packllm.ChatPackLLM(pack=chat_pack, n=2, **told)
+    prompt = [{"role": "user", "content": PROMPT}]
+    expected = [answer.text for answer in chat_pack.generate(prompt, n=2, **told)]
+    assert expected[0] != expected[1]
+    result = model.generate([[HumanMessage(PROMPT)]])
+    assert [one.text for one in result.generations[0]] == expected
+    usage = result.llm_output["token_usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens"] == chat_pack.count_tokens(prompt)
+    assert model.invoke(PROMPT).content == expected[0]
+    llm = langchain_packllm.PackLLM(pack=chat_pack, **told)
+    result = llm.generate([PROMPT, "Insulin"], n=2, top_logprobs=1)
+    assert [one.text for one in result.generations[0]] == expected
+    assert len(result.generations[1]) == 2
+    assert result.llm_output["token_usage"]["prompt_tokens"] == sum(
+        chat_pack.count_tokens([{"role": "user", "content": text}]) for text in (PROMPT, "Insulin")
+    )
+    assert result.generations[0][1].generation_info["logprobs"] == openai_form(
+        chat_pack.generate(prompt, n=2, top_logprobs=1, **told)[1]
+    )
+    with pytest.raises(OptionError, match="stream_batch"):
+        list(model.stream(PROMPT))
+
+
+def test_llama_index_responses_tell_them(chat_pack):
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.llms import ChatMessage
+
+    from llama_index.llms.packllm import PackLLM
+
+    llm = PackLLM(pack=chat_pack, top_logprobs=2)
+    expected = chat_pack.generate(PROMPT, top_logprobs=2).logprobs
+    for response in (llm.complete(PROMPT), llm.chat([ChatMessage(PROMPT)]), list(llm.stream_complete(PROMPT))[-1]):
+        assert [(place[0].token, place[0].bytes) for place in response.logprobs] == [
+            (token.token, list(token.bytes)) for token in expected
+        ]
+        for place, token in zip(response.logprobs, expected, strict=True):
+            likely = {other.logprob for other in (token, *token.top_logprobs)}
+            assert {other.logprob for other in place} == likely
+        assert json.loads(json.dumps(response.raw["logprobs"]))[0]["members"].keys() == EVEN.keys()
+    assert PackLLM(pack=chat_pack).complete(PROMPT).logprobs is None
+    with pytest.raises(OptionError, match="n=2"):
+        llm.complete(PROMPT, n=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -16,7 +17,7 @@ from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 
 import packllm
-from langchain_packllm.base import PackModel
+from langchain_packllm.base import PackModel, joint_usage, told_logprobs
 from langchain_packllm.errors import typed
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 from langchain_packllm.structured import schema_of, structured_output, tool_of
@@ -142,8 +143,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
 
     def _request(
         self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], packllm.ToolStream]:
-        """The options of a call, and what takes its answer apart."""
+    ) -> tuple[dict[str, Any], Callable[[], packllm.ToolStream]]:
+        """The options of a call, and what makes what takes an answer apart."""
         options = self._options(stop, {name: value for name, value in kwargs.items() if name not in _FOR_TRACES})
         model = options.pop("model", self.model_name)
         if not isinstance(model, str):
@@ -152,7 +153,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             options["weighting"] = {model: 1.0}
         parallel = options.pop("parallel_tool_calls", True)
         tools = self.pack.check(**options).offered_tools
-        return options, packllm.ToolStream(tools, parallel=parallel is not False)
+        return options, partial(packllm.ToolStream, tools, parallel=parallel is not False)
 
     def _generate(
         self,
@@ -162,8 +163,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with typed():
-            options, parts = self._request(stop, kwargs)
-            return self._result(self.pack.generate(pack_messages(messages), **options), parts, kwargs)
+            options, taken = self._request(stop, kwargs)
+            prompt, n = pack_messages(messages), options.pop("n", None) or 1
+            if n > 1:
+                return self._result(self.pack.generate(prompt, n=n, **options), taken, kwargs)
+            return self._result([self.pack.generate(prompt, **options)], taken, kwargs)
 
     async def _agenerate(
         self,
@@ -173,10 +177,26 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with typed():
-            options, parts = self._request(stop, kwargs)
-            return self._result(await self.pack.agenerate(pack_messages(messages), **options), parts, kwargs)
+            options, taken = self._request(stop, kwargs)
+            prompt, n = pack_messages(messages), options.pop("n", None) or 1
+            if n > 1:
+                return self._result(await self.pack.agenerate(prompt, n=n, **options), taken, kwargs)
+            return self._result([await self.pack.agenerate(prompt, **options)], taken, kwargs)
 
-    def _result(self, answer: packllm.Generation, parts: packllm.ToolStream, kwargs: Mapping[str, Any]) -> ChatResult:
+    def _result(
+        self,
+        answers: Sequence[packllm.Generation],
+        taken: Callable[[], packllm.ToolStream],
+        kwargs: Mapping[str, Any],
+    ) -> ChatResult:
+        generations = [self._generation(answer, taken(), kwargs) for answer in answers]
+        usage = joint_usage([[answer.usage.as_dict() for answer in answers]])
+        llm_output = {"token_usage": usage, "model_name": kwargs.get("model", self.model_name)}
+        return ChatResult(generations=generations, llm_output=llm_output)
+
+    def _generation(
+        self, answer: packllm.Generation, parts: packllm.ToolStream, kwargs: Mapping[str, Any]
+    ) -> ChatGeneration:
         parts.feed(answer.text)
         parts.finish()
         calls, refused = tool_calls(parts.answer)
@@ -190,8 +210,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             usage_metadata=usage,
             response_metadata={"model_provider": "packllm"},
         )
-        llm_output = {"token_usage": info["usage"], "model_name": info["model_name"]}
-        return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)], llm_output=llm_output)
+        return ChatGeneration(message=message, generation_info=info)
 
     def batch(
         self,
@@ -241,7 +260,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with typed():
-            options, parts = self._request(stop, kwargs)
+            options, taken = self._request(stop, kwargs)
+            parts = taken()
             with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
                 for piece in pieces:
                     yield from self._translated(piece, parts, kwargs)
@@ -254,7 +274,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         with typed():
-            options, parts = self._request(stop, kwargs)
+            options, taken = self._request(stop, kwargs)
+            parts = taken()
             async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
                 async for piece in pieces:
                     for chunk in self._translated(piece, parts, kwargs):
@@ -264,14 +285,16 @@ class ChatPackLLM(PackModel, BaseChatModel):
         self, piece: packllm.Chunk, parts: packllm.ToolStream, kwargs: Mapping[str, Any]
     ) -> Iterator[ChatGenerationChunk]:
         """A piece of the pack's as LangChain has it; after the last one, what is told of the whole answer."""
-        if piece.reasoning:
-            yield _chunk(packllm.ReasoningPart(piece.reasoning))
-        for part in parts.feed(piece.text):
-            yield _chunk(part)
+        chunks = [_chunk(packllm.ReasoningPart(piece.reasoning))] if piece.reasoning else []
+        chunks += map(_chunk, parts.feed(piece.text))
         if piece.finish_reason is None:
+            if piece.logprobs:
+                chunks = chunks or [_chunk("")]
+                chunks[0].generation_info = told_logprobs(piece)
+            yield from chunks
             return
-        for part in parts.finish():
-            yield _chunk(part)
+        yield from chunks
+        yield from map(_chunk, parts.finish())
         usage, info = self._ending(piece, kwargs)
         metadata = {"model_provider": "packllm"}
         last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
@@ -301,6 +324,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             "model_name": kwargs.get("model", self.model_name),
             "usage": last.usage.as_dict(),
             "timings": last.timings,
+            **told_logprobs(last),
         }
 
 
