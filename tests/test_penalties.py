@@ -10,9 +10,10 @@ from collections import Counter
 import naive
 import pytest
 import torch
-from conftest import TextPack
+from conftest import TextPack, _config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -21,6 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from packllm import Member
 from packllm.decode.penalties import Penalties
 from packllm.decode.sampling import filtered, make_sampler
 from packllm.errors import OptionError, VocabularyError
@@ -253,3 +255,35 @@ def test_a_stream_is_of_one_answer_and_n_of_a_request(pack, members):
         TextPack(members, n=2)
     last = {index: chunk.usage for index, chunk in pack.stream_batch([PROMPT, "Insulin"], n=2) if chunk.usage}
     assert sorted(last) == [0, 1, 2, 3]
+
+
+# What models ask for by themselves
+
+
+def test_what_generation_config_asks_for_is_told_and_used_on_request(byte_tokenizer, caplog):
+    def member(name: str, seed: int, **asked):
+        torch.manual_seed(seed)
+        config = _config("llama", len(byte_tokenizer) + 24)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model.generation_config.update(**asked)
+        return Member(model, byte_tokenizer, name)
+
+    (banned,) = byte_tokenizer.encode(" glucose", add_special_tokens=False)
+    asked = {"do_sample": True, "temperature": 0.6, "top_k": 30, "repetition_penalty": 1.3}
+    both = [member("a", 0, suppress_tokens=[banned]), member("b", 1, **asked), member("c", 2, temperature=0.2)]
+    with caplog.at_level(logging.INFO, "packllm"):
+        pack = TextPack(both, weighting="uniform", max_tokens=12)
+    (told,) = [record.message for record in caplog.records if "generation_config=True" in record.message]
+    assert "'temperature': 0.6" in told
+    wanted = {"temperature": 0.6, "top_k": 30, "repetition_penalty": 1.3, "logit_bias": {banned: -100}}
+    plain, on = pack.check(), pack.check(generation_config=True)
+    assert (plain.temperature, plain.repetition_penalty, plain.logit_bias) == (0.0, 1.0, None)
+    assert {name: getattr(on, name) for name in wanted} == wanted
+    assert pack.check(generation_config=True, temperature=0).temperature == 0  # what is set stays
+    answer = pack.generate(PROMPT, generation_config=True, seed=1)
+    assert answer.text == pack.generate(PROMPT, seed=1, **wanted).text != pack.generate(PROMPT).text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "packllm"):
+        always = TextPack(both, weighting="uniform", max_tokens=12, generation_config=True)
+    assert "generation_config=True" not in caplog.text
+    assert always.generate(PROMPT, seed=1).text == answer.text

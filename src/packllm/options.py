@@ -81,6 +81,9 @@ class OptionFields(BaseModel):
     seed: Count | None = Field(None, ge=0, lt=2**64)
     """Seed of the sampler; the same seed and prompt give the same text, alone or in a batch. (So nothing is drafted,
     unless draft_tokens asks for it.)"""
+    generation_config: bool = False
+    """Whether options that nobody sets are what the models' own generation_config asks for (sampling, repetition
+    penalty, suppressed tokens): each is taken from the first member that asks for it."""
     n: Count | None = Field(None, ge=1, le=128)
     """How many answers to give to a prompt, which is read once; of a request alone, not of a pack. Answer i (from 0) is
     the one that seed + i gives. generate() then returns a list, generate_batch() a list of lists."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
+
+log = logging.getLogger("packllm")
 
 LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
 """Arguments of Pack.load that are no options."""
@@ -67,6 +70,8 @@ class Pack:
         most = self.options.max_cache_mb
         self._admission = Admission(None if most is None else most * 2**20)
         self._check_named(self.options)
+        if (asked := self._asked_for()) and not self.options.generation_config:
+            log.info("the members' generation_config asks for %s; generation_config=True uses it", asked)
 
     @classmethod
     def load(
@@ -377,8 +382,20 @@ class Pack:
             OptionError, WeightsError: an unknown option or member, or a value out of range.
         """
         checked = self.options.override(options)
+        if checked.generation_config:
+            checked = make_options({**self._asked_for(), **checked.model_dump(exclude_unset=True)})
         self._check_named(checked)
         return checked
+
+    def _asked_for(self) -> dict[str, Any]:
+        """What the members' own generation_config asks for."""
+        asked: dict[str, Any] = {}
+        for member in reversed(self.members):
+            own = dict(member.engine.asks)
+            if not member.vocabulary.same_as(self.members[0].vocabulary):
+                own.pop("logit_bias", None)  # ids are the first member's
+            asked |= own
+        return asked
 
     def _check_named(self, options: Options) -> None:
         """OptionError, WeightsError where the weighting or the decoding is unknown."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as List
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class Engine(ABC):
         token_bytes: what is kept of each id that a sequence has read.
         requests: how many shared the last pass: each has a part of what it cost.
         packing: what each further token adds to a pass over one, as a share of it.
+        asks: options that the model itself asks for (its generation_config); used on request only.
     """
 
     vocabulary_size: int
@@ -108,6 +110,7 @@ class Engine(ABC):
     token_bytes: int = 0
     requests: int = 1
     packing: float = 0.1
+    asks: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
