@@ -334,9 +334,11 @@ class Pack:
     async def agenerate(self, prompt: Prompt, *, n: int, **options: Any) -> list[Generation]: ...
     async def agenerate(self, prompt: Prompt, *, n: int | None = None, **options: Any) -> Generation | list[Generation]:
         """generate() for asyncio, as astream()."""
-        async with aclosing(self.astream_batch([prompt], n=n, **options)) as chunks:
-            answers = _answers([pair async for pair in chunks])
-        return answers[0] if n is None else answers
+        if n is None:
+            async with aclosing(self.astream(prompt, **options)) as chunks:
+                return Generation.from_chunks([chunk async for chunk in chunks])
+        async with aclosing(self.astream_batch([prompt], n=n, **options)) as pairs:
+            return _answers([pair async for pair in pairs])
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
