@@ -21,11 +21,12 @@ from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer, decodings, verdict
 from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop, Stream
+from packllm.decode.decide import Decision, check_choices, decision
 from packllm.decode.decodings import Decoding
 from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
-from packllm.decode.score import continuation_logprobs
+from packllm.decode.score import continuation_logprobs, member_logprobs
 from packllm.decode.tokens import in_one_vocabulary
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.member import Member
@@ -359,14 +360,50 @@ class Pack:
         checked = self.check(**options)
         if checked.chat_template is None:
             checked = checked.model_copy(update={"chat_template": False})
+        return self._scored(prompt, continuations, checked, cancel, alone=False)[0]
+
+    def decide(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        calibrated: bool = False,
+        cancel: Event | None = None,
+        **options: Any,
+    ) -> Decision:
+        """Which of several labels the pack would answer a prompt with, and how sure it and its members are.
+
+        Args:
+            choices: two or more labels, of any length in tokens, as they would follow the prompt.
+            calibrated: divide each label's likelihood by the one it has after an empty prompt ("N/A"), so that a label
+                that is likely anywhere has no advantage.
+
+        Raises:
+            OptionError: labels that are empty or equal. Others as stream().
+        """
+        labels, checked = check_choices(choices), self.check(**options)
+        fused, members, weights = self._scored(prompt, labels, checked, cancel)
+        if not calibrated:
+            return decision(labels, fused, members, weights)
+        shares = {name: value for name, value in zip(weights.names, weights.values, strict=True) if value}
+        same = checked.override({"weighting": shares, "pool": weights.pool, "score_on": None})
+        nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
+        return decision(labels, fused, members, weights, self._scored(nothing, labels, same, cancel, alone=False)[0])
+
+    def _scored(
+        self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
+    ) -> tuple[list[float], dict[str, list[float]], Weights]:
+        """log p of each text after a prompt: fused, and (alone) by each member that runs; and the weights."""
         with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
-            ids = {
-                k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
-            }
+            ids = {k: [request.members[k].encoder.continuation(text) for text in texts] for k in request.encoded[0]}
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
-            return request.whole(lambda lines: list(_scores(request, lines, continuations, ids)))
+
+            def scores(lines: dict[int, Line]) -> tuple[list[float], dict[str, list[float]]]:
+                return list(_scores(request, lines, texts, ids)), member_logprobs(lines, texts) if alone else {}
+
+            return *request.whole(scores), request.weights[0]
 
     def rerank(
         self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
