@@ -164,7 +164,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
     ) -> ChatResult:
         with typed():
             options, taken = self._request(stop, kwargs)
-            prompt, n = pack_messages(messages), options.pop("n", None) or 1
+            prompt, n = pack_messages(messages), self.pack.check(**options).n or 1
+            options.pop("n", None)
             if n > 1:
                 return self._result(self.pack.generate(prompt, n=n, **options), taken, kwargs)
             return self._result([self.pack.generate(prompt, **options)], taken, kwargs)
@@ -178,7 +179,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
     ) -> ChatResult:
         with typed():
             options, taken = self._request(stop, kwargs)
-            prompt, n = pack_messages(messages), options.pop("n", None) or 1
+            prompt, n = pack_messages(messages), self.pack.check(**options).n or 1
+            options.pop("n", None)
             if n > 1:
                 return self._result(await self.pack.agenerate(prompt, n=n, **options), taken, kwargs)
             return self._result([await self.pack.agenerate(prompt, **options)], taken, kwargs)

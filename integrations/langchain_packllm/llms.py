@@ -73,7 +73,9 @@ class PackLLM(PackModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         options = self._options(stop, kwargs)
-        answers: list[list[GenerationChunk]] = [[] for _ in range(len(prompts) * (options.get("n") or 1))]
+        with typed():
+            n = self.pack.check(**options).n or 1
+        answers: list[list[GenerationChunk]] = [[] for _ in range(len(prompts) * n)]
         with typed(), closing(self.pack.stream_batch(prompts, **options)) as pieces:
             for index, piece in pieces:
                 answers[index].append(chunk := self._chunk(piece))
@@ -89,8 +91,9 @@ class PackLLM(PackModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         options = self._options(stop, kwargs)
-        answers: list[list[GenerationChunk]] = [[] for _ in range(len(prompts) * (options.get("n") or 1))]
         with typed():
+            n = self.pack.check(**options).n or 1
+            answers: list[list[GenerationChunk]] = [[] for _ in range(len(prompts) * n)]
             async with aclosing(self.pack.astream_batch(prompts, **options)) as pieces:
                 async for index, piece in pieces:
                     answers[index].append(chunk := self._chunk(piece))

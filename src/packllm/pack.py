@@ -296,9 +296,11 @@ class Pack:
     ) -> Generation: ...
     @overload
     def generate(self, prompt: Prompt, *, cancel: Event | None = None, n: int, **options: Any) -> list[Generation]: ...
-    def generate(self, prompt: Prompt, *, n: int | None = None, **options: Any) -> Generation | list[Generation]:
+    def generate(
+        self, prompt: Prompt, *, cancel: Event | None = None, n: int | None = None, **options: Any
+    ) -> Generation | list[Generation]:
         """The whole answer, or with n a list of n answers; arguments and errors as stream()."""
-        answers = _answers(self.stream_batch([prompt], n=n, **options))
+        answers = _answers(self.stream_batch([prompt], cancel=cancel, n=n, **options))
         return answers[0] if n is None else answers
 
     @overload
@@ -306,11 +308,11 @@ class Pack:
     @overload
     def generate_batch(self, prompts: Sequence[Prompt], *, n: int, **options: Any) -> list[list[Generation]]: ...
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, n: int | None = None, **options: Any
+        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, n: int | None = None, **options: Any
     ) -> list[Generation] | list[list[Generation]]:
         """The whole answers to several prompts, with n a list of n answers to each; arguments and errors as
         stream_batch()."""
-        answers = _answers(self.stream_batch(prompts, n=n, **options))
+        answers = _answers(self.stream_batch(prompts, cancel=cancel, n=n, **options))
         return answers if n is None else [answers[at : at + n] for at in range(0, len(answers), n)]
 
     async def astream(
@@ -333,12 +335,14 @@ class Pack:
     async def agenerate(self, prompt: Prompt, *, n: None = None, **options: Any) -> Generation: ...
     @overload
     async def agenerate(self, prompt: Prompt, *, n: int, **options: Any) -> list[Generation]: ...
-    async def agenerate(self, prompt: Prompt, *, n: int | None = None, **options: Any) -> Generation | list[Generation]:
+    async def agenerate(
+        self, prompt: Prompt, *, cancel: Event | None = None, n: int | None = None, **options: Any
+    ) -> Generation | list[Generation]:
         """generate() for asyncio, as astream()."""
         if n is None:
-            async with aclosing(self.astream(prompt, **options)) as chunks:
+            async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
                 return Generation.from_chunks([chunk async for chunk in chunks])
-        async with aclosing(self.astream_batch([prompt], n=n, **options)) as pairs:
+        async with aclosing(self.astream_batch([prompt], cancel=cancel, n=n, **options)) as pairs:
             return _answers([pair async for pair in pairs])
 
     def score(
