@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall
     from packllm.decode.decide import Decision
     from packllm.engines.member import Member
+    from packllm.engines.memory import Estimate, MemberEstimate, estimate
     from packllm.errors import (
         AnswerTimeout,
         CancelledError,
@@ -49,6 +50,7 @@ __all__ = [
     "ContextOverflowError",
     "DataError",
     "Decision",
+    "Estimate",
     "ExtraError",
     "Formatted",
     "Generation",
@@ -56,6 +58,7 @@ __all__ = [
     "LoadError",
     "Member",
     "MemberError",
+    "MemberEstimate",
     "OptionError",
     "OptionFields",
     "Options",
@@ -72,6 +75,7 @@ __all__ = [
     "VocabularyError",
     "Weights",
     "WeightsError",
+    "estimate",
     "parse_tool_calls",
     "schema_of_type",
 ]
@@ -84,6 +88,7 @@ _HOMES = {
     "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall"),
     "decode.decide": ("Decision",),
     "engines.member": ("Member",),
+    "engines.memory": ("Estimate", "MemberEstimate", "estimate"),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),
     "results": ("Chunk", "Generation", "TokenLogprob", "Usage"),

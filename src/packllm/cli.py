@@ -1,4 +1,4 @@
-"""packllm ask | weigh | eval | bench | align: the pack on the command line."""
+"""packllm ask | weigh | check | eval | bench | align: the pack on the command line."""
 
 from __future__ import annotations
 
@@ -202,6 +202,44 @@ def weigh(
         typer.echo(json.dumps(weights.as_dict()))
     else:
         _print_weights(weights)
+
+
+@app.command()
+def check(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Hub ids, folders, .gguf files, base+adapter.")
+    ],
+    dtype: Annotated[str, typer.Option(help="Type of the weights, as for loading.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Show what models will hold in memory, before they are loaded.
+
+    Bytes of weights as they will be held and of a sequence's cache, a token and at the context window, beside what is
+    free here; and whether the models share a vocabulary, a chat template and an end. By configs and headers of files:
+    no weights are read.
+
+    [dim]Examples:[/]
+
+    packllm check ./base ./base+./law-adapter
+
+    packllm check general=./model-7b ./other.gguf --json
+    """
+    _quieten()
+    from packllm.engines.memory import estimate
+
+    found = estimate(models, dtype=dtype)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    heading, *rows = found.rows()
+    for at, name in enumerate(heading):
+        table.add_column(name, justify="left" if at < 3 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text("\n".join(found.remarks()), style="dim"))
 
 
 @app.command()

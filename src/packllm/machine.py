@@ -36,6 +36,28 @@ def _quota(groups: Path) -> float | None:
         return None
 
 
+def free_memory(groups: Path = _GROUPS, told: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that this process may still take: what the machine has available, and what the limit of its control group
+    (v2 or v1) leaves."""
+    try:
+        lines = dict(line.split(":", 1) for line in told.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+    for folder, most, used in (
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit, taken = int((folder / most).read_text()), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # there is no limit
+            continue
+        cached = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)  # given back when it is needed
+        free = min(free, max(0, limit - taken + cached))
+    return free
+
+
 def wait_passively() -> None:
     """Let torch's threads sleep at a barrier instead of spinning, if torch is not loaded yet.
 

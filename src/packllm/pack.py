@@ -28,6 +28,7 @@ from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs, member_logprobs
 from packllm.decode.tokens import in_one_vocabulary
+from packllm.engines import memory
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.member import Member
 from packllm.engines.prefix import PrefixCache
@@ -165,6 +166,11 @@ class Pack:
         """Let go of the members; the pack cannot answer any more."""
         self.members = ()
         self.prefixes.close()
+
+    def memory(self) -> list[tuple[str, int, int]]:
+        """(member, bytes of its weights, bytes of its cache a token) of each member. What several share, such as the
+        base of adapters, counts at the first of them. estimate() tells this before loading."""
+        return memory.held(self.members)
 
     # What adapters and tables need to know
 

@@ -126,6 +126,10 @@ class Engine(ABC):
         """Answers to reads in their order, which may come from several sequences; one sequence's happen one after the
         other. A read that failed has its exception for an answer, and the others theirs."""
 
+    def held(self, adapter: int | None = None) -> dict[Hashable, int]:
+        """Bytes of the weights in memory, in parts whose keys tell what several engines or adapters share."""
+        return {id(self): self.size}
+
     def fingerprint(self, adapter: int | None = None) -> str:
         """Hash of the weights: changes with the answers."""
         return f"{id(self)} {adapter}"

@@ -18,6 +18,8 @@ from packllm.engines.member import Member
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
+from packllm.engines.transformers.footprint import Footprint
+from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.gguf_header import MAGIC
 from packllm.engines.transformers.merged_adapters import merge
@@ -59,7 +61,7 @@ class Loader:
         if dtype == "fastest":
             dtype = "auto" if torch.accelerator.is_available() else fastest()
         self._dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-        self._device_map = "cpu" if device_map == "auto" and not torch.accelerator.is_available() else device_map
+        self.device_map = "cpu" if device_map == "auto" and not torch.accelerator.is_available() else device_map
         self._trust = trust_remote_code
         self._bases: dict[str, _Base] = {}
 
@@ -73,7 +75,7 @@ class Loader:
             LoadError: nothing to load, a path that does not exist, files that are no model.
         """
         listed = as_list(models)
-        specs = {i: self._spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model)}
+        specs = {i: self.spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model)}
         uses = Counter(spec.key for spec in specs.values())
         members: list[Member] = []
         for i, model in enumerate(listed):
@@ -88,9 +90,9 @@ class Loader:
             members.append(member)
         return members
 
-    def _spec(self, text: str) -> _Spec:
+    def spec(self, text: str) -> Spec:
         """What a text names. An adapter by itself is one on the base that its config names."""
-        spec = _Spec.of(text)
+        spec = Spec.of(text)
         if spec.adapter is not None or not (folder := self._adapter_folder(spec.base)):
             return spec
         with loading(f"adapter {spec.base!r}"):
@@ -101,7 +103,7 @@ class Loader:
             raise LoadError(
                 f"{spec.base!r} is an adapter, and its base {base!r} is not found here; name the base: BASE+{spec.base}"
             )
-        return _Spec(spec.name, found or str(base), spec.base)
+        return Spec(spec.name, found or str(base), spec.base)
 
     def _adapter_folder(self, source: str) -> Path | None:
         """The folder of an adapter; None for anything else."""
@@ -128,12 +130,20 @@ class Loader:
             return None
         return None
 
-    def _member(self, spec: _Spec, shared: bool) -> Member:
+    def footprint(self, spec: Spec) -> Footprint:
+        """What the base of a spec will hold in memory; no weights are read."""
+        return footprint(spec.base, self._dtype, self._trust, self._words)
+
+    def adapter(self, name: str, weights: bool = True) -> lora.Adapter:
+        """The files of an adapter, see lora.open_adapter."""
+        return lora.open_adapter(name, self._hub, weights)
+
+    def _member(self, spec: Spec, shared: bool) -> Member:
         """A member of the base's own engine, if others share it; an adapter used alone is merged, which is faster."""
         if spec.adapter is None:
             base = self._base(spec)
             return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine)
-        adapter = lora.open_adapter(spec.adapter, self._hub)
+        adapter = self.adapter(spec.adapter)
         factors = adapter.factors()
         base = self._base(spec)
         tokenizer, encoder = base.tokenizer, base.encoder
@@ -149,7 +159,7 @@ class Loader:
             index = base.engine.adapters.attach(factors, adapter.what)
             return Member(base.model, tokenizer, spec.name, encoder, engine=base.engine, adapter=index)
 
-    def _base(self, spec: _Spec) -> _Base:
+    def _base(self, spec: Spec) -> _Base:
         if spec.key not in self._bases:
             if os.path.isfile(spec.base):
                 source: str | Path = converted(_gguf(spec.base))
@@ -157,7 +167,7 @@ class Loader:
             else:
                 source, words = spec.base, self._words
             try:
-                model, tokenizer = files.read(source, self._dtype, self._device_map, self._trust, words)
+                model, tokenizer = files.read(source, self._dtype, self.device_map, self._trust, words)
             except LoadError as error:
                 if spec.adapter is None:
                     raise
@@ -247,7 +257,7 @@ class _Base:
 
 
 @dataclass(frozen=True)
-class _Spec:
+class Spec:
     """What a user names: a base and perhaps an adapter, each a path that exists or something that may be a hub id."""
 
     name: str
@@ -260,7 +270,7 @@ class _Spec:
         return os.path.realpath(self.base) if os.path.exists(self.base) else self.base
 
     @classmethod
-    def of(cls, text: str) -> _Spec:
+    def of(cls, text: str) -> Spec:
         named = None if os.path.exists(text) else re.match(r"([\w.-]+)=", text)
         base, adapter = _split(text[named.end() :] if named else text)
         return cls(named[1] if named else _name(adapter or base), base, adapter)

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from packllm.engines import base
 from packllm.engines.base import Prefixes
 from packllm.engines.meeting import Job, Meeting, Packs, Part
 from packllm.engines.prefix import MINIMUM
-from packllm.engines.transformers import kv, packed
+from packllm.engines.transformers import footprint, kv, packed
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder
 from packllm.engines.transformers.generation import asks_for
@@ -86,7 +86,6 @@ class Engine(Packs):
         self.device: torch.device = model.device
         self.place = str(self.device)
         self.size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        self.token_bytes = _token_bytes(config) * model.dtype.itemsize
         self.forwards = self.tokens = 0
         self._unused = torch.tensor(
             sorted(i for i in vocabulary.unused if i < self.vocabulary_size), device=self.device
@@ -99,6 +98,9 @@ class Engine(Packs):
         self.packs = self.architecture.steady and packed.can_pack(
             self.model, self.vocabulary_size, self.architecture.carrier
         )
+        self.token_bytes = 8  # an id, where no state is carried
+        if self.architecture.carrier is not None:
+            self.token_bytes = footprint.cache_of(type(model), model.config, model.dtype, self.packs).token_bytes
         full = kv.is_full(self.architecture.new_cache(model.config))
         self.rewinds = self.packs or (self.architecture.croppable and full)
         if not self.packs:
@@ -130,6 +132,13 @@ class Engine(Packs):
     def merged(self, adapter: int | None) -> Any:
         """The model, or a copy of it with an adapter added to its weights."""
         return self.model if adapter is None or self.adapters is None else self.adapters.merged(adapter)
+
+    def held(self, adapter: int | None = None) -> dict[Hashable, int]:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if adapter is not None and self.adapters is not None:
+            tensors += [factor for pair in self.adapters.factors(adapter).values() for factor in pair]
+        tensors = [tensor for tensor in tensors if not tensor.is_meta]
+        return {(tensor.device, tensor.data_ptr()): tensor.numel() * tensor.element_size() for tensor in tensors}
 
     # What log-pool optimisers ask for (base.KeepsHidden)
 
@@ -400,15 +409,3 @@ class Engine(Packs):
             chosen = logits.gather(-1, torch.tensor(targets[at : at + step], device=logits.device)[:, None])[:, 0]
             scores += (chosen - logits.logsumexp(-1)).tolist()
         return scores
-
-
-def _token_bytes(config: Any) -> int:
-    """Numbers of keys and values that all layers keep of a token, going by the usual names; where sizes differ between
-    layers (Gemma 4) as many as the hidden states have."""
-    try:
-        heads = getattr(config, "num_attention_heads", 0)
-        size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-        width = size * (getattr(config, "num_key_value_heads", None) or heads)
-    except Exception:  # transformers refuses to tell one number where there are several
-        width = getattr(config, "hidden_size", 0)
-    return 2 * config.num_hidden_layers * width

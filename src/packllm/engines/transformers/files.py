@@ -40,6 +40,9 @@ OWN = {
 }
 """Words of from_pretrained that are not model_kwargs: an argument of Pack.load, or this package's own affair."""
 
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of safetensors files that models are run in."""
+
 _LFS = b"version https://git-lfs"
 _DEPTH = re.compile(r"(^|_)(n_)?(layers?|depth|blocks?|experts)$")
 _MOST_LAYERS = 10_000  # where there are no weights to hold the config against
@@ -80,7 +83,7 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
     with loading(what):
         weights = check_folder(folder) if folder else None
         if folder:
-            check_claims(_json(folder / "config.json"), weights, what)
+            check_claims(read_json(folder / "config.json"), weights, what)
     with _stating_code(), loading(what):
         config = None
         if not trust:
@@ -118,7 +121,7 @@ def own_tokenizer(folder: Path, tokenizer: Any, config: Any) -> Any | None:
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif (folder / "tokenizer_config.json").is_file():
-        template = _json(folder / "tokenizer_config.json").get("chat_template")
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not template:
         return None
     if isinstance(template, list):  # named ones
@@ -150,11 +153,13 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of weight files say: tensors, their elements, and whether codes stand for several each."""
+    """What the headers of weight files say: tensors, their elements, the type of the first of numbers in floating
+    point, as safetensors spells it, and the bytes of the files."""
 
     tensors: int
     elements: int
-    packed: bool = False
+    floating: str = ""
+    size: int = 0
 
 
 def check_folder(folder: Path) -> Weights:
@@ -184,14 +189,19 @@ def check_folder(folder: Path) -> Weights:
             )
         raise refused(what, f"it has no .safetensors file, but {list_names(names)}")
     files = _weight_files(folder, safe)
-    tensors = elements = 0
+    tensors = elements = size = 0
+    floating = ""
     for file in files:
         path = folder / file
+        size += path.stat().st_size
         with loading(f"model {str(path)!r}", "; the file is damaged or cut"), safe_open(path, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (no mapping)
                 tensors += 1
-                elements += math.prod(opened.get_slice(key).get_shape())
-    return Weights(tensors, elements)
+                held = opened.get_slice(key)
+                elements += math.prod(held.get_shape())
+                if not floating and held.get_dtype() in FLOATING:
+                    floating = held.get_dtype()
+    return Weights(tensors, elements, floating, size)
 
 
 def _weight_files(folder: Path, safe: list[str]) -> list[str]:
@@ -201,7 +211,7 @@ def _weight_files(folder: Path, safe: list[str]) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return safe
-    named = _json(index).get("weight_map")
+    named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise refused(f"model {str(index.parent)!r}", "its index has no weight_map of names of files")
     files = sorted(set(named.values()))
@@ -228,7 +238,7 @@ def list_names(names: list[str]) -> str:
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     with loading(f"model: {str(path)!r}", "; it is not a valid JSON file"):
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
@@ -252,18 +262,34 @@ def check_claims(config: Mapping[str, Any], weights: Weights | None, what: str, 
 
 def check_size(config: Any, weights: Weights | None, what: str) -> None:
     """Build the model without memory, and refuse one that is larger than its weights."""
+    if weights is not None:
+        twin(config, weights, what)
+
+
+def twin(config: Any, weights: Weights | None, what: str, trust: bool = False, **words: Any) -> Any:
+    """The model of a config without memory: names, shapes and types of its weights.
+
+    Args:
+        weights: what there is of them, where that is known.
+        words: further arguments of from_config, such as dtype.
+
+    Raises:
+        LoadError: it is larger than its weights.
+    """
+    most = 20 * weights.tensors + 10_000 if weights else 20 * _MOST_LAYERS
+    with _few_modules(most, what), torch.device("meta"):
+        model: Any = auto_class(config).from_config(config, trust_remote_code=trust, **words)
     if weights is None:
-        return
-    with _few_modules(20 * weights.tensors + 10_000, what), torch.device("meta"):
-        model: Any = auto_class(config).from_config(config, trust_remote_code=False)
+        return model
     claimed = sum(math.prod(parameter.shape) for parameter in model.parameters())
     # A quantised weight is packed, up to 16 numbers in an int32; else a model is no larger than its file.
-    packed = weights.packed or getattr(config, "quantization_config", None) is not None
+    packed = getattr(config, "quantization_config", None) is not None
     most = weights.elements * (32 if packed else 2) + 2**20
     if claimed > most:
         raise LoadError(
             f"{what} does not fit its config: a model of {claimed:,} parameters from weights of {weights.elements:,}"
         )
+    return model
 
 
 @contextmanager

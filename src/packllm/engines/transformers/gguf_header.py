@@ -48,7 +48,7 @@ def check_header(path: Path) -> Weights:
         elements += count
     if not infos:
         raise LoadError(f"{what}: it holds no tensors")
-    weights = Weights(len(infos), elements)
+    weights = Weights(len(infos), elements, size=size)
     layers = {"num_hidden_layers" if name.endswith(".block_count") else name: n for name, n in numbers.items()}
     check_claims(layers, weights, f"{str(path)!r}")
     return weights

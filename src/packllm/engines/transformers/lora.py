@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from packllm.engines.transformers.files import check_finite, is_lfs_pointer, list_names
+from packllm.engines.transformers.files import FLOATING, check_finite, is_lfs_pointer, list_names
 from packllm.errors import LoadError, loading, refused
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -105,19 +106,22 @@ class Adapter:
         return down, up * scale
 
 
-def open_adapter(adapter: str, hub: Mapping[str, Any] | None = None) -> Adapter:
+def open_adapter(adapter: str, hub: Mapping[str, Any] | None = None, weights: bool = True) -> Adapter:
     """The files of an adapter, read.
 
     Args:
         adapter: folder or hub id of an adapter in safetensors format.
         hub: words about the hub, as from_pretrained takes them.
+        weights: whether its weights are read; else they are shapes and types without memory, and nothing is
+            downloaded.
 
     Raises:
         LoadError: no such adapter, another format than safetensors, damaged files, NaN or infinity in its weights.
     """
     what = f"adapter {adapter!r}"
     with loading(what):
-        folder = Path(adapter) if Path(adapter).is_dir() else _download(adapter, hub or {})
+        words = {**(hub or {}), **({} if weights else {"local_files_only": True})}
+        folder = Path(adapter) if Path(adapter).is_dir() else _download(adapter, words)
         for name in (WEIGHTS, CONFIG):
             if is_lfs_pointer(folder / name):
                 raise refused(what, f"it holds a git-lfs pointer instead of {name}; run `git lfs pull` there")
@@ -125,9 +129,19 @@ def open_adapter(adapter: str, hub: Mapping[str, Any] | None = None) -> Adapter:
             held = list_names(sorted(path.name for path in folder.iterdir()))
             raise refused(what, f"it has no {WEIGHTS}; other formats can run code; it has {held}")
         config = read_config(folder)
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS) if weights else _shapes(folder / WEIGHTS)
         check_finite(tensors, what)
         return Adapter(adapter, folder, config, tensors)
+
+
+def _shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without memory, by its header."""
+    with safe_open(file, "pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        return {
+            name: torch.empty(held.get_shape(), dtype=FLOATING.get(held.get_dtype(), torch.uint8), device="meta")
+            for name, held in slices.items()
+        }
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,334 @@
+"""Memory before loading: what members will hold, by their configs and the headers of their files alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from packllm.chat.prompt import Encoder
+from packllm.engines.load import Loader, Spec, as_list, is_spec
+from packllm.engines.member import Member
+from packllm.engines.transformers.files import own_tokenizer
+from packllm.engines.transformers.footprint import Footprint, free_where
+from packllm.errors import LoadError, OptionError
+
+
+@dataclass(frozen=True)
+class MemberEstimate:
+    """What a member will hold. None stands for what cannot be known.
+
+    Attributes:
+        member: its name.
+        engine: what will run it.
+        dtype: type of its weights.
+        parameters: how many it has, an adapter without its base.
+        weights: bytes of its weights; a base that several members share counts at the first of them.
+        token_bytes: bytes of cache a token.
+        window: most tokens that it reads.
+        window_bytes: bytes of the cache of one sequence as long as that.
+        note: what is not sure, or why.
+    """
+
+    member: str
+    engine: str = ""
+    dtype: str = "?"
+    parameters: int | None = None
+    weights: int | None = None
+    token_bytes: int | None = None
+    window: int | None = None
+    window_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a pack will hold. Iterating gives (member, bytes of weights, bytes a token of cache), as Pack.memory().
+
+    Attributes:
+        members: what each member will hold.
+        free: bytes that are free where the weights go.
+        place: where that is.
+        vocabulary, template, end: whether all members share their text tokens, their chat template, what ends their
+            answers; None where it is not known of all.
+    """
+
+    members: tuple[MemberEstimate, ...]
+    free: int
+    place: str
+    vocabulary: bool | None = None
+    template: bool | None = None
+    end: bool | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, int | None, int | None]]:
+        return iter([(each.member, each.weights, each.token_bytes) for each in self.members])
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, at: int) -> tuple[str, int | None, int | None]:
+        return list(self)[at]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights that are known."""
+        return sum(each.weights or 0 for each in self.members)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of cache a token of all members."""
+        return sum(each.token_bytes or 0 for each in self.members)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the caches of one request as long as each member's window."""
+        return sum(each.window_bytes or 0 for each in self.members)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights fit in what is free."""
+        return self.weights <= self.free
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        sums = ("weights", "token_bytes", "window_bytes", "free", "place", "fits", "vocabulary", "template", "end")
+        return {"members": [vars(each) for each in self.members], **{name: getattr(self, name) for name in sums}}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table, as texts: headings, a row a member, their sum."""
+        rows = [("member", "engine", "type", "parameters", "weights", "cache/token", "cache at window")]
+        for each in self.members:
+            window = "" if each.window is None else f" ({each.window:,})"
+            count = "?" if each.parameters is None else _count(each.parameters)
+            sizes = map(size_of, (each.weights, each.token_bytes, each.window_bytes))
+            weights, token, whole = sizes
+            rows.append((each.member, each.engine, each.dtype, count, weights, token, whole + window))
+        if len(self.members) > 1:
+            sizes = map(size_of, (self.weights, self.token_bytes, self.window_bytes))
+            rows.append(("together", "", "", "", *sizes))
+        return rows
+
+    def remarks(self) -> list[str]:
+        """What the table does not say, a line each."""
+        room = "fit in" if self.fits else "do not fit in"
+        lines = [f"The weights take {size_of(self.weights)} and {room} the {size_of(self.free)} free ({self.place})."]
+        if len(self.members) > 1:
+            shared = {"vocabulary": self.vocabulary, "chat template": self.template, "end of answers": self.end}
+            told = {True: "one", False: "several", None: "not known"}
+            lines.append("; ".join(f"{name}: {told[value]}" for name, value in shared.items()) + ".")
+        return lines + [f"{each.member}: {each.note}" for each in self.members if each.note]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+        table = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*table, *self.remarks()])
+
+
+def estimate(
+    models: Any,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = "auto",
+    trust_remote_code: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Estimate:
+    """What a pack of these models will hold in memory, before it is loaded: by configs and headers, no weights are
+    read.
+
+    Weights are as they will be held, to within a tenth. Caches are one sequence's; a request has one for each member.
+
+    Args:
+        models: as for Pack.load; Member objects count what they hold already.
+        dtype, device_map, trust_remote_code, model_kwargs: as for Pack.load.
+        others: quantization.
+
+    Raises:
+        LoadError: a model that does not exist or cannot be loaded. A hub id of which nothing is here is no error: its
+            row says what cannot be known.
+    """
+    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, **others)
+    listed = as_list(models)
+    specs = {at: loader.spec(os.fspath(model)) for at, model in enumerate(listed) if is_spec(model)}
+    looks = _Looks(loader, Counter(spec.key for spec in specs.values()))
+    rows: list[MemberEstimate] = []
+    speeches: list[_Speech | None] = []
+    for at, model in enumerate(listed):
+        row, speech = looks.at(specs[at]) if at in specs else _loaded(loader.members([model])[0])
+        taken = {other.member for other in rows}
+        name, count = row.member, 2
+        while name in taken:  # as the loader names them
+            name, count = f"{row.member}-{count}", count + 1
+        rows.append(replace(row, member=name))
+        speeches.append(speech)
+    free, place = free_where(loader.device_map)
+    return Estimate(tuple(rows), free, place, *_shared(speeches))
+
+
+def refuse(models: Any, most: int, **loading: Any) -> None:
+    """Refuse models whose weights are larger than `most` bytes.
+
+    Raises:
+        LoadError: they are, or may be; it has the table.
+    """
+    found = estimate(models, **loading)
+    unknown = [each.member for each in found.members if each.weights is None]
+    if unknown:
+        raise LoadError(f"max_memory={size_of(most)} cannot be kept: the size of {unknown[0]!r} is not known\n{found}")
+    if found.weights > most:
+        raise LoadError(
+            f"the weights take {size_of(found.weights)}, more than max_memory={size_of(most)}; leave members out, give "
+            f"smaller or quantised ones (.gguf), or allow more\n{found}"
+        )
+
+
+def bytes_of(limit: Any) -> int | None:
+    """`max_memory` as bytes; None for a mapping, which is accelerate's, and for None.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if limit is None or isinstance(limit, Mapping):
+        return None
+    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+        return limit
+    if isinstance(limit, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", limit, re.I)):
+        base = 1024 if found[3] else 1000
+        if (size := int(float(found[1]) * base ** units[found[2].upper()])) > 0:
+            return size
+    raise OptionError(
+        f'max_memory={limit!r} is no size; give bytes (8589934592), "8GiB" or accelerate\'s mapping {{0: "20GiB"}}'
+    )
+
+
+def size_of(count: int | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "?"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.{1 if count < 100 * size else 0}f} {unit}"
+    return f"{count} B"
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if parameters >= size:
+            return f"{parameters / size:.1f} {unit}"
+    return str(parameters)
+
+
+def held(members: Sequence[Member]) -> list[tuple[str, int, int]]:
+    """(member, bytes of its weights, bytes of its cache a token) of loaded members; what several share counts at the
+    first of them."""
+    counted: set[Any] = set()
+    found = []
+    for member in members:
+        parts = member.engine.held(member.adapter)
+        found.append((member.name, sum(parts[key] for key in parts.keys() - counted), member.engine.token_bytes))
+        counted |= parts.keys()
+    return found
+
+
+@dataclass(frozen=True)
+class _Speech:
+    """How a member speaks: its text tokens, its chat template, what ends its answers."""
+
+    vocabulary: str
+    template: str
+    ends: frozenset[bytes]
+
+    @classmethod
+    def of(cls, encoder: Encoder, ends: Iterable[int]) -> _Speech:
+        vocabulary = encoder.vocabulary
+        ids = {*ends, vocabulary.special.get("eos"), encoder.end_of_turn}
+        spelled = frozenset(vocabulary.tokens[i] for i in ids if i is not None and i < len(vocabulary))
+        return cls(vocabulary.family, str(encoder.template), spelled)
+
+
+def _shared(speeches: Sequence[_Speech | None]) -> tuple[bool | None, bool | None, bool | None]:
+    """Whether all have one vocabulary, one template, one end."""
+    known = [(speech.vocabulary, speech.template, speech.ends) for speech in speeches if speech is not None]
+    sure = True if len(known) == len(speeches) else None
+    if not known:
+        return None, None, None
+    vocabulary, template, end = (False if len(set(values)) > 1 else sure for values in zip(*known, strict=True))
+    return vocabulary, template, end
+
+
+def _loaded(member: Member) -> tuple[MemberEstimate, _Speech]:
+    """Of a member that is in memory already: it takes no more."""
+    engine, window = member.engine, member.context_window
+    row = MemberEstimate(
+        member.name,
+        weights=0,
+        token_bytes=engine.token_bytes,
+        window=window,
+        window_bytes=None if window is None else window * engine.token_bytes,
+        note="it is in memory already",
+    )
+    return row, _Speech.of(member.encoder, member.end_ids)
+
+
+class _Looks:
+    """Looks at what is named, and counts once what members share."""
+
+    def __init__(self, loader: Loader, uses: Mapping[str, int]) -> None:
+        self._loader, self._uses = loader, uses
+        self._bases: dict[str, Footprint] = {}
+        self._counted: set[str] = set()
+
+    def at(self, spec: Spec) -> tuple[MemberEstimate, _Speech | None]:
+        """A member's row, and how it speaks."""
+        try:
+            if spec.key not in self._bases:
+                self._bases[spec.key] = self._loader.footprint(spec)
+            base = self._bases[spec.key]
+            adapter = None if spec.adapter is None else self._loader.adapter(spec.adapter, weights=False)
+        except LoadError as error:
+            if os.path.exists(spec.base) and (spec.adapter is None or os.path.exists(spec.adapter)):
+                raise
+            return MemberEstimate(spec.name, note=str(error)), None
+        encoder = None if base.tokenizer is None else Encoder(base.tokenizer)
+        own, shares, parameters = 0, True, base.parameters
+        if adapter is not None:
+            parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
+            before = encoder
+            if (
+                base.tokenizer is not None
+                and (brought := own_tokenizer(adapter.folder, base.tokenizer, base.config)) is not None
+            ):
+                encoder = Encoder(brought)
+            factors = adapter.factors()
+            if factors is None:  # peft makes a copy of the base
+                own, shares = base.weights, False
+            elif self._uses[spec.key] > 1:
+                merged = (
+                    before is not None and encoder is not None and not encoder.vocabulary.same_as(before.vocabulary)
+                )
+                own = base.item * sum(
+                    up.shape[0] * down.shape[1] if merged else up.numel() + down.numel()
+                    for down, up in factors.values()
+                )
+        if shares and spec.key not in self._counted:
+            self._counted.add(spec.key)
+            own += base.weights
+        row = MemberEstimate(
+            spec.name,
+            base.engine,
+            base.dtype,
+            parameters,
+            own,
+            base.cache.token_bytes,
+            base.window,
+            None if base.window is None else base.cache.after(base.window),
+            base.note,
+        )
+        return row, None if encoder is None else _Speech.of(encoder, base.ends)
