@@ -41,6 +41,7 @@ from packllm.weights import Weights, find, fixed
 log = logging.getLogger("packllm")
 
 LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
+LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory")
 """Arguments of Pack.load that are no options."""
 
 
@@ -84,6 +85,8 @@ class Pack:
         device_map: Any = "auto",
         trust_remote_code: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
+        quantization: Any = None,
+        max_memory: int | str | Mapping[Any, Any] | None = None,
         **options: Any,
     ) -> Pack:
         """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, or models in memory.
@@ -97,6 +100,10 @@ class Pack:
             trust_remote_code: run code that comes with a hub model.
             model_kwargs: further arguments of transformers' from_pretrained for every model that is loaded, such as
                 revision, token, attn_implementation, quantization_config.
+            quantization: for accelerators: "int8" or "int4" (by bitsandbytes or torchao, what is installed), or a
+                quantisation config of transformers.
+            max_memory: most that the weights may take, as bytes or "8GiB": more is refused before anything is loaded
+                (see estimate). A mapping {0: "20GiB", "cpu": "30GiB"} is accelerate's, and spreads the layers.
             options: defaults of every request (see Options).
 
         Raises:
@@ -108,12 +115,18 @@ class Pack:
         if isinstance(asked.weighting, str):
             find(asked.weighting)
         models = as_list(models)
+        words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        words |= {"model_kwargs": model_kwargs, "quantization": quantization}
+        loader = Loader(**words, max_memory=max_memory if isinstance(max_memory, Mapping) else None)
+        if (most := memory.bytes_of(max_memory)) is not None:
+            memory.refuse(models, most, **words)
         with bars_if_slow():
-            members = Loader(dtype, device_map, trust_remote_code, model_kwargs).members(models)
+            members = loader.members(models)
         specs = [os.fspath(m) for m in models if is_spec(m)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        if further := without_secrets(model_kwargs):
-            recipe["model_kwargs"] = further
+        further = {"model_kwargs": without_secrets(model_kwargs), "max_memory": max_memory}
+        further |= without_secrets({"quantization": quantization})
+        recipe |= {name: word for name, word in further.items() if word is not None}
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
     @classmethod

@@ -24,6 +24,7 @@ from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.gguf_header import MAGIC
 from packllm.engines.transformers.merged_adapters import merge
 from packllm.engines.transformers.precision import fastest
+from packllm.engines.transformers.quantization import config_of
 from packllm.errors import LoadError, OptionError, loading
 
 __all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
@@ -43,6 +44,8 @@ class Loader:
         trust_remote_code: run code that comes with a hub model.
         model_kwargs: further arguments of transformers' from_pretrained, such as revision, token,
             attn_implementation or quantization_config.
+        quantization: as quantization.config_of.
+        max_memory: accelerate's mapping of devices to sizes.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Loader:
         device_map: Any = "auto",
         trust_remote_code: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
+        quantization: Any = None,
+        max_memory: Mapping[Any, Any] | None = None,
     ) -> None:
         self._words = files.check_model_kwargs(model_kwargs)
         self._hub = {name: self._words[name] for name in files.HUB if name in self._words}
@@ -61,7 +66,13 @@ class Loader:
         if dtype == "fastest":
             dtype = "auto" if torch.accelerator.is_available() else fastest()
         self._dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-        self.device_map = "cpu" if device_map == "auto" and not torch.accelerator.is_available() else device_map
+        alone = device_map == "auto" and not torch.accelerator.is_available() and max_memory is None
+        self.device_map = "cpu" if alone else device_map
+        given = {"quantization_config": config_of(quantization, self.device_map), "max_memory": max_memory}
+        for name, value in given.items():
+            if value is not None and name in self._words:
+                raise OptionError(f"model_kwargs[{name!r}] and an argument of Pack.load say the same; give one of them")
+            self._words |= {} if value is None else {name: value}
         self._trust = trust_remote_code
         self._bases: dict[str, _Base] = {}
 

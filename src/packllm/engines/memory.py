@@ -137,7 +137,7 @@ def estimate(
     device_map: Any = "auto",
     trust_remote_code: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
-    **others: Any,
+    quantization: Any = None,
 ) -> Estimate:
     """What a pack of these models will hold in memory, before it is loaded: by configs and headers, no weights are
     read.
@@ -146,14 +146,13 @@ def estimate(
 
     Args:
         models: as for Pack.load; Member objects count what they hold already.
-        dtype, device_map, trust_remote_code, model_kwargs: as for Pack.load.
-        others: quantization.
+        dtype, device_map, trust_remote_code, model_kwargs, quantization: as for Pack.load.
 
     Raises:
         LoadError: a model that does not exist or cannot be loaded. A hub id of which nothing is here is no error: its
             row says what cannot be known.
     """
-    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, **others)
+    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization)
     listed = as_list(models)
     specs = {at: loader.spec(os.fspath(model)) for at, model in enumerate(listed) if is_spec(model)}
     looks = _Looks(loader, Counter(spec.key for spec in specs.values()))

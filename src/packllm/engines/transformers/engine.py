@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -98,9 +99,6 @@ class Engine(Packs):
         self.packs = self.architecture.steady and packed.can_pack(
             self.model, self.vocabulary_size, self.architecture.carrier
         )
-        self.token_bytes = 8  # an id, where no state is carried
-        if self.architecture.carrier is not None:
-            self.token_bytes = footprint.cache_of(type(model), model.config, model.dtype, self.packs).token_bytes
         full = kv.is_full(self.architecture.new_cache(model.config))
         self.rewinds = self.packs or (self.architecture.croppable and full)
         if not self.packs:
@@ -113,6 +111,13 @@ class Engine(Packs):
         self.meeting = Meeting.at(self.place)
 
     # What an engine does
+
+    @cached_property
+    def token_bytes(self) -> int:  # type: ignore[override]
+        """Found when it is asked for: not every request has to know."""
+        if self.architecture.carrier is None:
+            return 8  # the id
+        return footprint.cache_of(type(self.model), self.model.config, self.model.dtype, self.packs).token_bytes
 
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
         return Sequence(self, self.meeting, adapter, prefixes if self.architecture.steady else None)

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.quantizers import AutoHfQuantizer
 
 from packllm.engines.transformers import files, kv, packed
 from packllm.engines.transformers.architecture import CARRIERS, text_part
 from packllm.engines.transformers.gguf_header import check_header
+from packllm.engines.transformers.quantization import bits_of
 from packllm.errors import LoadError, loading, told
 from packllm.machine import free_memory
 
-LENGTHS = 16, 32
+LENGTHS = 128, 256
 """Tokens that the twin reads, to tell what grows with them."""
 
 
@@ -180,9 +182,8 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
         config: Any = AutoConfig.from_pretrained(where, trust_remote_code=trust, **hub)
         files.check_decoder(config, what)
         chosen = _dtype(dtype, config, weights, "gguf_file" in hub)
-        quantised = getattr(config, "quantization_config", None)
-        if "gguf_file" in hub and quantised is not None:  # how the file is; it is converted
-            quantised = config.quantization_config = None
+        if "gguf_file" in hub and hasattr(config, "quantization_config"):  # how the file is; it is converted
+            del config.quantization_config
         twin = text_part(files.twin(config, weights, what, trust, dtype=chosen).eval())
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **hub)
@@ -192,19 +193,19 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
             ends = GenerationConfig.from_pretrained(where, **hub).eos_token_id
         except Exception:  # there need not be one
             ends = getattr(twin.generation_config, "eos_token_id", None)
-        size = weights.size if quantised is not None and weights is not None else _bytes_of(twin, chosen)
+        size, kind, problem = _held(twin, chosen, weights, words.get("quantization_config"))
         text = config.get_text_config(decoder=True)
         return Footprint(
             parameters=sum(parameter.numel() for parameter in twin.parameters()),
             weights=size,
-            dtype=_method(quantised) if quantised is not None else str(chosen).removeprefix("torch."),
+            dtype=kind,
             cache=cache_of(type(twin), config, chosen),
             window=getattr(text, "max_position_embeddings", None),
             config=config,
             tokenizer=tokenizer,
             ends=frozenset([ends] if isinstance(ends, int) else ends or ()),
             item=chosen.itemsize,
-            note=note,
+            note=note or problem,
         )
 
 
@@ -247,9 +248,30 @@ def _dtype(dtype: str | torch.dtype, config: Any, weights: files.Weights | None,
     return files.FLOATING.get(weights.floating if weights else "", torch.float32)
 
 
-def _method(quantised: Any) -> str:
-    found = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised.quant_method
-    return str(getattr(found, "value", found))
+def _held(twin: Any, dtype: torch.dtype, weights: files.Weights | None, wanted: Any) -> tuple[int, str, str]:
+    """(bytes of the weights of a model, their type or the method that quantises them, what stands in the way)."""
+    whole = _bytes_of(twin, dtype)
+    name = str(dtype).removeprefix("torch.")
+    stored = getattr(twin.config, "quantization_config", None)
+    if stored is not None:
+        try:
+            quantiser: Any = AutoHfQuantizer.from_config(stored, pre_quantized=True)
+            name = str(getattr(quantiser.quantization_config.quant_method, "value", name))
+            quantiser.validate_environment(device_map=None)
+        except Exception as error:
+            return weights.size if weights else whole, name, f"it cannot be loaded here: {told(error)}"
+        if getattr(quantiser.quantization_config, "dequantize", False):
+            return whole, str(dtype).removeprefix("torch."), f"it is {name}, and held in full here"
+        return (weights.size, name, "") if weights else (whole, name, f"it is {name}, and smaller than told here")
+    if wanted is None:
+        return whole, name, ""
+    bits = bits_of(wanted)
+    if bits is None:
+        return whole, name, "it will be quantised, and smaller than told here"
+    head = twin.get_output_embeddings()
+    linear = [module.weight for module in twin.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    saved = sum(weight.numel() for weight in linear) * (dtype.itemsize - bits / 8)
+    return int(whole - saved), f"{bits:.0f} bits", ""
 
 
 def _bytes_of(twin: Any, dtype: torch.dtype) -> int:
