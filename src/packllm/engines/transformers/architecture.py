@@ -184,7 +184,7 @@ class _Trial:
         self._model = model
         # Ordinary ids: control tokens, which some models treat apart, come first or last.
         steps = torch.arange(self.COUNT) * max(1, vocabulary_size // (3 * self.COUNT))
-        self._ids = ((vocabulary_size // 3 + steps) % vocabulary_size).to(model.device)
+        self._ids = ((vocabulary_size // 3 + steps) % vocabulary_size).to(device_of(model))
         try:
             self._fresh = self._read_fresh(self._ids)
         except Exception as error:
@@ -261,6 +261,12 @@ class _Trial:
         return ours.shape == self._fresh.shape and torch.allclose(self._fresh, ours, atol=1e-4, rtol=1e-4)
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its ids: one whose first weights are offloaded is on no device itself."""
+    place = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return model.device if model.device.type != "meta" or place is None else torch.device(place)
+
+
 def decoder(model: Any) -> Any:
     """The part of a model below its LM head; None if it does not tell."""
     body = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -294,16 +300,19 @@ def text_part(model: Any) -> Any:
     others = {name: child for name, child in base.named_children() if child is not body}
     if body is None or len(others) == len(list(base.children())):
         return model
-    ids = torch.full((1, 1), model.config.get_text_config(decoder=True).vocab_size // 3, device=model.device)
+    ids = torch.full((1, 1), model.config.get_text_config(decoder=True).vocab_size // 3, device=device_of(model))
+    words: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if ids.is_meta:  # without a cache some masks need numbers
+        words |= {"use_cache": True, "past_key_values": DynamicCache()}
     with torch.inference_mode():
         try:
-            before = model(input_ids=ids, use_cache=False).logits
+            before = model(**words).logits
         except Exception:  # it is said later, and better
             return model
         for name, child in others.items():
             setattr(base, name, None)
             try:
-                after = model(input_ids=ids, use_cache=False).logits
+                after = model(**words).logits
                 same = before.is_meta or torch.equal(after, before)
             except Exception:
                 same = False

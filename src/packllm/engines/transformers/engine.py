@@ -28,6 +28,7 @@ from packllm.engines.transformers import footprint, kv, packed
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder
 from packllm.engines.transformers.generation import asks_for
+from packllm.engines.transformers.architecture import Architecture, decoder, device_of
 from packllm.engines.transformers.sequence import Sequence
 from packllm.machine import settle_threads
 
@@ -85,6 +86,7 @@ class Engine(Packs):
         self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.asks = asks_for(model)
         self.device: torch.device = model.device
+        self.device = device_of(model)
         self.place = str(self.device)
         self.size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         self.forwards = self.tokens = 0
@@ -151,7 +153,7 @@ class Engine(Packs):
         assert isinstance(sequence, Sequence)
         if self._body is not None and sequence.hidden is None and not sequence.ids:
             weight = self._head.weight
-            sequence.hidden = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+            sequence.hidden = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=self.device)
         return sequence.hidden is not None
 
     def release_hidden(self, sequence: base.Sequence) -> None:
@@ -169,7 +171,7 @@ class Engine(Packs):
             return self.real(self._head(hidden))
 
     def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        if self._body is None or type(self._head) is not torch.nn.Linear:
+        if self._body is None or type(self._head) is not torch.nn.Linear or self._head.weight.is_meta:
             return None
         return self._head.weight, self._head.bias, self._unused
 

@@ -27,6 +27,9 @@ from packllm.machine import free_memory
 LENGTHS = 128, 256
 """Tokens that the twin reads, to tell what grows with them."""
 
+_RUNS = {"experts_implementation": "batched_mm"}
+"""What lets a mixture of experts run without numbers."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -72,7 +75,7 @@ def cache_of(kind: Any, config: Any, dtype: torch.dtype, packs: bool | None = No
         text = config.get_text_config(decoder=True)
         try:
             with torch.device("meta"):
-                twin = kind._from_config(config, dtype=dtype, experts_implementation="batched_mm").eval()
+                twin = kind._from_config(config, dtype=dtype, **_RUNS).eval()
             _known[key] = _grown(twin, text, packs)
         except Exception:  # what needs numbers to run
             _known[key] = Cache((Layer(0, _by_names(text) * dtype.itemsize),))
@@ -94,9 +97,12 @@ def _grown(twin: Any, config: Any, packs: bool | None) -> Cache:
     few, many = LENGTHS
     layers = []
     for layer, before, after in zip(cache.layers, *found, strict=True):
-        each = (after - before) // (many - few)
         window = getattr(layer, "sliding_window", None)
-        layers.append(Layer(after - each * many, each, window - 1 if window and each else None))
+        if window and window > few:
+            layers.append(Layer(0, before // few, window - 1))
+        else:
+            each = (after - before) // (many - few)
+            layers.append(Layer(after - each * many, each))
     return Cache(tuple(layers))
 
 
@@ -184,7 +190,7 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
         chosen = _dtype(dtype, config, weights, "gguf_file" in hub)
         if "gguf_file" in hub and hasattr(config, "quantization_config"):  # how the file is; it is converted
             del config.quantization_config
-        twin = text_part(files.twin(config, weights, what, trust, dtype=chosen).eval())
+        twin = text_part(files.twin(config, weights, what, trust, dtype=chosen, **_RUNS).eval())
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **hub)
         except Exception as error:

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from packllm.engines.transformers import kv
+from packllm.engines.transformers.architecture import device_of
 
 NAME = "packllm"
 
@@ -168,7 +169,7 @@ def can_pack(model: Any, vocabulary_size: int, carrier: str | None) -> bool:
     """Whether sequences of a model can be packed: its attention goes through transformers' interface, tells its
     windows, and two packed sequences, in two passes, give what fresh passes give."""
     kind = f"{type(model).__module__} {type(model).__name__} {model.dtype} {model.config.to_json_string()}"
-    kind += " without memory" if model.device.type == "meta" else ""
+    kind += " without memory" if device_of(model).type == "meta" else ""
     if kind not in _packable:
         _packable[kind] = carrier is not None and _tried(model, vocabulary_size, carrier)
     return _packable[kind]
@@ -182,6 +183,7 @@ def _tried(model: Any, vocabulary_size: int, carrier: str) -> bool:
         return False
     if getattr(config, "attention_chunk_size", None):
         return False
+    device = device_of(model)
     rows = [[i % vocabulary_size for i in row] for row in (range(1, 7), range(3, 6))]
     caches = [kv.full(config) for _ in rows]
     ours: list[list[Tensor]] = [[], []]
@@ -190,20 +192,20 @@ def _tried(model: Any, vocabulary_size: int, carrier: str) -> bool:
             for cuts in ((slice(0, 4), slice(0, 1)), (slice(4, 6), slice(1, 3))):
                 parts = [row[cut] for row, cut in zip(rows, cuts, strict=True)]
                 cache = PackedCache(caches, [len(part) for part in parts])
-                ids = torch.tensor([[i for part in parts for i in part]], device=model.device)
+                ids = torch.tensor([[i for part in parts for i in part]], device=device)
                 places = [place for row, cut in zip(rows, cuts, strict=True) for place in range(len(row))[cut]]
-                at = torch.tensor([places], device=model.device)
+                at = torch.tensor([places], device=device)
                 with attention(config, cache):
                     logits = model(input_ids=ids, position_ids=at, use_cache=True, **{carrier: cache}).logits[0]
                 for found, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
                     found.append(part)
-            if model.device.type != "meta":
-                own = [model(input_ids=torch.tensor([row]).to(model.device), use_cache=False).logits[0] for row in rows]
+            if device.type != "meta":
+                own = [model(input_ids=torch.tensor([row]).to(device), use_cache=False).logits[0] for row in rows]
         except Exception:  # attention that goes another way
             return False
     if sum(window is not None for window in cache.windows.values()) != _windows(config):
         return False
-    if model.device.type == "meta":  # there are no numbers to compare
+    if device.type == "meta":  # there are no numbers to compare
         return True
     scale = 1e-3 if model.dtype == torch.float32 else 0.2
     return all(
