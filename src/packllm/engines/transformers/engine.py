@@ -24,7 +24,7 @@ from packllm.engines import base
 from packllm.engines.base import Prefixes
 from packllm.engines.meeting import Job, Meeting, Packs, Part
 from packllm.engines.prefix import MINIMUM
-from packllm.engines.transformers import footprint, kv, packed
+from packllm.engines.transformers import footprint, kv, packed, quantization
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder
 from packllm.engines.transformers.generation import asks_for
@@ -144,7 +144,7 @@ class Engine(Packs):
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if adapter is not None and self.adapters is not None:
             tensors += [factor for pair in self.adapters.factors(adapter).values() for factor in pair]
-        tensors = [tensor for tensor in tensors if not tensor.is_meta]
+        tensors = [part for tensor in tensors for part in quantization.parts(tensor) if not part.is_meta]
         return {(tensor.device, tensor.data_ptr()): tensor.numel() * tensor.element_size() for tensor in tensors}
 
     # What log-pool optimisers ask for (base.KeepsHidden)

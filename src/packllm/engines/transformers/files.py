@@ -144,6 +144,8 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
             continue
         values = tensor.detach()
+        if type(values) not in (Tensor, torch.nn.Parameter):  # quantised: of codes and scales
+            continue
         if values.element_size() == 1:  # float8 has no minimum
             values = values.to(torch.bfloat16)
         least, most = values.aminmax()  # NaN is the minimum and maximum of whatever holds it

@@ -260,9 +260,10 @@ def _held(twin: Any, dtype: torch.dtype, weights: files.Weights | None, wanted: 
     name = str(dtype).removeprefix("torch.")
     stored = getattr(twin.config, "quantization_config", None)
     if stored is not None:
+        said = stored if isinstance(stored, Mapping) else vars(stored)
+        name = str(getattr(said.get("quant_method"), "value", said.get("quant_method")))
         try:
             quantiser: Any = AutoHfQuantizer.from_config(stored, pre_quantized=True)
-            name = str(getattr(quantiser.quantization_config.quant_method, "value", name))
             quantiser.validate_environment(device_map=None)
         except Exception as error:
             return weights.size if weights else whole, name, f"it cannot be loaded here: {told(error)}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from packllm.errors import LoadError, OptionError
 
@@ -22,7 +23,7 @@ def config_of(quantization: Any, device_map: Any) -> Any | None:
     """The quantisation config of transformers that a user means.
 
     Args:
-        quantization: such a config, the same as a dict, "int8" or "int4": by bitsandbytes, else torchao, whichever is
+        quantization: such a config, the same as a dict, "int8" or "int4": by torchao or bitsandbytes, whichever is
             installed; None for none.
         device_map: where models will go.
 
@@ -48,11 +49,14 @@ def config_of(quantization: Any, device_map: Any) -> Any | None:
 def _by_installed(name: str) -> Any:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if find_spec("bitsandbytes"):
+    first, second = ("torchao", "bitsandbytes") if name == "int8" else ("bitsandbytes", "torchao")
+    # In int8 torchao rounds weights alone; bitsandbytes rounds tokens too, by what else is in their pass.
+    package = first if find_spec(first) else second
+    if package == "bitsandbytes" and find_spec(package):
         if name == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    if find_spec("torchao"):
+    if package == "torchao" and find_spec(package):
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig() if name == "int8" else Int4WeightOnlyConfig())
@@ -72,3 +76,16 @@ def bits_of(quantization: Any) -> float | None:
         return 8
     kind = type(told.get("quant_type")).__name__
     return 4.25 if "Int4" in kind else 8 if "Int8" in kind else None
+
+
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """What a weight holds: itself, or codes and scales."""
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts(getattr(tensor, name))
+        return
+    yield tensor
+    for holder in (getattr(tensor, "quant_state", None), tensor):  # bitsandbytes'
+        for name in ("absmax", "code", "SCB"):
+            if isinstance(held := getattr(holder, name, None), Tensor):
+                yield held
