@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from packllm.engines.transformers.files import check_finite
 from packllm.engines.transformers.lora import Adapter, add, check_fit, check_pattern, open_adapter, setting_of
-from packllm.errors import loading, refused
+from packllm.errors import loading, refused, told
 
 _MODULE = re.compile(r"base_model\.model\.(.+)\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b.*")
 _AGAIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.weight")  # peft saves enlarged embeddings twice
+_BIAS = re.compile(r"base_model\.model\.(.+)\.lora_B\.bias")  # of a layer that may have none itself
 _FULL = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)?\.weight")
 
 
@@ -63,13 +64,18 @@ def _with_peft(base: Any, adapter: Adapter) -> Any:
         model = _prepared(base, adapter)
         tuned: Any = PeftModel.from_pretrained(model, adapter.folder, config=config, is_trainable=False)
         _check_all_used(adapter, get_peft_model_state_dict(tuned, save_embedding_layers=False), tuned.state_dict())
+        kind, held = adapter.config.get("peft_type"), next(iter(adapter.tensors))
         if not hasattr(tuned, "merge_and_unload"):
-            kind = adapter.config.get("peft_type")
-            raise refused(adapter.what, f"it is of the kind {kind}, which adds to the prompt and cannot be merged")
+            raise refused(adapter.what, f"{held} is of the kind {kind}, which adds to the prompt and cannot be merged")
         ids = torch.arange(1, 6, device=base.device)[None]
         with torch.inference_mode():
             expected = tuned.eval()(input_ids=ids, use_cache=False).logits.float()
-        merged = tuned.merge_and_unload(safe_merge=True)
+        try:
+            merged = tuned.merge_and_unload(safe_merge=True)
+        except Exception as error:
+            raise refused(
+                adapter.what, f"{held} is of the kind {kind}, which cannot be merged: {told(error)}"
+            ) from error
         check_finite(dict(merged.named_parameters()), adapter.what)
         with torch.inference_mode():
             found = merged.eval()(input_ids=ids, use_cache=False).logits.float()
@@ -93,7 +99,7 @@ def _bounded(adapter: Adapter) -> Any:
         return config
     for setting, value in vars(config).items():
         if "pattern" in setting or setting.startswith(("target_", "exclude_", "feedforward_", "modules_")):
-            for pattern in [value] if isinstance(value, str) else value or ():
+            for pattern in [value] if isinstance(value, str) else value if isinstance(value, Iterable) else ():
                 if isinstance(pattern, str):
                     check_pattern(setting, pattern)
     return config
@@ -115,12 +121,22 @@ def _prepared(base: Any, adapter: Adapter) -> Any:
     if rows and rows != {embedding.weight.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for key, tensor in adapter.tensors.items():
+        if (found := _BIAS.fullmatch(key)) and getattr(module := _module(model, found[1]), "bias", 0) is None:
+            module.bias = torch.nn.Parameter(tensor.new_zeros(tensor.shape, device=base.device), requires_grad=False)
     tied = head is not None and head.weight is embedding.weight
     if tied and not adapter.config.get("trainable_token_indices"):  # those change both; else merging one would too
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
         model.config.tie_word_embeddings = False
     return model
+
+
+def _module(model: Any, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # what an adapter of another model changes; it is said later
+        return None
 
 
 def _saved_embeddings(model: Any, adapter: Adapter) -> dict[str, Tensor]:
