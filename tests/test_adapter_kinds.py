@@ -152,7 +152,7 @@ def configs(draw) -> tuple[str, bool, peft.LoraConfig]:
     return architecture, draw(st.booleans()), config
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configs())
 def test_lora_of_any_form_computes_what_peft_does(bases, tmp_path_factory, drawn):
     architecture, tied, config = drawn
