@@ -101,12 +101,13 @@ class Estimate:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table, as texts: headings, a row a member, their sum."""
-        rows = [("member", "engine", "type", "parameters", "weights", "cache/token", "cache at window")]
+        rows: list[tuple[str, ...]] = [
+            ("member", "engine", "type", "parameters", "weights", "cache/token", "cache at window")
+        ]
         for each in self.members:
             window = "" if each.window is None else f" ({each.window:,})"
             count = "?" if each.parameters is None else _count(each.parameters)
-            sizes = map(size_of, (each.weights, each.token_bytes, each.window_bytes))
-            weights, token, whole = sizes
+            weights, token, whole = map(size_of, (each.weights, each.token_bytes, each.window_bytes))
             rows.append((each.member, each.engine, each.dtype, count, weights, token, whole + window))
         if len(self.members) > 1:
             sizes = map(size_of, (self.weights, self.token_bytes, self.window_bytes))
