@@ -124,8 +124,8 @@ class Pack:
             members = loader.members(models)
         specs = [os.fspath(m) for m in models if is_spec(m)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        further = {"model_kwargs": without_secrets(model_kwargs), "max_memory": max_memory}
-        further |= without_secrets({"quantization": quantization})
+        written = without_secrets({"quantization": quantization}) or {}
+        further = {"model_kwargs": without_secrets(model_kwargs), "max_memory": max_memory, **written}
         recipe |= {name: word for name, word in further.items() if word is not None}
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
