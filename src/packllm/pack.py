@@ -40,7 +40,6 @@ from packllm.weights import Weights, find, fixed
 
 log = logging.getLogger("packllm")
 
-LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
 LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory")
 """Arguments of Pack.load that are no options."""
 

@@ -26,9 +26,8 @@ from packllm.engines.meeting import Job, Meeting, Packs, Part
 from packllm.engines.prefix import MINIMUM
 from packllm.engines.transformers import footprint, kv, packed, quantization
 from packllm.engines.transformers.adapters import Adapters
-from packllm.engines.transformers.architecture import Architecture, decoder
-from packllm.engines.transformers.generation import asks_for
 from packllm.engines.transformers.architecture import Architecture, decoder, device_of
+from packllm.engines.transformers.generation import asks_for
 from packllm.engines.transformers.sequence import Sequence
 from packllm.machine import settle_threads
 
@@ -85,7 +84,6 @@ class Engine(Packs):
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.asks = asks_for(model)
-        self.device: torch.device = model.device
         self.device = device_of(model)
         self.place = str(self.device)
         self.size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
