@@ -34,6 +34,7 @@ from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
+from packllm.weights.calibrate import prior_of
 
 LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
 """Arguments of Pack.load that are no options."""
@@ -66,7 +67,7 @@ class Pack:
         self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
         most = self.options.max_cache_mb
         self._admission = Admission(None if most is None else most * 2**20)
-        self._check_named(self.options)
+        self.options = self._checked(self.options)
 
     @classmethod
     def load(
@@ -356,17 +357,20 @@ class Pack:
         Raises:
             OptionError, WeightsError: an unknown option or member, or a value out of range.
         """
-        checked = self.options.override(options)
-        self._check_named(checked)
-        return checked
+        return self._checked(self.options.override(options))
 
-    def _check_named(self, options: Options) -> None:
-        """OptionError, WeightsError where the weighting or the decoding is unknown."""
+    def _checked(self, options: Options) -> Options:
+        """The options, which fit these members; a prior's file is read."""
         decodings.find(options.decoding)
         if isinstance(options.weighting, dict):
             fixed(options.weighting, tuple(member.name for member in self.members), options.pool or "linear")
         else:
             find(options.weighting)
+        if options.prior is None:
+            return options
+        prior = prior_of(options.prior, self.members)
+        fixed(prior, tuple(member.name for member in self.members), "linear", "prior")
+        return options.model_copy(update={"prior": prior})
 
     def _wraps(self, prompt: Prompt, options: Options) -> bool:
         """Whether a prompt that is text goes through the chat templates."""
