@@ -12,6 +12,7 @@ from packllm.errors import OptionError, WeightsError
 from packllm.options import Options, make_options
 from packllm.weights import cbtm, dexperts, exact, exhaustive, opt, router, simple
 from packllm.weights import em as _em
+from packllm.weights.adaptive import Adaptive
 from packllm.weights.calibrate import calibrate
 from packllm.weights.em import em
 from packllm.weights.problem import (
@@ -25,6 +26,7 @@ from packllm.weights.result import Pool, Unit, Weights
 
 __all__ = [
     "WEIGHTINGS",
+    "Adaptive",
     "LogitSource",
     "Problem",
     "Solution",

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from packllm.weights.adaptive import Adaptive
 from torch import Tensor
 
 from packllm.engines.member import Member
 from packllm.errors import DataError
+from packllm.weights.adaptive import Adaptive
 from packllm_eval.evidence import reading
 from packllm_eval.evidence.methods import Method, answers_together, methods, priors, together, weights_of
 from packllm_eval.evidence.reading import Alone, Row, told
@@ -114,7 +114,8 @@ class Prompts:
                 now = torch.from_numpy(state.weights()).to(self._device)
             rows = self._step(used, tokens, at)
         for k in used:
-            self._caches[k].crop(self._length)
+            if more := self._caches[k].get_seq_length() - self._length:
+                self._caches[k].crop(-more)  # below 0: so many off the end
         return [(self._tokenizer.decode(ids, skip_special_tokens=True), len(ids)) for ids in written]
 
     def _step(self, used: Sequence[int], tokens: Tensor, at: int) -> list[Tensor]:

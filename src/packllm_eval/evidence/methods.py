@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from packllm.weights.adaptive import Adaptive
 
 from packllm.align.words import Scored, common_words
+from packllm.weights.adaptive import Adaptive
 from packllm.weights.em import maximise
 from packllm_eval.evidence.reading import POOLED, Row, Scores
 
