@@ -89,7 +89,7 @@ class Prompts:
                     logits_to_keep=1,
                 )
             self._caches.append(given.past_key_values)
-            self._first.append(one.member.real(given.logits[:, -1]).log_softmax(-1))
+            self._first.append(one.real(given.logits[:, -1]).log_softmax(-1))
 
     def greedy(self, method: Method, weights: np.ndarray) -> list[tuple[str, int]]:
         """(text, tokens) of each prompt's answer under weights (rows, K)."""
@@ -132,7 +132,7 @@ class Prompts:
                     past_key_values=self._caches[k],
                     use_cache=True,
                 )
-            found.append(self._models[k].member.real(given.logits[:, -1]).log_softmax(-1))
+            found.append(self._models[k].real(given.logits[:, -1]).log_softmax(-1))
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from packllm.align.words import offsets
 from packllm.chat.messages import check
@@ -88,7 +90,14 @@ class Alone:
 
     def __init__(self, member: Member, device: str) -> None:
         self.member, self.device = member, device
-        self.model = member.merged().to(device).eval()
+        self.model = (member.merged() if device == "cpu" else copy.deepcopy(member.merged()).to(device)).eval()
+        self._size = member.vocabulary_size
+        unused = [i for i in member.vocabulary.unused if i < self._size]
+        self._unused = torch.tensor(unused, dtype=torch.long, device=device)
+
+    def real(self, logits: Tensor) -> Tensor:
+        """float32 logits of the ids that tokenizer and model share."""
+        return logits[..., : self._size].float().index_fill(-1, self._unused, -torch.inf)
 
     def encoded(self, row: Row) -> Encoded:
         return self.member.encoder.encode(check(row.prompt, False))
@@ -108,7 +117,7 @@ class Alone:
                 ids[at, : len(rows[number])] = torch.tensor(rows[number])
             ids = ids.to(self.device)  # what follows a row's end changes nothing before it
             with torch.inference_mode():
-                logits = self.member.real(self.model(input_ids=ids, use_cache=False).logits[:, :-1])
+                logits = self.real(self.model(input_ids=ids, use_cache=False).logits[:, :-1])
                 scores = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
             for number, given in zip(group, scores.float().cpu().numpy(), strict=True):
                 found[number] = given[: len(rows[number]) - 1].copy()
@@ -248,7 +257,7 @@ def _pooled(models: Sequence[Alone], row: Row) -> tuple[list[list[float]], list[
     encoded = models[0].encoded(row)
     ids = torch.tensor([*encoded.ids, *models[0].member.encoder.continuation(row.texts[0])], device=models[0].device)
     with torch.inference_mode():
-        every = [one.member.real(one.model(input_ids=ids[None], use_cache=False).logits[0, :-1]) for one in models]
+        every = [one.real(one.model(input_ids=ids[None], use_cache=False).logits[0, :-1]) for one in models]
     logits = torch.stack(every)
     seen = torch.tensor(encoded.positions) - 1
     targets = ids[1:].cpu()
