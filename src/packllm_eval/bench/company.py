@@ -27,16 +27,16 @@ QUESTION = "What is said here?"
 
 IMPORTS = {
     "packllm": "import packllm",
-    "theirs": "import torch, transformers; transformers.AutoModelForCausalLM, transformers.AutoTokenizer",
+    "pack": "from packllm import Pack",  # torch, and what of transformers a pack needs
+    "theirs": "import transformers, torch",
 }
-"""transformers loads what is named when it is named: these two are what a program that runs a model needs."""
 
 DECODE = """
 import torch, time
 from packllm import Pack
 torch.set_num_threads({threads})
 from packllm_eval.bench.subjects import random_member
-member = random_member(quick={quick})
+member = random_member(quick=False)
 member.end_ids = frozenset()
 pack = Pack([member], chat_template=False, max_tokens={tokens})
 pack.generate("the")
@@ -49,7 +49,7 @@ print(time.perf_counter() - started)
 def company(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
     """Seconds of requests from threads and tasks over those of the same requests as one batch."""
     pack = Pack(members, chat_template=False, max_tokens=tokens, batch_size=TASKS, prefix_cache_mb=0)
-    prompts = [text[at:] for at in range(TASKS)]
+    prompts = _different(text, TASKS)
     spent: dict[str, list[float]] = {}
     pack.generate_batch(prompts[:2])
     for _ in bar(range(repeat), "Company"):
@@ -93,9 +93,14 @@ def passes(report: Report, tokens: int) -> None:
         member.end_ids = frozenset()
     pack = Pack(trio, chat_template=False, max_tokens=tokens, batch_size=CROWD, prefix_cache_mb=0, min_weight=0.0)
     text = text_of(trio, 60)
-    prompts = [text[at:] for at in range(CROWD)]
+    prompts = _different(text, CROWD)
     counts = [_counted(trio, _in_threads, pack, prompts), _counted(trio, pack.generate_batch, prompts)]
     report.figures["company.passes"] = counts[0] / counts[1]
+
+
+def _different(text: str, count: int) -> list[str]:
+    """Prompts that share no prefix."""
+    return [f"{at} {text}" for at in range(count)]
 
 
 def _counted(members: Sequence[Member], function: Callable[..., Any], *arguments: Any) -> int:
@@ -136,7 +141,7 @@ def growth(report: Report, members: Sequence[Member], room: int, tokens: int, re
     contexts = {length: text_of(members, length) for length in GROWN if length <= room - tokens}
     for _ in bar(range(repeat), "Growth"):
         spent.setdefault("step_at_128", []).append(_step(pack, [short]))
-        spent.setdefault("step_of_8_rows", []).append(_step(pack, [short[at:] for at in range(8)]))
+        spent.setdefault("step_of_8_rows", []).append(_step(pack, _different(short, 8)))
         for length, text in contexts.items():
             spent.setdefault(f"step_at_{length}", []).append(_step(pack, [text]))
     report.figures["growth.rows"] = ratio(spent["step_of_8_rows"], spent["step_at_128"])
@@ -149,8 +154,8 @@ def growth(report: Report, members: Sequence[Member], room: int, tokens: int, re
     text = text_of(crowd[:1], 64)
     for _ in bar(range(repeat), "Members"):
         for count in (1, MOST):
-            options = {"weighting": {member.name: 1 / count for member in crowd[:count]}, "draft_tokens": 1}
-            several = Pack(crowd[:count], chat_template=False, max_tokens=tokens, **options)
+            parts = {member.name: 1 / count for member in crowd[:count]}
+            several = Pack(crowd[:count], chat_template=False, max_tokens=tokens, weighting=parts, draft_tokens=1)
             spent.setdefault(f"step_of_{count}_members", []).append(_step(several, [text]))
     report.figures["growth.members"] = ratio(
         spent[f"step_of_{MOST}_members"], [MOST * seconds for seconds in spent["step_of_1_members"]]
@@ -165,17 +170,17 @@ def _step(pack: Pack, prompts: Sequence[str]) -> float:
     return (timings["total"] - timings["first_token"]) / (generation.usage.completion_tokens - 1)
 
 
-def threads(report: Report, tokens: int, repeat: int, quick: bool) -> None:
+def threads(report: Report, tokens: int, repeat: int, skip: bool) -> None:
     """Seconds of decoding with two threads over one, while a loop keeps one core busy: waiting passively and, as torch
     does where nobody says otherwise, spinning."""
-    if machine.cores() < 2:
-        report.notes.append("threads: not measured, this process has one core")
+    if skip or machine.cores() < 2:
+        report.notes.append("threads: not measured" + ("" if skip else ", this process has one core"))
         return
     spent: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Threads"):
         with _Busy():
             for name, count, policy in (("one", 1, "PASSIVE"), ("passive", 2, "PASSIVE"), ("active", 2, "ACTIVE")):
-                program = DECODE.format(threads=count, quick=quick, tokens=tokens)
+                program = DECODE.format(threads=count, tokens=tokens)
                 found = _python(program, OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY=policy)
                 spent.setdefault(f"busy_{name}", []).append(float(found))
     report.figures["threads.busy"] = ratio(spent["busy_passive"], spent["busy_one"])
@@ -195,12 +200,13 @@ class _Busy:
 
 
 def imports(report: Report, repeat: int) -> None:
-    """Seconds of a process that imports packllm, over one that imports torch and what transformers runs models with."""
+    """Seconds of a process that imports packllm, and its Pack, over one that imports transformers and torch."""
     spent: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Imports"):
         for name, program in IMPORTS.items():
             timed(spent, f"import_{name}", _python, program)
     report.figures["start.import"] = ratio(spent["import_packllm"], spent["import_theirs"])
+    report.figures["start.import_pack"] = ratio(spent["import_pack"], spent["import_theirs"])
     report.seconds |= {name: median(values) for name, values in spent.items()}
 
 

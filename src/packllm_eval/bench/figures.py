@@ -183,9 +183,12 @@ def _generate_step(member: Member, text: str, tokens: int) -> float:
 
 def start(report: Report, repeat: int, skip: bool) -> None:
     """Seconds that Pack.starter() takes in a new process, and that process as a whole; conversions are done before."""
+    if skip:
+        report.notes.append("start: not measured")
+        return
     company.imports(report, repeat)
-    if skip or not starter_is_here():
-        report.notes.append("start: not measured" + ("" if skip else ", the starter pack is absent"))
+    if not starter_is_here():
+        report.notes.append("start: the starter pack is absent")
         return
     program = (
         "import time; from packllm import Pack; t = time.perf_counter(); Pack.starter(); print(time.perf_counter() - t)"

@@ -59,7 +59,8 @@ TARGETS: dict[str, Target] = {
     "growth.members": Target("a step of 16 models / 16 steps of one", limit=1.1),
     "threads.busy": Target("two threads beside a busy core / one", limit=1.3),
     "threads.spinning": Target("the same, threads that spin"),
-    "start.import": Target("import packllm / torch and transformers", limit=1.3),
+    "start.import": Target("import packllm / import transformers, torch", limit=1.3),
+    "start.import_pack": Target("from packllm import Pack / the same", limit=1.3),
     "start.load": Target("second Pack.starter()", "s", 8.0),
     "start.process": Target("a process that does it, imports included", "s"),
 }
