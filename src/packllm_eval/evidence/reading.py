@@ -49,6 +49,7 @@ class Row:
     prompt: Any
     texts: list[str]
     answer: int = 0
+    kind: str = ""
 
 
 @dataclass(frozen=True)

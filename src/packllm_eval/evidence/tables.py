@@ -79,6 +79,7 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     nats = {m.label: rag_nats(m, names, test, known, pooled) for m in methods(names)}
     corpora = list(dict.fromkeys(row.corpus for row, _ in test))
     here = {corpus: [at for at, (row, _) in enumerate(test) if row.corpus == corpus] for corpus in corpora}
+    kinds = {row.kind: [at for at, (r, _) in enumerate(test) if r.kind == row.kind] for row, _ in test}
     alone = {name: nats[f"member {name}"] for name in names}
     best = {c: min(names, key=lambda name: alone[name][here[c]].sum()) for c in corpora}
     nats["best member in hindsight"] = np.array([alone[best[r.corpus]][at] for at, (r, _) in enumerate(test)])
@@ -86,7 +87,7 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     octets = np.array([len(row.texts[0].encode()) for row, _ in test])
     lines = []
     for label, values in sorted(nats.items(), key=lambda item: item[1].sum()):
-        cells = [f"{values[here[c]].sum() / sizes[here[c]].sum():.4f}" for c in corpora]
+        cells = [f"{values[at].sum() / sizes[at].sum():.4f}" for at in (*here.values(), *kinds.values())]
         against = [spread(paired(values, nats[b], sizes).difference) for b in ("em", "best member in hindsight")]
         total = f"{values.sum() / sizes.sum():.4f}", f"{values.sum() / octets.sum() / np.log(2):.4f}"
         lines.append([label, *cells, *total, *against])
@@ -94,7 +95,7 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     weights = "; ".join(
         f"{n} " + " ".join(f"{k} {v:.2f}" for k, v in zip(names, w, strict=True)) for n, w in known.items()
     )
-    headings = ["method", *corpora, "nats/token", "bits/byte", "against em", "against the best member"]
+    headings = ["method", *corpora, *kinds, "nats/token", "bits/byte", "against em", "against the best member"]
     yield f"## RAG answers\n\n{len(test)} questions: {counted}. Priors: {weights}.\n\n{table(headings, lines)}"
     yield from per_corpus(nats, here, sizes)
     yield from written(test, out, names)
@@ -212,7 +213,7 @@ def language(found: Sequence[Pair], names: Sequence[str], families: Sequence[str
         fit = [(row, p, a, size) for row, p, a, size in cut if a.shape[1] >= REST // 4 // (1 if unit == "token" else 2)]
         for half in ("choose", "report"):
             part = [one for at, one in enumerate(fit) if at % 2 == (half == "report")]
-            for kind, chosen in kinds(part):
+            for kind, chosen in pure_and_mixed(part):
                 if chosen:
                     lines.append([str(length), half, kind, str(len(chosen)), *compared(chosen)])
     if lines:
@@ -221,7 +222,7 @@ def language(found: Sequence[Pair], names: Sequence[str], families: Sequence[str
         yield f"## Language modelling, {unit}s of {', '.join(names)}\n\n{table(headings, lines)}"
 
 
-def kinds(found: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+def pure_and_mixed(found: Sequence[Any]) -> list[tuple[str, list[Any]]]:
     mixed = [one for one in found if one[0].corpus == "mixed"]
     return [("pure", [one for one in found if one[0].corpus != "mixed"]), ("mixed", mixed), ("all", list(found))]
 
