@@ -83,7 +83,7 @@ def chunks(rows: Sequence[Row], kind: str, size: int = CHUNK) -> Iterator[tuple[
     chosen = [row for row in rows if row.set == kind]
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
-        yield f"{kind}-{hashlib.sha256(' '.join(row.id for row in part).encode()).hexdigest()[:8]}", part
+        yield f"{kind}-{hashlib.sha256(repr(part).encode()).hexdigest()[:8]}", part
 
 
 class Alone:
