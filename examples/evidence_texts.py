@@ -6,8 +6,8 @@
 - lm: the documents of `study.py corpora`.
 - rag: questions with one right passage among two wrong ones, and gold answers, 100 a domain and 30 others to calibrate
   on. Medicine: MedQuAD's questions. Law and databases: a passage's heading, asked for in one of several wordings; the
-  gold answer is how the passage begins. The right passage of every other question is only near: the answer is cut out
-  of it ("kind": found or near). Wrong passages: the nearest of all held-out ones in tf-idf, not of the same document.
+  gold answer is how the passage begins. Wrong passages: the nearest of all held-out ones in tf-idf, not of the same
+  document.
 - choice: 1,000 multiple-choice questions and 50 others, evenly of the tasks.
 
 Each line is {"id", "set", "corpus", "use": test or calibrate, "prompt": text or messages, "texts": [what may follow]};
@@ -65,14 +65,7 @@ class Item:
     source: int  # the document, by number
     question: str
     answer: str
-    text: str  # that the answer is in
-    start: int  # of the passage
-    title: str = ""
-
-    def passage(self, near: bool = False) -> str:
-        """What is retrieved; near: without the answer."""
-        text = self.text.replace(self.answer, "") if near else self.text
-        return f"{self.title}{' '.join(text[self.start :].split())[:PASSAGE]}"
+    passage: str
 
 
 def main() -> None:
@@ -89,8 +82,8 @@ def main() -> None:
     print(json.dumps({name: sum(row["set"] == name for row in found) for name in ("lm", "rag", "choice")}))
 
 
-def row(id_: str, set_: str, corpus: str, use: str, prompt: object, texts: list[str], **more: object) -> dict:
-    return {"id": id_, "set": set_, "corpus": corpus, "use": use, "prompt": prompt, "texts": texts, **more}
+def row(id_: str, kind: str, corpus: str, use: str, prompt: object, texts: list[str], **more: object) -> dict:
+    return {"id": id_, "set": kind, "corpus": corpus, "use": use, "prompt": prompt, "texts": texts, **more}
 
 
 def language(study: Path) -> list[dict]:
@@ -103,7 +96,7 @@ def rag(shared: Path) -> list[dict]:
     for corpus, (path, group) in SOURCES.items():
         documents = read_documents(shared / path, group)
         made = list(asked(documents) if corpus == "medicine" else headed(documents, corpus))
-        passages += [(corpus, item.source, item.passage()) for item in made]
+        passages += [(corpus, item.source, item.passage) for item in made]
         items += random.Random(f"rag {corpus}").sample(made, TEST + CALIBRATE)
     wrong = retrieved(
         [item.question for item in items],
@@ -113,14 +106,12 @@ def rag(shared: Path) -> list[dict]:
     )
     found = []
     for at, (item, others) in enumerate(zip(items, wrong, strict=True)):
-        number = at % (TEST + CALIBRATE)
-        near = number % 2 == 1
-        shown = [item.passage(near), *others]
+        shown = [item.passage, *others]
         random.Random(f"order {at}").shuffle(shown)
+        number = at % (TEST + CALIBRATE)
         use = "test" if number < TEST else "calibrate"
         prompt = [{"role": "user", "content": with_context(item.question, shown)}]
-        kind = "near" if near else "found"
-        found.append(row(f"rag-{item.corpus}-{number}", "rag", item.corpus, use, prompt, [item.answer], kind=kind))
+        found.append(row(f"rag-{item.corpus}-{number}", "rag", item.corpus, use, prompt, [item.answer]))
     return found
 
 
@@ -135,7 +126,7 @@ def asked(documents: list[Document]) -> Iterator[Item]:
         listed = "Human Phenotype Ontology" in answer  # one sentence for hundreds of diseases, and a table
         if answer and len(body) > 300 and not listed:
             seen.add(document.key)
-            yield Item("medicine", number, document.question, answer, body, 0)
+            yield Item("medicine", number, document.question, answer, body[:PASSAGE])
 
 
 def headed(documents: list[Document], corpus: str) -> Iterator[Item]:
@@ -159,7 +150,7 @@ def headed(documents: list[Document], corpus: str) -> Iterator[Item]:
             start = whole.find(" ", start) + 1 if start else 0
             rng = random.Random(f"question {corpus} {number}")
             question = rng.choice(WORDINGS[corpus]).format(title=title, phrase=max(phrases[:3], key=len))
-            yield Item(corpus, number, question, answer, whole, start, f"{title}. ")
+            yield Item(corpus, number, question, answer, f"{title}. {whole[start : start + PASSAGE]}")
 
 
 def lead(text: str) -> str:

@@ -49,7 +49,6 @@ class Row:
     prompt: Any
     texts: list[str]
     answer: int = 0
-    kind: str = ""
 
 
 @dataclass(frozen=True)

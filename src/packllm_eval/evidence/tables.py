@@ -79,7 +79,6 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     nats = {m.label: rag_nats(m, names, test, known, pooled) for m in methods(names)}
     corpora = list(dict.fromkeys(row.corpus for row, _ in test))
     here = {corpus: [at for at, (row, _) in enumerate(test) if row.corpus == corpus] for corpus in corpora}
-    kinds = {row.kind: [at for at, (r, _) in enumerate(test) if r.kind == row.kind] for row, _ in test}
     alone = {name: nats[f"member {name}"] for name in names}
     best = {c: min(names, key=lambda name: alone[name][here[c]].sum()) for c in corpora}
     nats["best member in hindsight"] = np.array([alone[best[r.corpus]][at] for at, (r, _) in enumerate(test)])
@@ -87,7 +86,7 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     octets = np.array([len(row.texts[0].encode()) for row, _ in test])
     lines = []
     for label, values in sorted(nats.items(), key=lambda item: item[1].sum()):
-        cells = [f"{values[at].sum() / sizes[at].sum():.4f}" for at in (*here.values(), *kinds.values())]
+        cells = [f"{values[at].sum() / sizes[at].sum():.4f}" for at in here.values()]
         against = [spread(paired(values, nats[b], sizes).difference) for b in ("em", "best member in hindsight")]
         total = f"{values.sum() / sizes.sum():.4f}", f"{values.sum() / octets.sum() / np.log(2):.4f}"
         lines.append([label, *cells, *total, *against])
@@ -95,7 +94,7 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     weights = "; ".join(
         f"{n} " + " ".join(f"{k} {v:.2f}" for k, v in zip(names, w, strict=True)) for n, w in known.items()
     )
-    headings = ["method", *corpora, *kinds, "nats/token", "bits/byte", "against em", "against the best member"]
+    headings = ["method", *corpora, "nats/token", "bits/byte", "against em", "against the best member"]
     yield f"## RAG answers\n\n{len(test)} questions: {counted}. Priors: {weights}.\n\n{table(headings, lines)}"
     yield from per_corpus(nats, here, sizes)
     yield from written(test, out, names)
