@@ -151,7 +151,7 @@ def test_members_end_as_often_together_as_alone():
         assert abs(ended / 200 - sum(alone) / 2) < 0.12  # 3.4 standard deviations
 
 
-def test_other_text_tokens_are_another_vocabulary():
+def test_other_text_tokens_are_another_vocabulary(caplog):
     other = json.loads(json.dumps(BASE))
     kept = list(other["model"]["vocab"])[:-20]
     other["model"]["vocab"] = {piece: i for i, piece in enumerate(kept)}
@@ -165,4 +165,6 @@ def test_other_text_tokens_are_another_vocabulary():
         VocabularyError, match=f"{share}% of their tokens are in both.*decoding='cool', 'mined' or 'auto'"
     ):
         pack.generate("a", decoding="tokens")
-    assert pack.generate(PROMPTS[0]).usage.completion_tokens > 0  # auto goes by segments
+    with caplog.at_level("INFO", "packllm"):
+        assert pack.generate(PROMPTS[0]).usage.completion_tokens > 0  # auto goes by segments
+    assert f"({share}% of their tokens are in both): they write segment by segment (decoding='cool')" in caplog.text

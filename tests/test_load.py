@@ -151,6 +151,24 @@ def test_unknown_path(spec):
     assert f"model {path!r} does not exist; give a hub id, a folder, a .gguf file or base+adapter" in refused(spec)
 
 
+@pytest.mark.parametrize(
+    ("spec", "engine"),
+    [
+        ("vllm:foo", "vllm"),
+        ("mlx:org/model", "mlx"),
+        ("a=exl2:./folder", "exl2"),
+        ("hf://org/model", "hf"),
+        ("file:///models/x.safetensors", "file"),
+        ("org/base+vllm:adapter", "vllm"),
+        ("tensorrt-llm:x", "tensorrt-llm"),
+    ],
+)
+def test_unknown_engine(spec, engine):
+    said = refused(spec)
+    assert f"names no engine that there is: {engine!r}" in said
+    assert "give a hub id, a folder, a .gguf file" in said
+
+
 def test_unknown_hub_id_offline():
     assert refused("nobody/nothing").startswith("cannot load model 'nobody/nothing': ")
 

@@ -86,7 +86,8 @@ def test_what_is_called(name: str) -> None:
     value = found(name)
     if inspect.ismodule(value):
         return
-    parameters = inspect.signature(value).parameters
+    inits = [one.__init__ for one in value.__mro__[:-1]] if isinstance(value, type) else [value]
+    parameters = {name: each for init in inits for name, each in inspect.signature(init).parameters.items()}
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = {*parameters, *(found("packllm.Options").model_fields if anything else ())}
     assert set(CALLS[name].split()) <= known

@@ -122,8 +122,8 @@ def test_override_keeps_the_rest_and_validates():
     assert base.override({}) is base
     with pytest.raises(OptionError, match="top_p=7"):
         base.override({"top_p": 7})
-    with pytest.raises(OptionError, match="unknown option 'n'"):
-        base.override({"n": 2})
+    with pytest.raises(OptionError, match="unknown option 'best_of'"):
+        base.override({"best_of": 2})
 
 
 def test_options_are_frozen():

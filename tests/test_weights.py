@@ -15,10 +15,11 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packllm.errors import MemberError, OptionError, WeightsError
-from packllm.options import make_options
+from packllm.errors import MemberError, OptionError, PackError, WeightsError
+from packllm.options import Options, make_options
 from packllm.weights import WEIGHTINGS, Problem, Weights, blocks, em, exact, fixed, minorant, solve, weigh
 from packllm.weights.exhaustive import simplex_grid
+from packllm.weights.problem import TensorSource
 from packllm_eval.bench.speed import _naive_weights
 
 INF = math.inf
@@ -771,3 +772,25 @@ def test_dropping_weight_moves_a_mixture_by_at_most_that_weight(seed: int, membe
     kept = np.where(weights >= min(threshold, weights.max()), weights, 0.0)
     moved = np.abs(weights @ members_say - kept / kept.sum() @ members_say).sum() / 2
     assert moved <= 1 - kept.sum() + 1e-12
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_weighting_says_which_options_it_takes(name):
+    class Given:
+        def __init__(self):
+            self.read = set()
+
+        def __getattr__(self, option):
+            self.read.add(option)
+            return getattr(Options(), option)
+
+    asked, weighting = Given(), WEIGHTINGS[name]
+    source = TensorSource(torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0)))
+    problem = Problem(("a", "b", "c"), source=source, targets=torch.tensor([0, 1, 2, 3, 4, 0]))
+    try:
+        weighting.solve(problem, asked)
+    except PackError:  # cbtm and router: nothing is fitted
+        assert asked.read == {"fitted"} <= set(weighting.takes)
+    else:
+        assert asked.read == set(weighting.takes)
+    assert set(weighting.takes) <= Options.model_fields.keys()

@@ -1,6 +1,8 @@
-"""packllm for LangChain: several local language models behind one `BaseLLM` and one `BaseChatModel`."""
+"""packllm for LangChain: several local language models behind one `BaseLLM` and one `BaseChatModel`; behind one
+`BaseDecisionModel` too, where langchain-core has it."""
 
 from importlib.util import find_spec
+from typing import Any
 
 from packllm import ExtraError
 
@@ -11,3 +13,13 @@ from langchain_packllm.chat_models import ChatPackLLM
 from langchain_packllm.llms import PackLLM
 
 __all__ = ["ChatPackLLM", "PackLLM"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "PackDecisions":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec("langchain_core.decisions") is None:
+        raise ExtraError("PackDecisions", "langchain-core>=1.8", "langchain")
+    from langchain_packllm.decisions import PackDecisions
+
+    return PackDecisions

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, cast
 
 from langchain_core.language_models import BaseLanguageModel
@@ -68,7 +69,7 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
             fields = {**pack.options.model_dump(), **fields}
         super().__init__(**fields)
         if pack is None:  # loaded after the fields were checked, for it takes long
-            given = {name: getattr(self, name) for name in OPTIONS if name in self.model_fields_set}
+            given = {name: getattr(self, name) for name in OPTIONS if name in self.model_fields_set and name != "n"}
             pack = packllm.Pack.load(models, **loading, **given)
         else:
             pack.check(**{name: getattr(self, name) for name in OPTIONS})
@@ -130,6 +131,25 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
         own = {name: getattr(self, name) for name in OPTIONS}
         own = {name: value for name, value in own.items() if value != getattr(self.pack.options, name)}
         return {**own, **kwargs} if stop is None else {**own, **kwargs, "stop": stop}
+
+
+def told_logprobs(answer: packllm.Chunk | packllm.Generation) -> dict[str, Any]:
+    """{"logprobs": ...} in OpenAI's form, where they were asked for; each token has its members' too."""
+    if answer.logprobs is None:
+        return {}
+    return {"logprobs": {"content": [token.as_dict() for token in answer.logprobs]}}
+
+
+def joint_usage(answers: Iterable[Sequence[Mapping[str, int]]]) -> dict[str, int]:
+    """Token counts of all answers to all prompts. Each prompt is read, and counted, once."""
+    joint: Counter[str] = Counter()
+    for same_prompt in answers:
+        for at, usage in enumerate(same_prompt):
+            joint.update(usage)
+            if at:
+                joint.subtract(dict.fromkeys(("prompt_tokens", "total_tokens"), usage["prompt_tokens"]))
+                joint.subtract({"cached_tokens": usage["cached_tokens"]})
+    return dict(joint)
 
 
 def _written(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -16,7 +17,8 @@ from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 
 import packllm
-from langchain_packllm.base import PackModel
+from langchain_packllm.base import PackModel, joint_usage, told_logprobs
+from langchain_packllm.errors import typed
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 from langchain_packllm.structured import schema_of, structured_output, tool_of
 
@@ -141,8 +143,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
 
     def _request(
         self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], packllm.ToolStream]:
-        """The options of a call, and what takes its answer apart."""
+    ) -> tuple[dict[str, Any], Callable[[], packllm.ToolStream]]:
+        """The options of a call, and what makes what takes an answer apart."""
         options = self._options(stop, {name: value for name, value in kwargs.items() if name not in _FOR_TRACES})
         model = options.pop("model", self.model_name)
         if not isinstance(model, str):
@@ -151,7 +153,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             options["weighting"] = {model: 1.0}
         parallel = options.pop("parallel_tool_calls", True)
         tools = self.pack.check(**options).offered_tools
-        return options, packllm.ToolStream(tools, parallel=parallel is not False)
+        return options, partial(packllm.ToolStream, tools, parallel=parallel is not False)
 
     def _generate(
         self,
@@ -160,8 +162,13 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options, parts = self._request(stop, kwargs)
-        return self._result(self.pack.generate(pack_messages(messages), **options), parts, kwargs)
+        with typed():
+            options, taken = self._request(stop, kwargs)
+            prompt, n = pack_messages(messages), self.pack.check(**options).n or 1
+            options.pop("n", None)
+            if n > 1:
+                return self._result(self.pack.generate(prompt, n=n, **options), taken, kwargs)
+            return self._result([self.pack.generate(prompt, **options)], taken, kwargs)
 
     async def _agenerate(
         self,
@@ -170,10 +177,28 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options, parts = self._request(stop, kwargs)
-        return self._result(await self.pack.agenerate(pack_messages(messages), **options), parts, kwargs)
+        with typed():
+            options, taken = self._request(stop, kwargs)
+            prompt, n = pack_messages(messages), self.pack.check(**options).n or 1
+            options.pop("n", None)
+            if n > 1:
+                return self._result(await self.pack.agenerate(prompt, n=n, **options), taken, kwargs)
+            return self._result([await self.pack.agenerate(prompt, **options)], taken, kwargs)
 
-    def _result(self, answer: packllm.Generation, parts: packllm.ToolStream, kwargs: Mapping[str, Any]) -> ChatResult:
+    def _result(
+        self,
+        answers: Sequence[packllm.Generation],
+        taken: Callable[[], packllm.ToolStream],
+        kwargs: Mapping[str, Any],
+    ) -> ChatResult:
+        generations = [self._generation(answer, taken(), kwargs) for answer in answers]
+        usage = joint_usage([[answer.usage.as_dict() for answer in answers]])
+        llm_output = {"token_usage": usage, "model_name": kwargs.get("model", self.model_name)}
+        return ChatResult(generations=generations, llm_output=llm_output)
+
+    def _generation(
+        self, answer: packllm.Generation, parts: packllm.ToolStream, kwargs: Mapping[str, Any]
+    ) -> ChatGeneration:
         parts.feed(answer.text)
         parts.finish()
         calls, refused = tool_calls(parts.answer)
@@ -187,8 +212,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             usage_metadata=usage,
             response_metadata={"model_provider": "packllm"},
         )
-        llm_output = {"token_usage": info["usage"], "model_name": info["model_name"]}
-        return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)], llm_output=llm_output)
+        return ChatGeneration(message=message, generation_info=info)
 
     def batch(
         self,
@@ -222,7 +246,9 @@ class ChatPackLLM(PackModel, BaseChatModel):
         self, count: int, config: RunnableConfig | list[RunnableConfig] | None, kwargs: Mapping[str, Any]
     ) -> list[RunnableConfig]:
         """Configurations of so many runs, of which no more than batch_size are under way."""
-        size = self.pack.check(**self._options(None, {n: kwargs[n] for n in ("batch_size",) if n in kwargs})).batch_size
+        given = {name: kwargs[name] for name in ("batch_size",) if name in kwargs}
+        with typed():
+            size = self.pack.check(**self._options(None, given)).batch_size
         return [
             RunnableConfig(**{**one, "max_concurrency": min(size, one.get("max_concurrency") or size)})
             for one in get_config_list(config, count)
@@ -235,10 +261,12 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options, parts = self._request(stop, kwargs)
-        with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
-            for piece in pieces:
-                yield from self._translated(piece, parts, kwargs)
+        with typed():
+            options, taken = self._request(stop, kwargs)
+            parts = taken()
+            with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
+                for piece in pieces:
+                    yield from self._translated(piece, parts, kwargs)
 
     async def _astream(
         self,
@@ -247,24 +275,28 @@ class ChatPackLLM(PackModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        options, parts = self._request(stop, kwargs)
-        async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
-            async for piece in pieces:
-                for chunk in self._translated(piece, parts, kwargs):
-                    yield chunk
+        with typed():
+            options, taken = self._request(stop, kwargs)
+            parts = taken()
+            async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
+                async for piece in pieces:
+                    for chunk in self._translated(piece, parts, kwargs):
+                        yield chunk
 
     def _translated(
         self, piece: packllm.Chunk, parts: packllm.ToolStream, kwargs: Mapping[str, Any]
     ) -> Iterator[ChatGenerationChunk]:
         """A piece of the pack's as LangChain has it; after the last one, what is told of the whole answer."""
-        if piece.reasoning:
-            yield _chunk(packllm.ReasoningPart(piece.reasoning))
-        for part in parts.feed(piece.text):
-            yield _chunk(part)
+        chunks = [_chunk(packllm.ReasoningPart(piece.reasoning))] if piece.reasoning else []
+        chunks += map(_chunk, parts.feed(piece.text))
         if piece.finish_reason is None:
+            if piece.logprobs:
+                chunks = chunks or [_chunk("")]
+                chunks[0].generation_info = told_logprobs(piece)
+            yield from chunks
             return
-        for part in parts.finish():
-            yield _chunk(part)
+        yield from chunks
+        yield from map(_chunk, parts.finish())
         usage, info = self._ending(piece, kwargs)
         metadata = {"model_provider": "packllm"}
         last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
@@ -294,6 +326,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             "model_name": kwargs.get("model", self.model_name),
             "usage": last.usage.as_dict(),
             "timings": last.timings,
+            **told_logprobs(last),
         }
 
 

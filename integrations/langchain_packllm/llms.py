@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
 from typing import Any
@@ -12,7 +11,8 @@ from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 import packllm
-from langchain_packllm.base import OPTIONS, PackModel
+from langchain_packllm.base import OPTIONS, PackModel, joint_usage, told_logprobs
+from langchain_packllm.errors import typed
 
 _FRAMEWORK_WORDS = ("tags", "metadata", "run_name", "run_id")  # keywords of BaseLLM.generate that are no options
 
@@ -46,7 +46,8 @@ class PackLLM(PackModel, BaseLLM):
         call (langchain #40403), and `stop=None` hides the model's own. Keys must differ where answers do.
         """
         words = {name: kwargs.pop(name) for name in _FRAMEWORK_WORDS if name in kwargs}
-        checked = self.pack.options.override(self._options(stop, kwargs))
+        with typed():
+            checked = self.pack.options.override(self._options(stop, kwargs))
         llm = self.model_copy(update={name: getattr(checked, name) for name in OPTIONS})
         return llm, list(llm.stop) or None, words
 
@@ -71,13 +72,16 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        answers: list[list[GenerationChunk]] = [[] for _ in prompts]
-        with closing(self.pack.stream_batch(prompts, **self._options(stop, kwargs))) as pieces:
+        options = self._options(stop, kwargs)
+        with typed():
+            n = self.pack.check(**options).n or 1
+        answers: list[list[GenerationChunk]] = [[] for _ in range(len(prompts) * n)]
+        with typed(), closing(self.pack.stream_batch(prompts, **options)) as pieces:
             for index, piece in pieces:
                 answers[index].append(chunk := self._chunk(piece))
-                if run_manager and len(prompts) == 1:  # of a batch, LangChain hands over the first prompt's run only
+                if run_manager and len(answers) == 1:  # of a batch, LangChain hands over the first prompt's run only
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-        return self._result(answers)
+        return self._result(answers, len(prompts))
 
     async def _agenerate(
         self,
@@ -86,24 +90,27 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        answers: list[list[GenerationChunk]] = [[] for _ in prompts]
-        async with aclosing(self.pack.astream_batch(prompts, **self._options(stop, kwargs))) as pieces:
-            async for index, piece in pieces:
-                answers[index].append(chunk := self._chunk(piece))
-                if run_manager and len(prompts) == 1:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-        return self._result(answers)
+        options = self._options(stop, kwargs)
+        with typed():
+            n = self.pack.check(**options).n or 1
+            answers: list[list[GenerationChunk]] = [[] for _ in range(len(prompts) * n)]
+            async with aclosing(self.pack.astream_batch(prompts, **options)) as pieces:
+                async for index, piece in pieces:
+                    answers[index].append(chunk := self._chunk(piece))
+                    if run_manager and len(answers) == 1:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        return self._result(answers, len(prompts))
 
-    def _result(self, answers: list[list[GenerationChunk]]) -> LLMResult:
+    def _result(self, answers: list[list[GenerationChunk]], prompts: int) -> LLMResult:
+        joined = [sum(chunks[1:], chunks[0]) for chunks in answers]
+        n = len(joined) // prompts if prompts else 1
         generations = [
-            Generation(text="".join(chunk.text for chunk in chunks), generation_info=chunks[-1].generation_info)
-            for chunks in answers
+            [Generation(text=one.text, generation_info=one.generation_info) for one in joined[at : at + n]]
+            for at in range(0, len(joined), n)
         ]
-        usage: Counter[str] = Counter()
-        for generation in generations:
-            usage.update((generation.generation_info or {}).get("usage", {}))
-        llm_output = {"token_usage": dict(usage), "model_name": self.model_name}
-        return LLMResult(generations=[[generation] for generation in generations], llm_output=llm_output)
+        usage = joint_usage([[(one.generation_info or {})["usage"] for one in each] for each in generations])
+        llm_output = {"token_usage": usage, "model_name": self.model_name}
+        return LLMResult(generations=generations, llm_output=llm_output)
 
     def _stream(
         self,
@@ -112,8 +119,8 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self.pack.stream(prompt, **self._options(stop, kwargs))) as pieces:  # closing stops the work
-            for piece in pieces:
+        with typed(), closing(self.pack.stream(prompt, **self._options(stop, kwargs))) as pieces:
+            for piece in pieces:  # closing stops the work
                 chunk = self._chunk(piece)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -126,21 +133,24 @@ class PackLLM(PackModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(self.pack.astream(prompt, **self._options(stop, kwargs))) as pieces:
-            async for piece in pieces:
-                chunk = self._chunk(piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with typed():
+            async with aclosing(self.pack.astream(prompt, **self._options(stop, kwargs))) as pieces:
+                async for piece in pieces:
+                    chunk = self._chunk(piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     def _chunk(self, piece: packllm.Chunk) -> GenerationChunk:
+        told = told_logprobs(piece)
         if piece.usage is None:  # adding chunks joins repeated strings and refuses repeated floats
-            return GenerationChunk(text=piece.text)
+            return GenerationChunk(text=piece.text, generation_info=told or None)
         info = {
             "packllm": piece.weights.as_dict(),
             "finish_reason": piece.finish_reason,
             "model_name": self.model_name,
             "usage": piece.usage.as_dict(),
             "timings": piece.timings,
+            **told,
         }
         return GenerationChunk(text=piece.text, generation_info=info)

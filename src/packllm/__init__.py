@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from packllm.chat.reasoning import ReasoningPart
     from packllm.chat.schemas import schema_of_type
     from packllm.chat.tools import CallPart, InvalidToolCall, ParsedAnswer, ToolCall
+    from packllm.decode.decide import Decision
     from packllm.engines.member import Member
     from packllm.errors import (
         AnswerTimeout,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     )
     from packllm.options import OptionFields, Options
     from packllm.pack import Pack
-    from packllm.results import Chunk, Generation, Usage
+    from packllm.results import Chunk, Generation, TokenLogprob, Usage
     from packllm.weights import Weights
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "Chunk",
     "ContextOverflowError",
     "DataError",
+    "Decision",
     "ExtraError",
     "Formatted",
     "Generation",
@@ -63,6 +65,7 @@ __all__ = [
     "PromptError",
     "ReasoningPart",
     "StructureError",
+    "TokenLogprob",
     "ToolCall",
     "ToolStream",
     "Usage",
@@ -79,10 +82,11 @@ _HOMES = {
     "chat.reasoning": ("ReasoningPart",),
     "chat.schemas": ("schema_of_type",),
     "chat.tools": ("CallPart", "InvalidToolCall", "ParsedAnswer", "ToolCall"),
+    "decode.decide": ("Decision",),
     "engines.member": ("Member",),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),
-    "results": ("Chunk", "Generation", "Usage"),
+    "results": ("Chunk", "Generation", "TokenLogprob", "Usage"),
     "weights": ("Weights",),
 }
 """Where the names above live; the others are errors."""

@@ -34,6 +34,17 @@ def _template_kwargs(value: Any) -> Any:
     return value
 
 
+def _biases(value: Any) -> Any:
+    """As OpenAI's clients give it: ids may be strings, for JSON has no other keys."""
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if isinstance(key, bool) or not isinstance(key, int | str) or key == "" or (isinstance(key, int) and key < 0):
+            raise ValueError(f"{shown(key)} is neither a token's id nor its text")
+    ids = {int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k: v for k, v in value.items()}
+    return ids or None
+
+
 TEMPLATE_OWN = ("messages", "tools", "add_generation_prompt")
 """Variables of chat templates that are not a caller's."""
 
@@ -63,9 +74,35 @@ class OptionFields(BaseModel):
     """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: Count | None = Field(None, ge=1)
     """Sample from the k most likely tokens only."""
+    min_p: Number = Field(0.0, ge=0.0, le=1.0)
+    """Sample from tokens only that are at least this times as likely as the likeliest; 0: from all."""
+    repetition_penalty: Number = Field(1.0, gt=0.0, le=10.0)
+    """What the log-probabilities of tokens are multiplied by that the prompt or the answer holds: above 1 they are
+    taken less often, below 1 more often. (arXiv 1909.05858 has logits, which members do not have in common.)"""
+    presence_penalty: Number = Field(0.0, ge=-2.0, le=2.0)
+    """Nats taken off tokens that the answer holds."""
+    frequency_penalty: Number = Field(0.0, ge=-2.0, le=2.0)
+    """Nats taken off tokens for each time that the answer holds them. While any of the three penalties or logit_bias is
+    in force nothing is drafted. They need tokens that all members share: not decoding="cool" or "lazy"."""
+    logit_bias: Annotated[
+        dict[int | str, Annotated[Number, Field(ge=-100.0, le=100.0)]] | None, BeforeValidator(_biases)
+    ] = None
+    """Nats added to tokens: {id or text of one token: bias}. Ids are the first member's, as Pack.tokenize gives them; a
+    text of digits alone is an id. 100 all but forces a token, -100 all but rules it out."""
     seed: Count | None = Field(None, ge=0, lt=2**64)
     """Seed of the sampler; the same seed and prompt give the same text, alone or in a batch. (So nothing is drafted,
     unless draft_tokens asks for it.)"""
+    generation_config: bool = False
+    """Whether options that nobody sets are what the models' own generation_config asks for (sampling, repetition
+    penalty, suppressed tokens): each is taken from the first member that asks for it."""
+    n: Count | None = Field(None, ge=1, le=128)
+    """How many answers to give to a prompt, which is read once; of a request alone, not of a pack. Answer i (from 0) is
+    the one that seed + i gives. generate() then returns a list, generate_batch() a list of lists."""
+    logprobs: bool | None = None
+    """Whether chunks and answers tell what each token was given by the pack and by each member (see TokenLogprob).
+    None: where top_logprobs asks for it. With decoding="lazy" all members then read all tokens."""
+    top_logprobs: Count | None = Field(None, ge=0, le=20)
+    """How many of the likeliest tokens to tell at each place."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end the text; never part of it."""
     weighting: str | dict[str, Number] = "em"
@@ -148,6 +185,21 @@ class Options(OptionFields):
     def offered_tools(self) -> tuple[dict[str, Any], ...]:
         """The tools that the members are told of."""
         return () if self.tool_choice == "none" else self.tools
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether log-probabilities of tokens are asked for."""
+        return self.top_logprobs is not None if self.logprobs is None else self.logprobs
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens of an answer change what may come next, or a bias does."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+    def seed_of(self, row: int) -> int | None:
+        """The seed of one of the n answers to each of several prompts."""
+        return None if self.seed is None else (self.seed + row % (self.n or 1)) % 2**64
 
     def override(self, changes: Mapping[str, Any]) -> Options:
         """These options with `changes`, validated; OptionError names what is wrong and what is valid."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import cached_property, partial
 from threading import Event
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -20,21 +21,24 @@ from packllm.chat.prompt import Prompt, check
 from packllm.decode import answer, decodings, verdict
 from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop, Stream
+from packllm.decode.decide import Decision, check_choices, decision
 from packllm.decode.decodings import Decoding
 from packllm.decode.line import Line
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
-from packllm.decode.score import continuation_logprobs
+from packllm.decode.score import continuation_logprobs, member_logprobs
 from packllm.decode.tokens import in_one_vocabulary
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.member import Member
 from packllm.engines.prefix import PrefixCache
-from packllm.errors import LoadError, PackError, PromptError, shown
+from packllm.errors import LoadError, OptionError, PackError, PromptError, shown
 from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
 from packllm.weights.calibrate import prior_of
+
+log = logging.getLogger("packllm")
 
 LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs")
 """Arguments of Pack.load that are no options."""
@@ -63,11 +67,13 @@ class Pack:
             raise LoadError("a pack needs at least one member")
         self.members = tuple(members)
         self.recipe = recipe
-        self.options = make_options(options)
+        self.options = _defaults(options)
         self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
         most = self.options.max_cache_mb
         self._admission = Admission(None if most is None else most * 2**20)
         self.options = self._checked(self.options)
+        if (asked := self._asked_for()) and not self.options.generation_config:
+            log.info("the members' generation_config asks for %s; generation_config=True uses it", asked)
 
     @classmethod
     def load(
@@ -97,7 +103,7 @@ class Pack:
             LoadError: a model that cannot be loaded.
             OptionError: an unknown or invalid option.
         """
-        asked = make_options(options, beside=LOADING)  # what is misspelt should not wait for gigabytes
+        asked = _defaults(options, beside=LOADING)  # what is misspelt should not wait for gigabytes
         decodings.find(asked.decoding)
         if isinstance(asked.weighting, str):
             find(asked.weighting)
@@ -245,25 +251,28 @@ class Pack:
             MemberError: a member failed while running.
             CancelledError: `cancel` was set.
         """
-        stop = Stop(cancel)
-        return Stream(_only(self._chunks([prompt], options, stop)), stop)
+        checked, stop = self.check(**options), Stop(cancel)
+        if (checked.n or 1) > 1:
+            raise OptionError(f"n={checked.n}: stream() is of one answer; use stream_batch([prompt], n={checked.n})")
+        return Stream(_only(self._chunks([prompt], checked, stop)), stop)
 
     def stream_batch(
         self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
     ) -> Generator[tuple[int, Chunk], None, None]:
         """Answers to several prompts as they grow: (index of the prompt, Chunk). `batch_size` prompts are
-        decoded together, each with its own weights. Arguments, errors and closing as stream()."""
-        stop = Stop(cancel)
-        return Stream(self._chunks(prompts, options, stop), stop)
+        decoded together, each with its own weights. With the option n, answer i to prompt p has the index p * n + i.
+        Arguments, errors and closing as stream()."""
+        checked, stop = self.check(**options), Stop(cancel)
+        return Stream(self._chunks(prompts, checked, stop), stop)
 
     def _chunks(
-        self, prompts: Sequence[Prompt], options: dict[str, Any], stop: Stop
+        self, prompts: Sequence[Prompt], checked: Options, stop: Stop
     ) -> Generator[tuple[int, Chunk], None, None]:
-        checked = self.check(**options)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
             raise PromptError(f"prompts must be a list of prompts, not {shown(prompts)}")
         decoding = decodings.find(checked.decoding)
-        size = 1 if decoding.mapped else checked.batch_size
+        n = checked.n or 1
+        size = 1 if decoding.mapped else max(1, checked.batch_size // n)
         groups = _grouped(prompts, size)
         requests = []
         for group in groups:
@@ -274,24 +283,38 @@ class Pack:
             requests.append(request)
 
         def anew(at: int) -> Generator[tuple[int, Chunk], None, None]:
-            request = self._request([prompts[at]], verdict.drawn_anew(checked))
+            one = checked if checked.n is None else checked.override({"n": None, "seed": checked.seed_of(at)})
+            request = self._request([prompts[at // n]], verdict.drawn_anew(one))
             request.stop = stop
             return answer.chunks(request, decoding)
 
-        return _chunks(requests, groups, decoding, anew)
+        rows = [[at * n + i for at in group for i in range(n)] for group in groups]
+        return _chunks(requests, rows, decoding, anew)
 
-    def generate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
-        """The whole answer; arguments and errors as stream()."""
-        return self.generate_batch([prompt], cancel=cancel, **options)[0]
+    @overload
+    def generate(
+        self, prompt: Prompt, *, cancel: Event | None = None, n: None = None, **options: Any
+    ) -> Generation: ...
+    @overload
+    def generate(self, prompt: Prompt, *, cancel: Event | None = None, n: int, **options: Any) -> list[Generation]: ...
+    def generate(
+        self, prompt: Prompt, *, cancel: Event | None = None, n: int | None = None, **options: Any
+    ) -> Generation | list[Generation]:
+        """The whole answer, or with n a list of n answers; arguments and errors as stream()."""
+        answers = _answers(self.stream_batch([prompt], cancel=cancel, n=n, **options))
+        return answers[0] if n is None else answers
 
+    @overload
+    def generate_batch(self, prompts: Sequence[Prompt], *, n: None = None, **options: Any) -> list[Generation]: ...
+    @overload
+    def generate_batch(self, prompts: Sequence[Prompt], *, n: int, **options: Any) -> list[list[Generation]]: ...
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
-    ) -> list[Generation]:
-        """The whole answers to several prompts; arguments and errors as stream_batch()."""
-        chunks: dict[int, list[Chunk]] = {}
-        for index, chunk in self.stream_batch(prompts, cancel=cancel, **options):
-            chunks.setdefault(index, []).append(chunk)
-        return [Generation.from_chunks(chunks[index]) for index in range(len(chunks))]
+        self, prompts: Sequence[Prompt], *, cancel: Event | None = None, n: int | None = None, **options: Any
+    ) -> list[Generation] | list[list[Generation]]:
+        """The whole answers to several prompts, with n a list of n answers to each; arguments and errors as
+        stream_batch()."""
+        answers = _answers(self.stream_batch(prompts, cancel=cancel, n=n, **options))
+        return answers if n is None else [answers[at : at + n] for at in range(0, len(answers), n)]
 
     async def astream(
         self, prompt: Prompt, *, cancel: Event | None = None, **options: Any
@@ -309,10 +332,19 @@ class Pack:
             async for pair in chunks:
                 yield pair
 
-    async def agenerate(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generation:
+    @overload
+    async def agenerate(self, prompt: Prompt, *, n: None = None, **options: Any) -> Generation: ...
+    @overload
+    async def agenerate(self, prompt: Prompt, *, n: int, **options: Any) -> list[Generation]: ...
+    async def agenerate(
+        self, prompt: Prompt, *, cancel: Event | None = None, n: int | None = None, **options: Any
+    ) -> Generation | list[Generation]:
         """generate() for asyncio, as astream()."""
-        async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
-            return Generation.from_chunks([chunk async for chunk in chunks])
+        if n is None:
+            async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
+                return Generation.from_chunks([chunk async for chunk in chunks])
+        async with aclosing(self.astream_batch([prompt], cancel=cancel, n=n, **options)) as pairs:
+            return _answers([pair async for pair in pairs])
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -333,14 +365,50 @@ class Pack:
         checked = self.check(**options)
         if checked.chat_template is None:
             checked = checked.model_copy(update={"chat_template": False})
+        return self._scored(prompt, continuations, checked, cancel, alone=False)[0]
+
+    def decide(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        calibrated: bool = False,
+        cancel: Event | None = None,
+        **options: Any,
+    ) -> Decision:
+        """Which of several labels the pack would answer a prompt with, and how sure it and its members are.
+
+        Args:
+            choices: two or more labels, of any length in tokens, as they would follow the prompt.
+            calibrated: divide each label's likelihood by the one it has after an empty prompt ("N/A"), so that a label
+                that is likely anywhere has no advantage.
+
+        Raises:
+            OptionError: labels that are empty or equal. Others as stream().
+        """
+        labels, checked = check_choices(choices), self.check(**options)
+        fused, members, weights = self._scored(prompt, labels, checked, cancel)
+        if not calibrated:
+            return decision(labels, fused, members, weights)
+        shares = {name: value for name, value in zip(weights.names, weights.values, strict=True) if value}
+        same = checked.override({"weighting": shares, "pool": weights.pool, "score_on": None})
+        nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
+        return decision(labels, fused, members, weights, self._scored(nothing, labels, same, cancel, alone=False)[0])
+
+    def _scored(
+        self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
+    ) -> tuple[list[float], dict[str, list[float]], Weights]:
+        """log p of each text after a prompt: fused, and (alone) by each member that runs; and the weights."""
         with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
-            ids = {
-                k: [request.members[k].encoder.continuation(text) for text in continuations] for k in request.encoded[0]
-            }
+            ids = {k: [request.members[k].encoder.continuation(text) for text in texts] for k in request.encoded[0]}
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
-            return request.whole(lambda lines: list(_scores(request, lines, continuations, ids)))
+
+            def scores(lines: dict[int, Line]) -> tuple[list[float], dict[str, list[float]]]:
+                return list(_scores(request, lines, texts, ids)), member_logprobs(lines, texts) if alone else {}
+
+            return *request.whole(scores), request.weights[0]
 
     def rerank(
         self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -357,10 +425,27 @@ class Pack:
         Raises:
             OptionError, WeightsError: an unknown option or member, or a value out of range.
         """
-        return self._checked(self.options.override(options))
+        checked = self.options.override(options)
+        if checked.generation_config:
+            checked = make_options({**self._asked_for(), **checked.model_dump(exclude_unset=True)})
+        return self._checked(checked)
+
+    def _asked_for(self) -> dict[str, Any]:
+        """What the members' own generation_config asks for."""
+        asked: dict[str, Any] = {}
+        for member in reversed(self.members):
+            own = dict(member.engine.asks)
+            if not member.vocabulary.same_as(self.members[0].vocabulary):
+                own.pop("logit_bias", None)  # ids are the first member's
+            asked |= own
+        return asked
 
     def _checked(self, options: Options) -> Options:
-        """The options, which fit these members; a prior's file is read."""
+        """The options, which fit these members; a prior's file is read.
+
+        Raises:
+            OptionError, WeightsError: an unknown weighting, decoding or member.
+        """
         decodings.find(options.decoding)
         if isinstance(options.weighting, dict):
             fixed(options.weighting, tuple(member.name for member in self.members), options.pool or "linear")
@@ -406,6 +491,22 @@ def _scores(
     return continuation_logprobs(lines, weights, spoken)
 
 
+def _defaults(options: Mapping[str, Any], beside: Sequence[str] = ()) -> Options:
+    """Options that a pack may have."""
+    made = make_options(options, beside)
+    if made.n is not None:
+        raise OptionError(f"n={made.n} is of a request, not of a pack; give it to generate or generate_batch")
+    return made
+
+
+def _answers(chunks: Iterable[tuple[int, Chunk]]) -> list[Generation]:
+    """The answers that (index, Chunk) make, by index."""
+    answers: dict[int, list[Chunk]] = {}
+    for index, chunk in chunks:
+        answers.setdefault(index, []).append(chunk)
+    return [Generation.from_chunks(answers[index]) for index in range(len(answers))]
+
+
 def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     """Indices of the prompts that are decoded together: of more than fit, those of about one length, so that little
     is padded."""
@@ -416,11 +517,11 @@ def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
 
 
 def _chunks(
-    requests: Sequence[Request], groups: Sequence[list[int]], decoding: Decoding, anew: Callable[[int], Generator]
+    requests: Sequence[Request], rows: Sequence[list[int]], decoding: Decoding, anew: Callable[[int], Generator]
 ) -> Generator[tuple[int, Chunk], None, None]:
-    for request, group in zip(requests, groups, strict=True):
+    for request, indices in zip(requests, rows, strict=True):
         with closing(answer.chunks(request, decoding)) as chunks:
-            given = ((group[row], chunk) for row, chunk in chunks)
+            given = ((indices[row], chunk) for row, chunk in chunks)
             if request.grammar is None or request.grammar.exact:
                 yield from given
             else:

@@ -43,12 +43,60 @@ class Usage:
         }
 
 
+_RULED_OUT = -9999.0
+"""What -infinity is in JSON, as OpenAI has it."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was where it was chosen. The bytes of all tokens of an answer are its text with the
+    reasoning, the calls and the stop string that ended it; the token that ends an answer is not among them.
+
+    Attributes:
+        token: what it spells; part of a character is shown as U+FFFD. In Cool-Fusion, the text of a whole segment.
+        bytes: what it adds to the text, in UTF-8; none for a control token.
+        id: in the vocabulary of the first member that runs; None for a segment.
+        logprob: in nats, in the distribution that tokens are chosen from: the fused one, after penalties, logit_bias
+            and the form that json_schema or tool_choice demands, before temperature, top_k, top_p and min_p. Of a
+            segment: its fused log-likelihood.
+        members: {name: log-probability} of each member that ran, in its own distribution as it is. A segment: of each
+            member that could judge it.
+        top_logprobs: the likeliest tokens there, so many as asked for, the likeliest first; the chosen one may be
+            missing. Of a segment: what else was proposed.
+    """
+
+    token: str
+    bytes: tuple[int, ...]
+    id: int | None
+    logprob: float
+    members: dict[str, float]
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe; all that OpenAI says of a token, and the rest. -infinity is -9999."""
+        return {
+            "token": self.token,
+            "logprob": max(self.logprob, _RULED_OUT),
+            "bytes": list(self.bytes),
+            "id": self.id,
+            "members": {name: max(value, _RULED_OUT) for name, value in self.members.items()},
+            "top_logprobs": [other.as_dict() for other in self.top_logprobs],
+        }
+
+
+def logprobs_of(chunks: Sequence[Chunk]) -> tuple[TokenLogprob, ...] | None:
+    """All that chunks say of their tokens; None if nobody asked."""
+    told = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    return tuple(token for tokens in told for token in tokens) if told else None
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of streamed text. `text` may be empty in the last chunk.
 
     `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
-    every chunk; `finish_reason`, `usage` and `timings` are on the last one only.
+    every chunk; `finish_reason`, `usage` and `timings` are on the last one only. `logprobs`, where the option asks for
+    them, are of the tokens since the last chunk.
     """
 
     text: str
@@ -57,6 +105,7 @@ class Chunk:
     usage: Usage | None = None
     timings: dict[str, float] | None = None
     reasoning: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +120,7 @@ class Generation:
         timings: seconds: prefill, weighting, first_token, total.
         reasoning: what was reasoned before the answer of a conversation, between marks such as <think> and </think>;
             no part of the text.
+        logprobs: of each token, where the option asks for them.
     """
 
     text: str
@@ -79,6 +129,7 @@ class Generation:
     usage: Usage
     timings: dict[str, float] = field(default_factory=dict)
     reasoning: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> Generation:
@@ -87,7 +138,9 @@ class Generation:
         assert last.finish_reason is not None
         assert last.usage is not None
         text, reasoning = "".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)
-        return cls(text, last.weights, last.finish_reason, last.usage, last.timings or {}, reasoning)
+        return cls(
+            text, last.weights, last.finish_reason, last.usage, last.timings or {}, reasoning, logprobs_of(chunks)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON-safe values."""
@@ -98,4 +151,5 @@ class Generation:
             "usage": self.usage.as_dict(),
             "timings": self.timings,
             "reasoning": self.reasoning,
+            "logprobs": None if self.logprobs is None else [token.as_dict() for token in self.logprobs],
         }

@@ -14,7 +14,7 @@ from packllm.results import Chunk
 
 
 def chunks(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk], None, None]:
-    """Prefill, then decode: pieces of text as (index of the prompt, Chunk), until all are finished. What is reasoned
+    """Prefill, then decode: pieces of text as (row, Chunk), n rows a prompt, until all are finished. What is reasoned
     before the answer of a conversation comes apart from its text.
 
     Closing the iterator frees the caches; at most the step under way is finished.
@@ -31,14 +31,14 @@ def _pieces(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk]
     try:
         with request.admission.admitted(request.cache_bytes(), request.check):
             request.prefill()
+            request.fork()
             options = request.options
             limits = request.limits(options.max_tokens)
-            yield from decoding.decode(
-                request,
-                [
-                    Row(weights, make_sampler(options.temperature, options.top_p, options.top_k, options.seed), limit)
-                    for weights, limit in zip(request.weights, limits, strict=True)
-                ],
-            )
+            filters = options.temperature, options.top_p, options.top_k
+            rows = [
+                Row(weights, make_sampler(*filters, options.seed_of(r), options.min_p), limit)
+                for r, (weights, limit) in enumerate(zip(request.weights, limits, strict=True))
+            ]
+            yield from decoding.decode(request, rows)
     finally:
         request.close()

@@ -14,15 +14,30 @@ from packllm.decode.text import TextStream
 from packllm.decode.tokens import Row
 from packllm.decode.writer import Writer
 from packllm.errors import OptionError
-from packllm.results import Chunk, FinishReason
+from packllm.results import Chunk, FinishReason, TokenLogprob
 
 
 def check_segments(request: Request) -> None:
-    """OptionError where the answer must keep to a form."""
+    """OptionError where the answer must keep to a form, or tokens are penalised."""
     if request.grammar is not None:
         raise OptionError(
             f"decoding={request.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
             f"demands; use decoding='tokens' or 'mined'"
+        )
+    if request.options.penalises:
+        raise OptionError(
+            f"decoding={request.options.decoding!r} has no tokens in common that a penalty or logit_bias could be for; "
+            f"use decoding='tokens' or 'mined'"
+        )
+
+
+def check_reranked(request: Request) -> None:
+    """As check_segments; OptionError too where log-probabilities are asked for."""
+    check_segments(request)
+    if request.options.tells_logprobs:
+        raise OptionError(
+            "decoding='cool+rerank' rates whole answers, each written by other members: logprobs of their parts would "
+            "be of different distributions; use decoding='cool', or Pack.score"
         )
 
 
@@ -64,14 +79,15 @@ class _Team:
             return Writer(request.lines[k, self.index].fork(), options.stop)
 
         made = request.failures.each(open_at, which, row)
-        return Writers(made, row, options.scoring, options.align, request.failures)
+        top = (options.top_logprobs or 0) if options.tells_logprobs else None
+        return Writers(made, row, options.scoring, options.align, request.failures, top)
 
     def stream(self) -> TextStream:
         return TextStream(self.request.members[self._top].vocabulary, self.request.options.stop)
 
-    def last(self, text: str, reason: FinishReason, count: int) -> Chunk:
+    def last(self, text: str, reason: FinishReason, count: int, told: tuple[TokenLogprob, ...] | None = None) -> Chunk:
         usage = replace(self.request.usage(self.index, self._top), completion_tokens=count)
-        return Chunk(text, self.row.weights, reason, usage, self.request.spent())
+        return Chunk(text, self.row.weights, reason, usage, self.request.spent(), logprobs=told)
 
 
 def _segments(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
@@ -80,9 +96,9 @@ def _segments(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
         for text, reason, count in together.answer(row.limit, team.stream()):
             team.request.first_token()
             if reason is not None:
-                yield team.index, team.last(text, reason, count)
+                yield team.index, team.last(text, reason, count, together.told())
             elif text:
-                yield team.index, Chunk(text, row.weights)
+                yield team.index, Chunk(text, row.weights, logprobs=together.told())
 
 
 def _best(team: _Team) -> Generator[tuple[int, Chunk], None, None]:

@@ -8,12 +8,15 @@ from dataclasses import replace
 from packllm.align.shared import Shared, overlap
 from packllm.decode.lazy import check_lazy, lazy_ids
 from packllm.decode.line import Line
+from packllm.decode.logprobs import Recorder
+from packllm.decode.penalties import Penalties, bias_ids
 from packllm.decode.reasoned import shown
 from packllm.decode.request import Request
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
 from packllm.decode.text import TextStream
 from packllm.decode.tokens import Ensemble, Row, in_one_vocabulary
+from packllm.engines.member import Member
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
 
@@ -26,16 +29,23 @@ def check_tokens(request: Request) -> None:
     options, which = request.options, request.candidates
     if options.weighting == "top1":  # one member runs
         return
-    first = request.members[which[0]]
-    for k in which[1:]:
-        member = request.members[k]
-        if not member.vocabulary.akin(first.vocabulary):
-            share = overlap(first.vocabulary, member.vocabulary)
-            raise VocabularyError(
-                f"members {first.name!r} and {member.name!r} have different vocabularies ({share:.0%} of their "
-                f"tokens are in both), which decoding={options.decoding!r} cannot fuse; use decoding='cool', "
-                f"'mined' or 'auto'"
-            )
+    if told := difference([request.members[k] for k in which]):
+        raise VocabularyError(
+            f"{told}, which decoding={options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
+        )
+
+
+def difference(members: Sequence[Member]) -> str:
+    """Which of the members have different vocabularies, and how much of them is the same; "" where none have."""
+    first = members[0]
+    other = next((member for member in members[1:] if not member.vocabulary.akin(first.vocabulary)), None)
+    if other is None:
+        return ""
+    share = overlap(first.vocabulary, other.vocabulary)
+    return (
+        f"members {first.name!r} and {other.name!r} have different vocabularies ({share:.0%} of their tokens are in "
+        f"both)"
+    )
 
 
 def check_drawn(request: Request) -> None:
@@ -79,21 +89,28 @@ def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple
         rows[r].done = reason is not None
         if reason is not None:
             usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent())
+            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent(), logprobs=rows[r].told())
         elif text:
-            yield r, Chunk(text, rows[r].weights)
+            yield r, Chunk(text, rows[r].weights, logprobs=rows[r].told())
 
 
 def _answer(request: Request, index: int, row: Row, running: Sequence[int], shared: Shared | None) -> Answer:
-    marks = shown(request, index)
+    options, reference = request.options, request.members[running[0]]
     top = max(running, key=lambda k: row.weights.values[k])
-    vocabulary, prompt = request.members[running[0]].vocabulary, request.usage(index, top)
-    ends = request.members[running[0]].end_ids if shared is None else frozenset([shared.end])
-    if request.grammar is None:
-        return Answer(TextStream(vocabulary, request.options.stop, marks), ends, row.limit, prompt)
-    constraint = Constraint(request.grammar, vocabulary, ends, row.limit)
-    row.sample = constraint.wrap(row.sample)
-    return Answer(TextStream(vocabulary), ends, row.limit, prompt, constraint)
+    vocabulary, prompt = reference.vocabulary, request.usage(index, top)
+    ends = reference.end_ids if shared is None else frozenset([shared.end])
+    if options.tells_logprobs:
+        row.recorder = Recorder(vocabulary, ends, row.weights.names, options.top_logprobs or 0)
+        if request.grammar is not None or options.penalises:
+            row.sample = row.recorder.watching(row.sample)
+    text, constraint = TextStream(vocabulary, options.stop, shown(request, index)), None
+    if request.grammar is not None:
+        text, constraint = TextStream(vocabulary), Constraint(request.grammar, vocabulary, ends, row.limit)
+        row.sample = constraint.wrap(row.sample)
+    if options.penalises:
+        biases = bias_ids(request.biases, reference, None if shared is None else shared.end)
+        row.sample = Penalties(options, request.encoded[index][running[0]].ids, biases).wrap(row.sample)
+    return Answer(text, ends, row.limit, prompt, constraint)
 
 
 class Answer:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from packllm.decode.by_segments import by_segments, check_segments, reranked
-from packllm.decode.by_tokens import by_tokens, check_drawn, check_tokens, drawn
+from packllm.decode.by_segments import by_segments, check_reranked, check_segments, reranked
+from packllm.decode.by_tokens import by_tokens, check_drawn, check_tokens, difference, drawn
 from packllm.decode.request import Request
 from packllm.decode.tokens import Row
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk
+
+log = logging.getLogger("packllm")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,15 @@ def _any(request: Request) -> None:
 def _auto(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
     """Token by token where the members that run share a vocabulary, else segment by segment."""
     mixed = {r for r in range(len(rows)) if not request.one_vocabulary(request.running(r))}
-    if mixed and request.grammar is not None:
-        raise VocabularyError(
-            "the members that run have different vocabularies, and the form that json_schema or tool_choice demands "
-            "is guaranteed in one only; use decoding='mined' or weighting='top1'"
-        )
+    needs_one = request.grammar is not None or request.options.penalises
+    if mixed and (needs_one or log.isEnabledFor(logging.INFO)):
+        told = difference([request.members[k] for k in request.running(min(mixed))])
+        if needs_one:
+            raise VocabularyError(
+                f"{told}; the form that json_schema or tool_choice demands, penalties and logit_bias need one "
+                f"vocabulary; use decoding='mined' or weighting='top1'"
+            )
+        log.info("%s: they write segment by segment (decoding='cool'); decoding='mined' serves too", told)
     for r, row in enumerate(rows):
         row.done = r not in mixed
     yield from by_segments(request, rows)
@@ -55,7 +62,7 @@ DECODINGS: dict[str, Decoding] = {
     "tokens": Decoding(check_tokens, by_tokens),
     "lazy": Decoding(check_drawn, drawn),
     "cool": Decoding(check_segments, by_segments),
-    "cool+rerank": Decoding(check_segments, reranked),
+    "cool+rerank": Decoding(check_reranked, reranked),
     "mined": Decoding(_any, by_tokens, mapped=True),
 }
 

@@ -2,8 +2,8 @@
 
 A draw from p = Σ λ_k p_k is a draw of k from λ and then of a token from p_k alone. The members that are not drawn need
 not run; one that is reads first, in one block, what it missed. So a token costs one pass, whatever the number of
-members. It holds for the linear pool at temperature 1 without top_k and top_p only: nothing else is a mixture of what
-the members would do by themselves.
+members; where log-probabilities are asked for, all members run. It holds for the linear pool at temperature 1 without
+filters, penalties and biases only: nothing else is a mixture of what the members would do by themselves.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from packllm.decode.tokens import Ensemble, Row, Slot
+from packllm.decode.tokens import Ensemble, Row, Slot, fused_row
 from packllm.errors import OptionError
 from packllm.options import Options
 from packllm.weights import find
 
+_PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
+_PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None, "json_schema": None}
+
 
 def check_lazy(options: Options) -> None:
     """OptionError unless the options leave each token a draw from the plain distribution."""
-    for name, needed in (("temperature", 1.0), ("top_p", 1.0), ("top_k", None), ("json_schema", None)):
+    for name, needed in _PLAIN.items():
         if (given := getattr(options, name)) != needed:
             raise OptionError(f"decoding='lazy' needs {name}={needed}, not {given!r}; use decoding='auto'")
     if options.tool_choice not in (None, "auto", "none"):
@@ -55,11 +58,16 @@ def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]]) 
     """A token of a member drawn from the weights; None where that member is lost, or the token is not one that
     all members have: both are drawn anew."""
     k = row.sample(torch.tensor(row.weights.values).log())
-    if missed[k, r]:
-        ensemble.read({(k, r): missed[k, r]})
-        missed[k, r] = []
+    reading = [k] if row.recorder is None else ensemble.running(r)
+    if blocks := {(i, r): missed[i, r] for i in reading if missed[i, r]}:
+        ensemble.read(blocks)
+        missed |= {slot: [] for slot in blocks}
     parts = ensemble.parts(r)
     if k not in parts:
         return None
     token = row.sample(parts[k])
-    return token if token < min(len(part) for part in parts.values()) else None
+    if token >= min(len(part) for part in parts.values()):
+        return None
+    if row.recorder is not None:
+        row.note(token, fused_row(parts, row.weights), parts)
+    return token

@@ -8,7 +8,7 @@ from dataclasses import replace
 from packllm.chat.marks import CALL_MARKS
 from packllm.chat.reasoning import ReasoningStream, marks_in, opened_by
 from packllm.decode.request import Request
-from packllm.results import Chunk
+from packllm.results import Chunk, TokenLogprob
 
 _LONGEST_OPENING = 48
 """Tokens at the end of a prompt that may spell the opening of reasoning."""
@@ -17,15 +17,18 @@ _LONGEST_OPENING = 48
 def apart(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
     """Pieces with what is reasoned before the answer apart from their text."""
     thoughts: dict[int, ReasoningStream] = {}
+    told: dict[int, tuple[TokenLogprob, ...]] = {}  # of tokens whose text is not sure yet
     for r, chunk in pieces:
         if _reasons(request, r):
             if r not in thoughts:
                 thoughts[r] = ReasoningStream(_opened(request, r))
             last = chunk.finish_reason is not None
             reasoning, text = thoughts[r].feed(chunk.text, last)
+            if chunk.logprobs is not None:
+                told[r] = told.get(r, ()) + chunk.logprobs
             if not (reasoning or text or last):
                 continue
-            chunk = replace(chunk, text=text, reasoning=reasoning)
+            chunk = replace(chunk, text=text, reasoning=reasoning, logprobs=told.pop(r, None))
         yield r, chunk
 
 

@@ -18,6 +18,7 @@ from packllm.decode.failures import Failures
 from packllm.decode.grammar import make_grammar
 from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
+from packllm.decode.penalties import spelled_biases
 from packllm.decode.tokens import drop_small
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden
@@ -60,6 +61,7 @@ class Request:
         timings: seconds spent so far: prefill, weighting.
         failures: what becomes of a member that fails.
         conversations: whether each prompt is messages, not text.
+        biases: what logit_bias adds to tokens, by their spelling.
         grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
             every token of the answer once and in order.
     """
@@ -83,6 +85,7 @@ class Request:
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
+        self.biases = spelled_biases(options.logit_bias, members[0])
         self.encoded: list[dict[int, Encoded]] = [
             {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]
@@ -153,6 +156,22 @@ class Request:
                 engine.release_hidden(line.sequence)
         self.timings["weighting"] = time.perf_counter() - started
         self.check_time()
+
+    def fork(self) -> None:
+        """Let each prompt, now that it is read and weighed, be answered n times. From now on all is by row: row r is
+        answer r % n to prompt r // n."""
+        n = self.options.n or 1
+        lines = {}
+        for (k, at), line in self.lines.items():
+            lines[k, at * n] = line
+            for row in range(at * n + 1, at * n + n):
+                lines[k, row] = line.fork()
+                self._opened.append(lines[k, row].sequence)
+        self.lines = dict(sorted(lines.items()))
+        self._cached = {(k, at * n + i): count for (k, at), count in self._cached.items() for i in range(n)}
+        self.encoded = [one for one in self.encoded for _ in range(n)]
+        self.weights = [one for one in self.weights for _ in range(n)]
+        self.conversations = [one for one in self.conversations for _ in range(n)]
 
     def check(self) -> None:
         """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
@@ -292,7 +311,7 @@ class Request:
     def cache_bytes(self) -> int:
         """Most that the caches of all members and prompts grow to."""
         limits = self.limits(self.options.max_tokens)
-        return sum(
+        return (self.options.n or 1) * sum(
             (len(prompt.ids) + limit) * self.members[k].engine.token_bytes
             for encoded, limit in zip(self.encoded, limits, strict=True)
             for k, prompt in encoded.items()

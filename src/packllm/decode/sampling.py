@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,9 @@ Sampler = Callable[[Tensor], int]
 
 _LEAST_TEMPERATURE = 1e-30
 """Below this, dividing in float32 makes every log-probability -infinity; the distribution is one-hot long before."""
+
+_ROUNDING = 1e-6
+"""Nats: a token that is min_p times as likely as the likeliest but for rounding stays."""
 
 
 class Greedy:
@@ -33,15 +37,17 @@ class Greedy:
 
 
 class Random:
-    """Draws a token at random, after temperature, top_k and top_p.
+    """Draws a token at random, after temperature, top_k, top_p and min_p.
 
     Args:
-        temperature, top_p, top_k: see make_sampler; the temperature is above 0.
+        temperature, top_p, top_k, min_p: see make_sampler; the temperature is above 0.
         seed: of this sampler's own random numbers; None: a new one each time.
     """
 
-    def __init__(self, temperature: float, top_p: float, top_k: int | None, seed: int | None) -> None:
-        self._filters = temperature, top_p, top_k
+    def __init__(
+        self, temperature: float, top_p: float, top_k: int | None, seed: int | None, min_p: float = 0.0
+    ) -> None:
+        self._filters = temperature, top_p, top_k, min_p
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
@@ -82,31 +88,38 @@ class Random:
         return float(torch.minimum(draft, target).sum())
 
 
-def make_sampler(temperature: float, top_p: float, top_k: int | None, seed: int | None) -> Greedy | Random:
+def make_sampler(
+    temperature: float, top_p: float, top_k: int | None, seed: int | None, min_p: float = 0.0
+) -> Greedy | Random:
     """A function from log-probabilities (V,) to a token id.
 
     temperature 0 is greedy (the smallest id of equals). Otherwise the distribution is raised to
-    1/temperature, cut to the top_k likeliest, then to the smallest set that reaches top_p, and sampled.
+    1/temperature, cut to the top_k likeliest, then to the smallest set that reaches top_p, then to tokens that are at
+    least min_p times as likely as the likeliest, and sampled.
     """
-    return Greedy() if temperature == 0 else Random(temperature, top_p, top_k, seed)
+    return Greedy() if temperature == 0 else Random(temperature, top_p, top_k, seed, min_p)
 
 
-def filtered(logprobs: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
-    """Unnormalised log-probabilities that remain after temperature, top_k and top_p, and the token ids
+def filtered(
+    logprobs: Tensor, temperature: float, top_p: float, top_k: int | None, min_p: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Unnormalised log-probabilities that remain after temperature, top_k, top_p and min_p, and the token ids
     they belong to (None: all, in order). Without top_k and top_p nothing is sorted."""
     scaled = logprobs / max(temperature, _LEAST_TEMPERATURE)
     ids = None
     if top_k is not None and top_k < len(scaled):
         ids = (scaled >= scaled.topk(top_k).values[-1]).nonzero()[:, 0]  # all that tie for the last place
-    if ids is None and top_p >= 1.0:
-        return scaled, None
-    # Stable: of equals the smaller id comes first, so the cuts keep it, as greedy choice does.
-    scaled, order = (scaled if ids is None else scaled[ids]).sort(descending=True, stable=True)
-    ids = order if ids is None else ids[order]
-    scaled, ids = scaled[:top_k], ids[:top_k]
+    if ids is not None or top_p < 1.0:
+        # Stable: of equals the smaller id comes first, so the cuts keep it, as greedy choice does.
+        scaled, order = (scaled if ids is None else scaled[ids]).sort(descending=True, stable=True)
+        ids = order if ids is None else ids[order]
+        scaled, ids = scaled[:top_k], ids[:top_k]
     if top_p < 1.0:
         probabilities = scaled.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        keep = int((before < top_p).sum())  # the token that crosses top_p is kept
-        scaled, ids = scaled[:keep], ids[:keep]
+        count = int((before < top_p).sum())  # the token that crosses top_p is kept
+        scaled, ids = scaled[:count], None if ids is None else ids[:count]
+    if min_p > 0.0:
+        keep = (scaled >= scaled.max() + math.log(min_p) - _ROUNDING).nonzero()[:, 0]
+        scaled, ids = scaled[keep], keep if ids is None else ids[keep]
     return scaled, ids

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +36,17 @@ def continuation_logprobs(
     one = _mixed if weights.pool == "linear" else _multiplied
     for start in range(0, len(continuations), TOGETHER):
         yield from one(lines, weights, continuations[start : start + TOGETHER])
+
+
+def member_logprobs(lines: Mapping[int, Line], texts: Sequence[str]) -> dict[str, list[float]]:
+    """log p of each text under each member by itself, in its own tokens; -infinity where it has none for it."""
+    spoken = {k: [line.member.encoder.continuation(text) for text in texts] for k, line in lines.items()}
+    given = score_rows(lines, {k: [ids for ids in rows if ids] for k, rows in spoken.items()})
+    found = {k: iter(scores) for k, scores in given.items()}
+    return {
+        lines[k].member.name: [float(next(found[k]).sum()) if ids else -math.inf for ids in rows]
+        for k, rows in spoken.items()
+    }
 
 
 def _mixed(lines: dict[int, Line], weights: Weights, rows: Sequence[Sequence[int]]) -> list[float]:

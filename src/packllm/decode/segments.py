@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from packllm.decode.failures import Failures
@@ -12,7 +12,7 @@ from packllm.decode.text import TextStream
 from packllm.decode.tokens import Row
 from packllm.decode.writer import Judgement, Segment, Writer
 from packllm.options import Scoring
-from packllm.results import FinishReason
+from packllm.results import FinishReason, TokenLogprob
 from packllm.weights.result import Weights
 
 END_BYTES = 4
@@ -38,6 +38,7 @@ class Writers:
         scoring: how segments are rated, see rate().
         align: end segments at boundaries of all tokenizers; False: of their author's alone (Cool−align).
         failures: what becomes of a member that fails; None: it ends the work.
+        top: how many proposals to tell the log-likelihood of beside each segment's; None: nobody asks.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Writers:
         scoring: Scoring = "log",
         align: bool = True,
         failures: Failures | None = None,
+        top: int | None = None,
     ) -> None:
-        self._writers, self._row, self._align = writers, row, align
+        self._writers, self._row, self._align, self._top = writers, row, align, top
+        self._told: list[TokenLogprob] = []
         self._scoring: Scoring = scoring
         self._failures = failures or Failures(row.weights.names, writers, False)
         encoders = {writer.member.vocabulary.fingerprint: writer.member.encoder for writer in writers.values()}
@@ -72,9 +75,11 @@ class Writers:
             if any(s.text or s.ends for s in segments):
                 segments = [s for s in segments if s.text or s.ends]
             best = segments[0]
-            if len(segments) > 1:
-                ratings = self.rate(segments)
+            if len(segments) > 1 or self._top is not None:
+                judged = self._judged(segments)
+                ratings = [rate(s, judged[s], self._row.weights, self._scoring) for s in segments]
                 best = segments[max(range(len(segments)), key=ratings.__getitem__)]
+                self._tell(best, judged)
             yield Written(pieces[best], best.ends)
             if best.ends or self._row.done:
                 return
@@ -125,12 +130,30 @@ class Writers:
 
     def rate(self, segments: Sequence[Segment]) -> list[float]:
         """Every segment's rating, higher is better: each member reads those it did not write in one forward."""
+        judged = self._judged(segments)
+        return [rate(segment, judged[segment], self._row.weights, self._scoring) for segment in segments]
+
+    def _judged(self, segments: Sequence[Segment]) -> dict[Segment, dict[int, Judgement | None]]:
         judged = self._each(lambda writer: writer.judge(segments))
+        return {s: {k: judgements[i] for k, judgements in judged.items()} for i, s in enumerate(segments)}
+
+    def _tell(self, best: Segment, judged: Mapping[Segment, Mapping[int, Judgement | None]]) -> None:
+        if self._top is None:
+            return
         weights = self._row.weights
-        return [
-            rate(segment, {k: judgements[i] for k, judgements in judged.items()}, weights, self._scoring)
-            for i, segment in enumerate(segments)
-        ]
+        told = {}
+        for segment, judgements in judged.items():
+            able = _able(judgements)
+            members = {weights.names[k]: judgement.logprob for k, judgement in able.items()}
+            fused = min(fused_logprob(able, weights, weights.pool == "linear"), 0.0) if able else -math.inf
+            told[segment] = TokenLogprob(segment.text, tuple(segment.text.encode()), None, fused, members)
+        top = sorted(told.values(), key=lambda one: -one.logprob)[: self._top]
+        self._told.append(replace(told[best], top_logprobs=tuple(top)))
+
+    def told(self) -> tuple[TokenLogprob, ...] | None:
+        """Log-likelihoods of the segments since the last time; None where nobody asks."""
+        told, self._told = tuple(self._told), []
+        return None if self._top is None else told
 
     def _each(self, act: Callable[[Writer], T], which: Sequence[int] | None = None) -> dict[int, T]:
         """What `act` gives for each writer; those that fail are let go of (see Failures)."""
@@ -147,7 +170,7 @@ class Writers:
             writer.close()
 
 
-def rate(segment: Segment, judgements: dict[int, Judgement | None], weights: Weights, scoring: Scoring) -> float:
+def rate(segment: Segment, judgements: Mapping[int, Judgement | None], weights: Weights, scoring: Scoring) -> float:
     """How good a segment is, higher is better.
 
     perplexity (Cool-Fusion Eq. 2 and 3, with the 1/n that Eq. 2 lacks): −mean over members of exp(−log p_k(s)/n_k),
@@ -159,16 +182,24 @@ def rate(segment: Segment, judgements: dict[int, Judgement | None], weights: Wei
     Args:
         judgements: of the members that run, by index.
     """
-    able = {k: judgement for k, judgement in judgements.items() if judgement is not None}
+    able = _able(judgements)
     if not able:
         return -math.inf
     if scoring == "perplexity":
         return -math.fsum(math.exp(min(-j.logprob / max(j.tokens, 1), 700.0)) for j in able.values()) / len(able)
+    fused = fused_logprob(able, weights, mixture=scoring == "mixture")
+    return fused / max(1, len(segment.text.encode()) + END_BYTES * segment.ends)
+
+
+def _able(judgements: Mapping[int, Judgement | None]) -> dict[int, Judgement]:
+    return {k: judgement for k, judgement in judgements.items() if judgement is not None}
+
+
+def fused_logprob(able: Mapping[int, Judgement], weights: Weights, mixture: bool) -> float:
+    """log Σ λ_k p_k(s) (mixture) or Σ λ_k log p_k(s). The weights of members that can judge it are renormalised."""
     total = math.fsum(weights.values[k] for k in able)
     parts = [(weights.values[k] / total, max(j.logprob, -1e30)) for k, j in able.items()]
-    if scoring == "mixture":
-        peak = max(logprob for _, logprob in parts)
-        fused = peak + math.log(math.fsum(weight * math.exp(logprob - peak) for weight, logprob in parts))
-    else:
-        fused = math.fsum(weight * logprob for weight, logprob in parts)
-    return fused / max(1, len(segment.text.encode()) + END_BYTES * segment.ends)
+    if not mixture:
+        return math.fsum(weight * logprob for weight, logprob in parts)
+    peak = max(logprob for _, logprob in parts)
+    return peak + math.log(math.fsum(weight * math.exp(logprob - peak) for weight, logprob in parts))

@@ -81,7 +81,8 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], fixed: int | None =
 def _hindered(ensemble: Ensemble, rows: Sequence[Row]) -> bool:
     """Whether tokens have to come one by one; says why where a member is the reason."""
     if not all(isinstance(row.sample, Greedy | Random) for row in rows):
-        return True  # a sampler with a memory must see every token once and in order
+        log.info("decoding without drafts: penalties, biases and forms must see every token once and in order")
+        return True
     for line in ensemble.lines.values():
         if not line.sequence.engine.rewinds:
             log.info("decoding without drafts: the cache of member %r cannot be rolled back", line.member.name)
@@ -103,7 +104,9 @@ def _judged(
         for r in list(going):
             row = rows[r]
             assert isinstance(row.sample, Greedy | Random)
-            target = row.sample.distribution(fused_row({k: p[place] for k, p in block.parts[r].items()}, row.weights))
+            parts = {k: p[place] for k, p in block.parts[r].items()}
+            fused = fused_row(parts, row.weights)
+            target = row.sample.distribution(fused)
             if place < len(block.drafted[r]):
                 drafted, draft = block.drafted[r][place], block.drawn_from[r][place]
                 token = row.sample.judge(drafted, draft, target)
@@ -115,6 +118,7 @@ def _judged(
                 if pace.learns and (own := block.parts[r].get(ensemble.top(r))) is not None:
                     pace.note(row.sample.overlap(row.sample.distribution(own[place, : len(target)]), target))
             chosen[r].append(token)
+            row.note(token, fused, parts)
             yield r, token
             if row.done or not agreed:
                 going.remove(r)

@@ -11,10 +11,12 @@ from torch import Tensor
 from packllm.align.shared import Shared
 from packllm.decode.failures import Failures, normalised
 from packllm.decode.line import Line, read_lines
+from packllm.decode.logprobs import Recorder
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import Sampler
 from packllm.engines.member import Member
 from packllm.errors import MemberError
+from packllm.results import TokenLogprob
 from packllm.weights.result import Weights
 
 
@@ -29,6 +31,7 @@ class Row:
         done: set by whoever reads the tokens, to end this row.
         drafted, accepted: tokens that one member proposed ahead of the others, and those of them that the answer
             took over.
+        recorder: keeps the log-probabilities of the tokens, where they are asked for.
     """
 
     weights: Weights
@@ -37,6 +40,16 @@ class Row:
     done: bool = False
     drafted: int = 0
     accepted: int = 0
+    recorder: Recorder | None = None
+
+    def note(self, token: int, fused: Tensor, parts: Mapping[int, Tensor]) -> None:
+        """A token was chosen from log-probabilities (V,) that members' (V_k,), by index, fuse to."""
+        if self.recorder is not None:
+            self.recorder.note(token, fused, parts)
+
+    def told(self) -> tuple[TokenLogprob, ...] | None:
+        """Log-probabilities of the tokens since the last time; None where nobody asks."""
+        return None if self.recorder is None else self.recorder.take()
 
 
 Slot = tuple[int, int]
@@ -161,7 +174,10 @@ def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int,
         tokens = {}
         for r, row in enumerate(rows):
             if not row.done:
-                tokens[r] = row.sample(ensemble.fused(r))
+                parts = ensemble.parts(r)
+                fused = fused_row(parts, row.weights)
+                tokens[r] = row.sample(fused)
+                row.note(tokens[r], fused, parts)
                 yield r, tokens[r]
         if all(row.done for row in rows):
             return

@@ -17,7 +17,7 @@ from typing import Any
 from packllm.decode.grammar import demanded_tools
 from packllm.errors import ExtraError, StructureError
 from packllm.options import Options
-from packllm.results import Chunk
+from packllm.results import Chunk, logprobs_of
 
 try:
     import jsonschema
@@ -104,7 +104,11 @@ def _extended(validator: Any) -> Any:
 
 def _whole(chunks: Chunks) -> Chunks:
     """The chunks with all text of an answer in its last one. The empty ones before it let a caller stop the work."""
-    texts: dict[int, str] = {}
+    before: dict[int, list[Chunk]] = {}
     for row, chunk in chunks:
-        texts[row] = texts.get(row, "") + chunk.text
-        yield row, replace(chunk, text="" if chunk.finish_reason is None else texts[row])
+        so_far = before.setdefault(row, [])
+        so_far.append(chunk)
+        if chunk.finish_reason is None:
+            yield row, replace(chunk, text="", logprobs=None)
+        else:
+            yield row, replace(chunk, text="".join(part.text for part in so_far), logprobs=logprobs_of(so_far))

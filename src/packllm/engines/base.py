@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as List
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class Engine(ABC):
         token_bytes: what is kept of each id that a sequence has read.
         requests: how many shared the last pass: each has a part of what it cost.
         packing: what each further token adds to a pass over one, as a share of it.
+        asks: options that the model itself asks for (its generation_config); used on request only.
     """
 
     vocabulary_size: int
@@ -108,6 +110,7 @@ class Engine(ABC):
     token_bytes: int = 0
     requests: int = 1
     packing: float = 0.1
+    asks: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
@@ -176,11 +179,11 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
             engine = reads[group[0]].sequence.engine
             try:
                 found = (engine.meeting or engine).read([reads[at] for at in group])
-            except (CancelledError, AnswerTimeout):
-                raise  # not a fault of the engine's
             except Exception as error:
                 found = [error] * len(group)
             for at, answer in zip(group, found, strict=True):
+                if isinstance(answer, CancelledError | AnswerTimeout):
+                    raise answer  # a gate's word, whether the engine let it pass or told it: no fault of a member
                 answers[at] = answer
 
     if len(by_place) <= 1:

@@ -27,6 +27,7 @@ from packllm.errors import LoadError, OptionError, loading
 __all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FORMS = "a hub id, a folder, a .gguf file or base+adapter"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -276,8 +277,10 @@ def _split(spec: str) -> tuple[str, str | None]:
             continue
         if part.endswith(".gguf"):
             raise LoadError(f"model file {part!r} does not exist")
+        if engine := re.match(r"([A-Za-z][\w.-]+):", part):
+            raise LoadError(f"model {part!r} names no engine that there is: {engine[1]!r}; give {_FORMS}")
         if not _HUB_ID.fullmatch(part):
-            raise LoadError(f"model {part!r} does not exist; give a hub id, a folder, a .gguf file or base+adapter")
+            raise LoadError(f"model {part!r} does not exist; give {_FORMS}")
     return parts
 
 

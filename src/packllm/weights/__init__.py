@@ -41,18 +41,18 @@ __all__ = [
 ]
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "em": Weighting("linear", _em.solve),
+    "em": Weighting("linear", _em.solve, takes=("alpha",)),
     "uniform": Weighting("log", simple.uniform),
     "top1": Weighting("linear", simple.top1),
-    "sim": Weighting("log", simple.sim),
+    "sim": Weighting("log", simple.sim, takes=("tau",)),
     "opt": Weighting("log", opt.solve, needs_logits=True),
     "exhaustive": Weighting("log", exhaustive.solve, needs_logits=True),
     "exact": Weighting("log", exact.solve, needs_logits=True),
-    "map": Weighting("log", exact.solve_map, needs_logits=True),
-    "dexperts": Weighting("log", dexperts.solve),
+    "map": Weighting("log", exact.solve_map, needs_logits=True, takes=("beta",)),
+    "dexperts": Weighting("log", dexperts.solve, takes=("alpha",)),
     "dexperts-opt": Weighting("log", dexperts.solve_opt, needs_logits=True),
-    "cbtm": Weighting("linear", cbtm.solve),
-    "router": Weighting("linear", router.solve),
+    "cbtm": Weighting("linear", cbtm.solve, takes=("fitted", "tau")),
+    "router": Weighting("linear", router.solve, takes=("fitted",)),
 }
 
 

@@ -17,20 +17,24 @@ def solve(problem: Problem, options: Options) -> Solution:
     Raises:
         WeightsError: not exactly three members.
     """
+    _check(problem)
+    return Solution((1.0, options.alpha, -options.alpha))
+
+
+def _check(problem: Problem) -> None:
     if len(problem.names) != 3:
         raise WeightsError(
             f"weighting='dexperts' takes exactly 3 members in the order base, expert, anti-expert; "
             f"got {len(problem.names)}: {', '.join(problem.names)}"
         )
-    return Solution((1.0, options.alpha, -options.alpha))
 
 
 def solve_opt(problem: Problem, options: Options) -> Solution:
     """Weights (1, α, −α) with the α of {0, .05, ..., 1} of lowest prompt NLL; equal losses go to the smaller."""
-    base = (solve(problem, options).values[0], 0.0, 0.0)
+    _check(problem)
     if len(usable(problem)) < 3:
         problem.logits("dexperts-opt")
-        return Solution(base, -float(problem.logprobs[0].mean()))
+        return Solution((1.0, 0.0, 0.0), -float(problem.logprobs[0].mean()))
     strength = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
     points = torch.stack((torch.ones_like(strength), strength, -strength), dim=1)
     chosen, loss = grid_search(problem, "dexperts-opt", range(3), points)

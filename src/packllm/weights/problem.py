@@ -128,12 +128,19 @@ class Solution:
 
 @dataclass(frozen=True)
 class Weighting:
-    """One strategy: the pool it is meant for, what it computes, and whether it reads logits (which makes
-    the prefill keep what it needs to produce them again)."""
+    """One strategy.
+
+    Attributes:
+        pool: what it is meant for.
+        solve: what it computes.
+        needs_logits: whether it reads logits, which makes the prefill keep what it needs to produce them again.
+        takes: names of the options that it reads; it ignores the others, which belong to other strategies.
+    """
 
     pool: Pool
     solve: Callable[[Problem, Options], Solution]
     needs_logits: bool = False
+    takes: tuple[str, ...] = ()
 
 
 class TensorSource:

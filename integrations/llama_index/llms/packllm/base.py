@@ -27,11 +27,12 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import default_completion_to_prompt
 from pydantic import PrivateAttr
 
-from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_message
+from llama_index.llms.packllm.messages import ChatReply, CompletionReply, from_message, log_probs
 from llama_index.llms.packllm.streams import streaming
 from llama_index.llms.packllm.structured import StructuredOutput
 from llama_index.llms.packllm.tool_calls import ToolCalling
 from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
+from packllm.results import logprobs_of
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
 # Piece of text, raw, whether it is the last, piece of reasoning -> response.
@@ -210,7 +211,10 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return Formatted.by(lambda texts: write(texts[0]), [prompt]), options
 
     def _call_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._own_options()} | kwargs
+        options = {name: getattr(self, name) for name in self._own_options()} | kwargs
+        if (n := options.pop("n", None)) not in (None, 1):
+            raise OptionError(f"n={n}: a response of LlamaIndex's is one answer; ask pack.generate")
+        return options
 
     def _as_it_is(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options for a prompt that is formatted already: it goes in without the members' templates."""
@@ -266,6 +270,7 @@ def _raw(generation: Generation) -> dict[str, Any]:
 def _whole(reply: Reply[Response], generation: Generation) -> Response:
     response = reply(generation.text, _raw(generation), True, generation.reasoning)
     response.delta = None
+    response.logprobs = log_probs(generation.logprobs)
     return response
 
 
@@ -277,6 +282,8 @@ def _responder(reply: Reply[Response]) -> Callable[[Chunk], Response]:
         so_far.append(chunk)
         last = chunk.finish_reason is not None
         raw = _raw(Generation.from_chunks(so_far)) if last else {"packllm": chunk.weights.as_dict()}
-        return reply(chunk.text, raw, last, chunk.reasoning)
+        response = reply(chunk.text, raw, last, chunk.reasoning)
+        response.logprobs = log_probs(logprobs_of(so_far))
+        return response
 
     return respond

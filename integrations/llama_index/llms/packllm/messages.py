@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import (
     ChatResponse,
     CompletionResponse,
     ContentBlock,
+    LogProb,
     MessageRole,
     TextBlock,
     ThinkingBlock,
@@ -19,6 +20,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from packllm import ParsedAnswer, PromptError, ReasoningPart, ToolStream
+from packllm.results import TokenLogprob
 
 SAME_ROLE = {"developer": "system", "chatbot": "assistant", "model": "assistant", "function": "tool"}
 
@@ -69,6 +71,21 @@ def _call(identity: str | None, name: str, arguments: Any) -> dict[str, Any]:
 def _openai_call(call: Any) -> Any:
     """A call in additional_kwargs, where integrations of OpenAI's kind keep mappings or objects; the pack checks it."""
     return call.model_dump() if hasattr(call, "model_dump") else call
+
+
+def log_probs(tokens: Sequence[TokenLogprob] | None) -> list[list[LogProb]] | None:
+    """For each token itself, then the others that were likely there. What members gave them is in `raw`."""
+    if tokens is None:
+        return None
+
+    def told(one: TokenLogprob) -> LogProb:
+        known = one.as_dict()
+        return LogProb(token=known["token"], logprob=known["logprob"], bytes=known["bytes"])
+
+    def differs(one: TokenLogprob, other: TokenLogprob) -> bool:
+        return (one.id, one.token) != (other.id, other.token)
+
+    return [[told(one), *(told(other) for other in one.top_logprobs if differs(one, other))] for one in tokens]
 
 
 class CompletionReply:

@@ -26,6 +26,7 @@ from packllm.engines.prefix import MINIMUM
 from packllm.engines.transformers import kv, packed
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder
+from packllm.engines.transformers.generation import asks_for
 from packllm.engines.transformers.sequence import Sequence
 from packllm.machine import settle_threads
 
@@ -81,6 +82,7 @@ class Engine(Packs):
         self.context_window = getattr(config, "max_position_embeddings", None)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.asks = asks_for(model)
         self.device: torch.device = model.device
         self.place = str(self.device)
         self.size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
