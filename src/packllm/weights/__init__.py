@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "em": Weighting("linear", _em.solve, takes=("alpha",)),
+    "em": Weighting("linear", _em.solve, takes=("alpha", "prior", "prior_strength")),
     "uniform": Weighting("log", simple.uniform),
     "top1": Weighting("linear", simple.top1),
     "sim": Weighting("log", simple.sim, takes=("tau",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,11 @@ def in_common(members: Sequence[Member], encoded: Sequence[Encoded], logprobs: S
         members, encoded, logprobs: K members, how the text is encoded for each, and float64 (t_k,) of its scored
             tokens; None where the reading left that out.
     """
-    own = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]
     akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members[1:])
+    if not akin:  # in one vocabulary all hide the same
+        unknown = [member.vocabulary.special.get("unk") for member in members]
+        logprobs = [charged(*each) for each in zip(logprobs, encoded, unknown, strict=True)]
+    own = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]
     shared = None
     if akin and not all(member.vocabulary.same_as(members[0].vocabulary) for member in members[1:]):
         vocabularies, ends = [member.vocabulary for member in members], [member.end_ids for member in members]
@@ -62,3 +66,17 @@ def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
         logprobs = torch.full((len(encoded.positions),), torch.nan, dtype=torch.float64)
     ids = [encoded.ids[at] for at in encoded.positions]
     return Scored(ids, encoded.starts, encoded.ends, encoded.positions, logprobs)
+
+
+def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
+    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
+
+    The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
+    """
+    if logprobs is None or unknown is None:
+        return logprobs
+    hidden = [
+        len(encoded.text[start:end].encode()) if encoded.ids[at] == unknown else 0
+        for at, start, end in zip(encoded.positions, encoded.starts, encoded.ends, strict=True)
+    ]
+    return logprobs - math.log(256) * torch.tensor(hidden, dtype=torch.float64)
