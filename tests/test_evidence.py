@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from packllm import DataError, Member, Pack
-from packllm.weights import calibrate, em
+from packllm.weights import Adaptive, calibrate, em
 from packllm_eval.evidence import answers, methods, reading, tables
 
 QUESTIONS = ["What is the capital of France?", "Who lived in the house?", "What does the court order?"]
@@ -142,10 +142,18 @@ def test_racing_reads_less_and_keeps_the_first():
 def test_sleeping_of_nobody_is_adapt_and_of_many_runs_fewer():
     weights = np.array([0.6, 0.37, 0.03])
     answer = planted(100)
-    everyone, run = methods.sleeping(weights, answer, 0.0, 8)
-    assert everyone == pytest.approx(methods.likelihood(weights, answer, True))
+    rows = np.stack([weights, weights])
+    (everyone, short), run = methods.adapting(rows, [answer, answer[:, :30]])
+    state, expected = Adaptive(weights), np.zeros(100)
+    for at, given in enumerate(np.exp(answer).T):
+        expected[at] = -np.log(state.weights() @ given)
+        state.observe(given)
+    assert [everyone, short] == pytest.approx([expected.sum(), expected[:30].sum()])
     assert run == 3
-    some, run = methods.sleeping(weights, answer, 0.05, 8)
+    (same, _), run = methods.adapting(rows, [answer, answer], 0.0, 8)
+    assert (same, run) == (pytest.approx(everyone), 3)
+    (some, _), run = methods.adapting(rows, [answer, answer], 0.05, 8)
     assert 1 < run <= 2.1
-    assert abs(some.sum() - everyone.sum()) < 5
+    assert some == pytest.approx(everyone, abs=5)
+    assert some != pytest.approx(everyone, abs=1e-6)
     assert em(answer) == pytest.approx(methods.em(answer))

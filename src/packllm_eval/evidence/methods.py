@@ -103,35 +103,42 @@ def weights_of(
     return dropped(em(prompt, "prompt" if method.prior else 1.0, prior))
 
 
-def likelihood(weights: np.ndarray, logprobs: np.ndarray, adapt: bool = False) -> np.ndarray:
+def likelihood(weights: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
     """float64 (n,): log of the mixture's probability of each of (K, n)."""
-    p = np.exp(logprobs)
-    if not adapt:
-        return np.log(weights @ p)
-    state, found = Adaptive(weights), np.empty(p.shape[1])
-    for at in range(p.shape[1]):
-        found[at] = state.weights() @ p[:, at]
-        state.observe(p[:, at])
-    return np.log(found)
+    return np.log(weights @ np.exp(logprobs))
 
 
-def sleeping(weights: np.ndarray, logprobs: np.ndarray, least: float, block: int) -> tuple[np.ndarray, float]:
-    """As likelihood() with adapt, where members below `least` at a block's start sleep through it, and read it at its
-    end; also how many members run a token."""
-    p = np.exp(logprobs)
-    state, found, run = Adaptive(weights), np.empty(p.shape[1]), 0
-    for start in range(0, p.shape[1], block):
-        part, asleep = p[:, start : start + block], state.weights()
-        awake = asleep >= min(least, asleep.max())
-        within = state.fork()
-        for at, given in enumerate(part.T, start):
-            now = np.where(awake, within.weights(), 0.0)
-            found[at] = now @ given / now.sum()
-            # Who sleeps has not read the token yet: it tells the others apart only.
-            within.observe(np.where(awake, given, found[at]))
-            state.observe(given)
-        run += int(awake.sum()) * part.shape[1]
-    return np.log(found), run / p.shape[1]
+def adapting(
+    weights: np.ndarray, logprobs: Sequence[np.ndarray], least: float = 0.0, block: int = 1
+) -> tuple[np.ndarray, float]:
+    """Nats of each of several texts under weights that go on learning, and how many members run a token.
+
+    Args:
+        weights: (rows, K), where the weights of each text start.
+        logprobs: (K, n) a row.
+        least: members below it at a block's start sleep through the block, and read it at its end.
+        block: tokens of a block.
+    """
+    length = max(given.shape[1] for given in logprobs)
+    p = np.ones((len(logprobs), weights.shape[1], length))
+    known = np.zeros((len(logprobs), length), bool)
+    for row, given in enumerate(logprobs):
+        p[row, :, : given.shape[1]] = np.exp(given)
+        known[row, : given.shape[1]] = True
+    state, within, awake = Adaptive(weights), Adaptive(weights), weights >= 0
+    nats, run = np.zeros(len(logprobs)), 0
+    for at in range(length):
+        if at % block == 0:
+            now, within = state.weights(), state.fork()
+            awake = now >= np.minimum(least, now.max(-1, keepdims=True))
+        given, now = p[..., at], np.where(awake, within.weights(), 0.0)
+        found = (now * given).sum(-1) / now.sum(-1)
+        nats -= np.log(found) * known[:, at]
+        run += int((awake * (weights > 0) * known[:, at, None]).sum())
+        state.observe(given)
+        # Who sleeps has not read the token yet: it tells the others apart only.
+        within.observe(np.where(awake, given, found[:, None]))
+    return nats, run / known.sum()
 
 
 def racing(prompt: np.ndarray, least: float, first: int) -> tuple[np.ndarray, float]:

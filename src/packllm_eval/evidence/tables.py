@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from packllm_eval.evidence import reading
 from packllm_eval.evidence.methods import (
     Method,
+    adapting,
     answers_together,
     dropped,
     em,
@@ -21,12 +22,11 @@ from packllm_eval.evidence.methods import (
     methods,
     priors,
     racing,
-    sleeping,
     together,
     weights_of,
 )
 from packllm_eval.evidence.reading import Row, Scores
-from packllm_eval.statistics import Interval, paired, proportion
+from packllm_eval.statistics import interval, proportion
 
 PROMPTS = (32, 128, 256)
 """Tokens of a document that its weights are from."""
@@ -60,8 +60,9 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(["| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *lines]])
 
 
-def spread(found: Interval, places: int = 4) -> str:
-    """A difference with its interval."""
+def versus(a: np.ndarray, b: np.ndarray, sizes: np.ndarray | None = None, places: int = 4) -> str:
+    """a − b on the same rows, with a 95 % bootstrap interval."""
+    found = interval((a - b).tolist(), None if sizes is None else sizes.tolist())
     return f"{found.value:+.{places}f} [{found.low:+.{places}f}, {found.high:+.{places}f}]"
 
 
@@ -87,7 +88,7 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     lines = []
     for label, values in sorted(nats.items(), key=lambda item: item[1].sum()):
         cells = [f"{values[at].sum() / sizes[at].sum():.4f}" for at in here.values()]
-        against = [spread(paired(values, nats[b], sizes).difference) for b in ("em", "best member in hindsight")]
+        against = [versus(values, nats[b], sizes) for b in ("em", "best member in hindsight")]
         total = f"{values.sum() / sizes.sum():.4f}", f"{values.sum() / octets.sum() / np.log(2):.4f}"
         lines.append([label, *cells, *total, *against])
     counted = ", ".join(f"{corpus} {len(here[corpus])} (best: {best[corpus]})" for corpus in corpora)
@@ -103,23 +104,26 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
 
 def rag_nats(method: Method, names: Sequence[str], test: Sequence[Pair], known: Any, pooled: Any) -> np.ndarray:
     """NLL of each gold answer."""
-    found = []
-    for row, scores in test:
-        if method.pool == "log":
-            found.append(-pooled[row.id][method.weighting][1].sum())
-            continue
-        prompt = np.stack([one.prompt for one in scores])
-        weights = weights_of(method, names, row, prompt, known)
-        found.append(-likelihood(weights, np.stack([one.texts[0] for one in scores]), method.adapt).sum())
-    return np.array(found)
+    if method.pool == "log":
+        return np.array([-pooled[row.id][method.weighting][1].sum() for row, _ in test])
+    prompts = [np.stack([one.prompt for one in scores]) for _, scores in test]
+    found = [weights_of(method, names, row, p, known) for (row, _), p in zip(test, prompts, strict=True)]
+    return nll(np.stack(found), [np.stack([one.texts[0] for one in scores]) for _, scores in test], method.adapt)
+
+
+def nll(weights: np.ndarray, texts: Sequence[np.ndarray], adapt: bool = False) -> np.ndarray:
+    """Nats of each text (K, n), under weights (rows, K)."""
+    if adapt:
+        return adapting(weights, texts)[0]
+    return np.array([-likelihood(w, text).sum() for w, text in zip(weights, texts, strict=True)])
 
 
 def per_corpus(nats: dict[str, np.ndarray], here: dict[str, list[int]], sizes: np.ndarray) -> Iterator[str]:
     """Each pack against the best single member in hindsight, domain by domain."""
     lines = []
     for label in ("em", "em + prior (pooled)", "em + prior (own)", "em + adapt", "em + prior (own) + adapt"):
-        found = [paired(nats[label][at], nats["best member in hindsight"][at], sizes[at]) for at in here.values()]
-        lines.append([label, *(spread(one.difference) for one in found)])
+        best = nats["best member in hindsight"]
+        lines.append([label, *(versus(nats[label][at], best[at], sizes[at]) for at in here.values())])
     yield "Against the best member in hindsight, nats a token:\n\n" + table(["method", *here], lines)
 
 
@@ -145,7 +149,7 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
         members = 1 if label.startswith("member ") else len(names)
         read = np.mean([prompts[i] * members + o["tokens"] * o["running"] for i, o in zip(ids, one, strict=True)])
         seconds = np.mean([o["seconds"] for o in one])
-        against = spread(paired(f1s[label], f1s["em"]).difference)
+        against = versus(f1s[label], f1s["em"])
         held = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
         figures = f"{again:.4f}", f"{seconds:.3f}", f"{read:.0f}"
         lines.append([label, f"{f1s[label].mean():.4f}", against, held, *figures])
@@ -180,21 +184,19 @@ def raced(test: Sequence[Pair], families: Sequence[str]) -> Iterator[str]:
     lines, octets = [], np.array([len(row.texts[0].encode()) for row, _ in test])
     answers = [answers_together(row, scores, families)[0] for row, scores in test]
     prompts = [together(row, scores, families)[0] for row, scores in test]
-    pairs = list(zip(prompts, answers, strict=True))
-    for adapt in (False, True):
-        for least in LEASTS:
-            whole = np.array([-likelihood(dropped(em(p), least), a, adapt).sum() for p, a in pairs])
-            loss, shares, lost = [], [], 0
-            for prompt, answer in pairs:
-                left, share = racing(prompt, least, FIRST)
-                weights = np.zeros(len(prompt))
-                weights[left] = em(prompt[left])
-                lost += not left[em(prompt).argmax()]
-                loss.append(-likelihood(dropped(weights, least), answer, adapt).sum())
-                shares.append(share)
-            bits = paired(np.array(loss) / np.log(2), whole / np.log(2), octets).difference
-            saved = f"{np.mean(shares):.3f}"
-            lines.append([f"{least:g}", "yes" if adapt else "no", saved, spread(bits, 5), str(lost)])
+    whole = [em(prompt) for prompt in prompts]
+    for least in LEASTS:
+        left, shares = zip(*(racing(prompt, least, FIRST) for prompt in prompts), strict=True)
+        lost = sum(not some[full.argmax()] for some, full in zip(left, whole, strict=True))
+        known = np.stack([dropped(full, least) for full in whole])
+        ran = np.zeros_like(known)
+        for row, (some, prompt) in enumerate(zip(left, prompts, strict=True)):
+            ran[row, some] = whole[row] if some.all() else em(prompt[some])
+            ran[row] = dropped(ran[row], least)
+        for adapt in (False, True):
+            bits = [nll(weights, answers, adapt) / np.log(2) for weights in (ran, known)]
+            loss = versus(*bits, octets, places=5)
+            lines.append([f"{least:g}", "yes" if adapt else "no", f"{np.mean(shares):.3f}", loss, str(lost)])
     headings = ["min_weight", "adapt", "tokens read", "bits/byte against all read", "best member dropped"]
     yield f"### Racing prefill\n\nFirst chunk {FIRST} tokens, then as many each time.\n\n{table(headings, lines)}"
 
@@ -242,18 +244,21 @@ def at_length(
 def compared(found: Sequence[Any]) -> list[str]:
     """The cells of a line: bits per byte, and differences to em."""
     sizes = np.array([size for *_, size in found])
-    rivals: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-        "em": lambda p, a: likelihood(dropped(em(p)), a),
-        "uniform": lambda p, a: likelihood(np.full(len(p), 1 / len(p)), a),
-        "top1": lambda p, a: likelihood(np.eye(len(p))[int(p.sum(1).argmax())], a),
-        "adapt": lambda p, a: likelihood(dropped(em(p)), a, True),
-        "least": lambda p, a: likelihood(dropped(em(p), ASLEEP), a),
+    texts = [text for _, _, text, _ in found]
+    full = [em(prompt) for _, prompt, _, _ in found]
+    kept = np.stack([dropped(weights) for weights in full])
+    best = np.array([prompt.sum(1).argmax() for _, prompt, _, _ in found])
+    asleep, run = adapting(kept, texts, ASLEEP, BLOCK)
+    nats = {
+        "em": nll(kept, texts),
+        "uniform": nll(np.full_like(kept, 1 / kept.shape[1]), texts),
+        "top1": nll(np.eye(kept.shape[1])[best], texts),
+        "adapt": nll(kept, texts, True),
+        "sleeping": asleep,
+        "least": nll(np.stack([dropped(weights, ASLEEP) for weights in full]), texts),
     }
-    bits = {name: np.array([-f(p, a).sum() for _, p, a, _ in found]) / np.log(2) for name, f in rivals.items()}
-    asleep = [sleeping(dropped(em(p)), a, ASLEEP, BLOCK) for _, p, a, _ in found]
-    bits["sleeping"] = np.array([-given.sum() for given, _ in asleep]) / np.log(2)
-    run = np.average([members for _, members in asleep], weights=[a.shape[1] for _, _, a, _ in found])
-    difference = {name: spread(paired(bits[name], bits["em"], sizes).difference) for name in bits}
+    bits = {name: values / np.log(2) for name, values in nats.items()}
+    difference = {name: versus(bits[name], bits["em"], sizes) for name in bits}
     return [
         f"{bits['em'].sum() / sizes.sum():.4f}",
         difference["uniform"],
@@ -285,14 +290,12 @@ def choice(found: Sequence[Pair], names: Sequence[str], family: str) -> Iterator
     lines = []
     for (label, rating), values in sorted(hits.items(), key=lambda item: -item[1].mean()):
         share = proportion([bool(v) for v in values])
-        against = [spread(paired(values, hits["em", rating]).difference, 3)]
-        against.append(spread(paired(values, hits[label, "per byte"]).difference, 3))
+        against = [versus(values, hits["em", rating], places=3)]
+        against.append(versus(values, hits[label, "per byte"], places=3))
         cells = [f"{values[at].mean():.3f}" for at in here.values()]
         lines.append([label, rating, *cells, f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]", *against])
     halves = [[at for at in range(len(test)) if at % 2 == half] for half in (0, 1)]
-    gains = [
-        spread(paired(hits["em", "half-PMI per byte"][at], hits["em", "per byte"][at]).difference, 3) for at in halves
-    ]
+    gains = [versus(hits["em", "half-PMI per byte"][at], hits["em", "per byte"][at], places=3) for at in halves]
     headings = ["method", "rating", *corpora, "all", "against em, same rating", "against per byte"]
     yield (
         f"## Multiple choice\n\n{len(test)} questions, prior from {len(found) - len(test)} others. Half-PMI against "
