@@ -123,6 +123,24 @@ def test_tables_tell_every_method(done):
     assert "nan" not in found
 
 
+def test_two_vocabularies_are_compared_by_words(data, make_member):
+    members = [make_member("llama", 0), make_member("llama", 4, "words")]
+    reading.read(members, data, data / "out", "cpu", None)
+    families = [member.vocabulary.family for member in members]
+    names = [member.name for member in members]
+    row, scores = reading.load(reading.rows_of(data, None), "lm", data / "out", names)[0]
+    words, spans = methods.together(row, scores, families)
+    weights = Pack(members, chat_template=False, min_weight=0).weigh(row.prompt)
+    assert weights.unit == "word"
+    assert weights.scored == len(spans)
+    assert methods.em(words) == pytest.approx(weights.values, abs=1e-4)
+    seen, after, size = tables.at_length(row, scores, families, 32)
+    assert seen.shape[1] + after.shape[1] <= len(spans)
+    assert after.shape[1] > 5
+    assert size > 20
+    assert "words of" in tables.told(data, data / "out", None)
+
+
 def planted(tokens: int = 600) -> np.ndarray:
     """Three members: the first is right, the last is far off."""
     rng = np.random.default_rng(0)
