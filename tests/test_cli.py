@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import packllm
 from packllm import Pack
-from packllm.cli import CONTEXT, _printable, app
+from packllm.chat.messages import CONTEXT
+from packllm.cli import _printable, app
 from packllm.progress import SLOW, bars_if_slow
 
 QUESTION = "What is the capital of France?"

@@ -1,4 +1,4 @@
-"""packllm ask | weigh | check | eval | bench | align: the pack on the command line."""
+"""packllm ask | weigh | check | eval | bench | align | calibrate: the pack on the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from packllm.chat.messages import with_context
 from packllm.errors import ExtraError, OptionError, PackError, PromptError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
@@ -23,9 +24,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help shoul
     from packllm.weights import Weights
 
 BAR = 20  # characters of a weight of 1
-
-CONTEXT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQuestion: {question}"
-"""How --file puts documents before a question."""
 
 
 class Commands(typer.core.TyperGroup):
@@ -85,6 +83,9 @@ Others = Annotated[
         help="Any other option of a request, such as tau=1, pool=log, unit=byte, top_p=0.9 or score_on=TEXT.",
     ),
 ]
+PriorFile = Annotated[
+    Path | None, typer.Option("--prior", help="A file of packllm calibrate: what members are worth on answers.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -136,6 +137,7 @@ def ask(
         ),
     ] = None,
     weighting: WeightingName = None,
+    prior: PriorFile = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to answer with; default 256.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; above, tokens are drawn.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.")] = None,
@@ -155,7 +157,7 @@ def ask(
 
     packllm ask - -m ./base -m ./base+./law-adapter -w exact < question.txt
     """
-    named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+    named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, "prior": prior}
     options = _options(weighting, option, named) | ({"chat_template": False} if raw else {})
     text = _with_context(_text(question), file or [])
     pack = _load(model, options)
@@ -183,6 +185,7 @@ def weigh(
         typer.Option("--file", "-f", exists=True, dir_okay=False, help="A file with the text. Repeat it for more."),
     ] = None,
     weighting: WeightingName = None,
+    prior: PriorFile = None,
     option: Others = None,
     as_json: AsJson = False,
 ) -> None:
@@ -196,7 +199,7 @@ def weigh(
 
     packllm weigh --file notes.txt --weighting sim --option tau=1
     """
-    options = _options(weighting, option, {})
+    options = _options(weighting, option, {"prior": prior})
     weights = _load(model, options).weigh(_weighed(text, file or []))
     if as_json:
         typer.echo(json.dumps(weights.as_dict()))
@@ -240,6 +243,36 @@ def check(
     console = Console(highlight=False)
     console.print(table)
     console.print(Text("\n".join(found.remarks()), style="dim"))
+
+
+@app.command()
+def calibrate(
+    rows: Annotated[Path, typer.Argument(metavar="QA.JSONL", help="Rows of question, context and gold answer.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write, for --prior and the option prior.")],
+    model: Models = None,
+    option: Others = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from your own answered questions what each member is worth on answers.
+
+    Rows are JSON: question, context (or passages, a list; or messages, instead
+    of both) and answer. From ten rows on it can tell whether that helps.
+
+    [dim]Examples:[/]
+
+    packllm calibrate qa.jsonl --out prior.json
+
+    packllm ask "Who may appeal?" --file ruling.txt --prior prior.json
+    """
+    from packllm.weights.calibrate import calibrate, read_rows
+
+    found = read_rows(rows)
+    prior = calibrate(_load(model, _options(None, option, {})), found)
+    prior.save(out)
+    if as_json:
+        typer.echo(json.dumps(prior.as_dict()))
+    else:
+        typer.echo(prior.worth.told(tuple(prior)))
 
 
 @app.command()
@@ -366,10 +399,7 @@ def _content(file: Path) -> str:
 def _with_context(question: str, files: list[Path]) -> str:
     if not question.strip():
         raise PromptError("the question is empty; give at least one word")
-    if not files:
-        return question
-    context = "\n\n".join(_content(file).strip() for file in files)
-    return CONTEXT.format(context=context, question=question)
+    return with_context(question, [_content(file) for file in files])
 
 
 def _printable(text: str) -> str:

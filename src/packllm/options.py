@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 
 from packllm.chat.tools import check_tools
 from packllm.errors import OptionError, guess, shown
@@ -46,6 +47,16 @@ def _biases(value: Any) -> Any:
 
 TEMPLATE_OWN = ("messages", "tools", "add_generation_prompt")
 """Variables of chat templates that are not a caller's."""
+
+
+def _prior(value: Any, checked: Callable[[Any], Any]) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # as a shell gives it
+        value = json.loads(value)
+    found = checked(value)
+    return value if hasattr(value, "fingerprints") else found  # a calibrated one knows whose it is
+
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
@@ -104,6 +115,11 @@ class OptionFields(BaseModel):
     """Temperature of the weightings `sim` and `cbtm`."""
     alpha: Number = Field(1.0, ge=0.0)
     """Dirichlet prior of `em`, in observed tokens; strength of the expert in `dexperts`."""
+    prior: Annotated[Annotated[str, Field(min_length=1)] | dict[str, Number] | None, WrapValidator(_prior)] = None
+    """What members are worth before `em` has seen a prompt: a file of `packllm calibrate`, or {member name: weight},
+    none negative, that sum to 1; who is not named has 0. None: all the same, `alpha` tokens strong."""
+    prior_strength: Literal["prompt"] | Annotated[Number, Field(ge=0.0)] = "prompt"
+    """How many observed tokens `prior` counts for. prompt: as many as the prompt has, so that both count alike."""
     beta: Number = Field(1.0, ge=0.0)
     """Strength of the uniform prior in `map`."""
     fitted: str | None = Field(None, min_length=1)

@@ -37,6 +37,7 @@ from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
 from packllm.weights import Weights, find, fixed
+from packllm.weights.calibrate import prior_of
 
 log = logging.getLogger("packllm")
 
@@ -71,7 +72,7 @@ class Pack:
         self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
         most = self.options.max_cache_mb
         self._admission = Admission(None if most is None else most * 2**20)
-        self._check_named(self.options)
+        self.options = self._checked(self.options)
         if (asked := self._asked_for()) and not self.options.generation_config:
             log.info("the members' generation_config asks for %s; generation_config=True uses it", asked)
 
@@ -445,8 +446,7 @@ class Pack:
         checked = self.options.override(options)
         if checked.generation_config:
             checked = make_options({**self._asked_for(), **checked.model_dump(exclude_unset=True)})
-        self._check_named(checked)
-        return checked
+        return self._checked(checked)
 
     def _asked_for(self) -> dict[str, Any]:
         """What the members' own generation_config asks for."""
@@ -458,13 +458,22 @@ class Pack:
             asked |= own
         return asked
 
-    def _check_named(self, options: Options) -> None:
-        """OptionError, WeightsError where the weighting or the decoding is unknown."""
+    def _checked(self, options: Options) -> Options:
+        """The options, which fit these members; a prior's file is read.
+
+        Raises:
+            OptionError, WeightsError: an unknown weighting, decoding or member.
+        """
         decodings.find(options.decoding)
         if isinstance(options.weighting, dict):
             fixed(options.weighting, tuple(member.name for member in self.members), options.pool or "linear")
         else:
             find(options.weighting)
+        if options.prior is None:
+            return options
+        prior = prior_of(options.prior, self.members)
+        fixed(prior, tuple(member.name for member in self.members), "linear", "prior")
+        return options.model_copy(update={"prior": prior})
 
     def _wraps(self, prompt: Prompt, options: Options) -> bool:
         """Whether a prompt that is text goes through the chat templates."""

@@ -82,7 +82,7 @@ def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
         if unknown:
             raise OptionError(f"method {method.label!r} names member {unknown[0]!r}; members: {', '.join(names)}")
         members = tuple(names.index(name) for name in method.members or names)
-        options = pack.options.override(method.options)
+        options = pack.check(**method.options)
         if not one_vocabulary(pack, members) and options.decoding != "mined":
             if isinstance(options.weighting, str) and find(options.weighting).needs_logits:
                 if methods is None:

@@ -23,7 +23,8 @@ from packllm.errors import ContextOverflowError, MemberError
 from packllm.options import Options
 from packllm.weights import Weights
 from packllm.weights.blocks import grid_losses, margins
-from packllm.weights.scoring import scored, source_of, weights_of
+from packllm.weights.common import scored
+from packllm.weights.scoring import source_of, weights_of
 
 TOGETHER = 8
 """Most continuations that a member reads together."""

@@ -32,6 +32,14 @@ SILENT_PARTS = (
 """What another provider did by itself, and marks for its cache: no words of the conversation."""
 
 
+CONTEXT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQuestion: {question}"
+
+
+def with_context(question: str, passages: Sequence[str]) -> str:
+    """A question with documents before it; alone without any."""
+    return CONTEXT.format(context="\n\n".join(p.strip() for p in passages), question=question) if passages else question
+
+
 def check(prompt: Prompt, chat_template: bool) -> Prompt:
     """The prompt as encode() takes it: text, or messages in the normal form.
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from packllm.chat.prompt import Encoded, Prompt, TooLong
@@ -226,9 +225,6 @@ class Request:
     def _weights_of(self, row: int, live: Sequence[int], options: Options) -> Weights:
         encoded = [self.encoded[row][k] for k in live]
         given: list[Tensor | None] = [self._scores[k, row] for k in live]
-        if not self.one_vocabulary(live):  # in one vocabulary all hide the same
-            unknown = [self.members[k].vocabulary.special.get("unk") for k in live]
-            given = [charged(*each) for each in zip(given, encoded, unknown, strict=True)]
         members = [self.members[k] for k in live]
         return weights_of(members, [self.lines[k, row].sequence for k in live], encoded, given, options)
 
@@ -325,17 +321,3 @@ class Request:
         """Free the caches."""
         for sequence in self._opened:
             sequence.close()
-
-
-def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
-    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
-
-    The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
-    """
-    if logprobs is None or unknown is None:
-        return logprobs
-    hidden = [
-        len(encoded.text[start:end].encode()) if encoded.ids[at] == unknown else 0
-        for at, start, end in zip(encoded.positions, encoded.starts, encoded.ends, strict=True)
-    ]
-    return logprobs - math.log(256) * torch.tensor(hidden, dtype=torch.float64)

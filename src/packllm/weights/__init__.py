@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from packllm.errors import OptionError, WeightsError
 from packllm.options import Options, make_options
 from packllm.weights import cbtm, dexperts, exact, exhaustive, opt, router, simple
 from packllm.weights import em as _em
+from packllm.weights.adaptive import Adaptive
+from packllm.weights.calibrate import calibrate
 from packllm.weights.em import em
 from packllm.weights.problem import (
     LogitSource,
@@ -23,11 +26,13 @@ from packllm.weights.result import Pool, Unit, Weights
 
 __all__ = [
     "WEIGHTINGS",
+    "Adaptive",
     "LogitSource",
     "Problem",
     "Solution",
     "Weighting",
     "Weights",
+    "calibrate",
     "em",
     "find",
     "fixed",
@@ -36,7 +41,7 @@ __all__ = [
 ]
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "em": Weighting("linear", _em.solve, takes=("alpha",)),
+    "em": Weighting("linear", _em.solve, takes=("alpha", "prior", "prior_strength")),
     "uniform": Weighting("log", simple.uniform),
     "top1": Weighting("linear", simple.top1),
     "sim": Weighting("log", simple.sim, takes=("tau",)),
@@ -59,20 +64,26 @@ def find(name: str) -> Weighting:
     return WEIGHTINGS[name]
 
 
-def fixed(weights: dict[str, float], names: tuple[str, ...], pool: Pool) -> tuple[float, ...]:
+def fixed(
+    weights: Mapping[str, float], names: tuple[str, ...], pool: Pool, option: str = "weighting"
+) -> tuple[float, ...]:
     """Weights given by the user, in member order; members not named get 0.
+
+    Args:
+        option: which one gives them, for errors.
 
     Raises:
         WeightsError: an unknown member, a sum other than 1, or a negative weight in the linear pool.
     """
     unknown = [name for name in weights if name not in names]
     if unknown:
-        raise WeightsError(f"weighting names unknown member {unknown[0]!r}; members: {', '.join(names)}")
+        raise WeightsError(f"{option} names unknown member {unknown[0]!r}; members: {', '.join(names)}")
     total = math.fsum(weights.values())
     if not math.isclose(total, 1.0, abs_tol=1e-6):
-        raise WeightsError(f"weighting={weights!r} sums to {total:g}; weights must sum to 1")
+        raise WeightsError(f"{option}={weights!r} sums to {total:g}; weights must sum to 1")
     if pool == "linear" and min(weights.values()) < 0:
-        raise WeightsError(f"weighting={weights!r}: a weight below 0 needs pool='log'")
+        remedy = "a prior has none below 0" if option == "prior" else "a weight below 0 needs pool='log'"
+        raise WeightsError(f"{option}={weights!r}: {remedy}")
     return tuple(float(weights.get(name, 0.0)) for name in names)
 
 
@@ -85,8 +96,9 @@ def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
     else:
         strategy, weighting = options.weighting, find(options.weighting)
         pool = options.pool or weighting.pool
-        # Where nothing was predicted there is no evidence for any member over another.
-        solution = weighting.solve(problem, options) if scored else simple.uniform(problem, options)
+        # Where nothing was predicted there is no evidence for any member over another, but em's prior.
+        seen = scored or strategy == "em"
+        solution = weighting.solve(problem, options) if seen else simple.uniform(problem, options)
         if pool == "linear" and min(solution.values) < 0:
             raise OptionError(f"pool='linear' cannot carry the negative weights of weighting={strategy!r}; use 'log'")
         if pool != weighting.pool:  # what the weighting knows holds for its own pool

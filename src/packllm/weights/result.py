@@ -52,8 +52,9 @@ class Weights:
         """Why nothing was scored, where nothing was; None elsewhere."""
         if self.scored or self.strategy == "fixed":
             return None
+        alike = "all members count the same" if len({*self.values}) == 1 else "the prior alone counts"
         return (
-            "nothing was scored, so all members count the same: a model predicts tokens from those before them, and "
+            f"nothing was scored, so {alike}: a model predicts tokens from those before them, and "
             "of the text that is scored none has one before it that all members share; give a longer text"
         )
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from packllm.align.shared import Shared
-from packllm.align.words import Scored, common_tokens, common_words
 from packllm.chat.prompt import Encoded
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden, Read
@@ -19,6 +18,7 @@ from packllm.engines.member import Member
 from packllm.errors import blamed_on
 from packllm.options import Options
 from packllm.weights import Problem, Weights, find, weigh
+from packllm.weights.common import in_common
 from packllm.weights.result import Unit
 
 BLOCK_BYTES = 48 * 2**20
@@ -216,14 +216,6 @@ def source_of(
     return OneHeadSource(behind) if shared is None and OneHeadSource.fits(behind) else SequenceSource(behind, shared)
 
 
-def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
-    """One member's tokens of the scored text, with what the prefill gave them; NaN if it left that out."""
-    if logprobs is None:
-        logprobs = torch.full((len(encoded.positions),), torch.nan, dtype=torch.float64)
-    ids = [encoded.ids[at] for at in encoded.positions]
-    return Scored(ids, encoded.starts, encoded.ends, encoded.positions, logprobs)
-
-
 def weights_of(
     members: Sequence[Member],
     sequences: Sequence[base.Sequence],
@@ -233,38 +225,23 @@ def weights_of(
 ) -> Weights:
     """Weights of one prompt from what each member gave its scored text; None where the reading left that out.
 
-    Members that split the text into the same tokens are compared token by token; others by the words that
-    end at boundaries of all of them (METHODS §4).
-
     Args:
         members, sequences, encoded, logprobs: K members, what each has read of the prompt, how it is encoded for it,
             and float64 (t_k,) of its scored tokens.
         options: of the request.
     """
-    tokens = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]
-    text = encoded[0].text
-    akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members[1:])
-    shared = None
-    if akin and not all(member.vocabulary.same_as(members[0].vocabulary) for member in members[1:]):
-        vocabularies, ends = [member.vocabulary for member in members], [member.end_ids for member in members]
-        shared = Shared.of(vocabularies, ends, [member.vocabulary_size for member in members])
-    if shared is not None:
-        tokens = [replace(one, ids=shared.first(k, one.ids)) for k, one in enumerate(tokens)]
-    common = common_tokens(tokens) if akin else None
+    found = in_common(members, encoded, logprobs)
+    matrix, text = found.matrix, encoded[0].text
     source, targets = None, None
-    if common is not None:
-        matrix = torch.stack([member.logprobs for member in common])
-        spans = list(zip(common[0].starts, common[0].ends, strict=True))
-        if isinstance(options.weighting, str) and find(options.weighting).needs_logits and matrix.shape[1]:
-            skip = [len(t.ids) - matrix.shape[1] for t in tokens]
-            source = source_of(members, sequences, encoded, skip, matrix.shape[1], shared)
-            targets = torch.tensor(common[0].ids)
-    else:
-        matrix, spans = common_words(text, tokens)
-    unit, units = _unit(options, common is not None, text, spans)
+    reads = isinstance(options.weighting, str) and find(options.weighting).needs_logits
+    if found.tokens is not None and reads and matrix.shape[1]:
+        skip = [len(own.ids) - matrix.shape[1] for own in found.own]
+        source = source_of(members, sequences, encoded, skip, matrix.shape[1], found.shared)
+        targets = torch.tensor(found.tokens[0].ids)
+    unit, units = _unit(options, found.tokens is not None, text, found.spans)
     nll = None
-    if unit == "token" and common is None:  # asked for: each member per token of its own, not comparable
-        nll = torch.stack([-t.logprobs.mean() for t in tokens])
+    if unit == "token" and found.tokens is None:  # asked for: each member per token of its own, not comparable
+        nll = torch.stack([-own.logprobs.mean() for own in found.own])
     known = None if source is not None and any(p is None for p in logprobs) else matrix
     problem = Problem(tuple(m.name for m in members), known, nll, source, targets, text, units)
     weights = weigh(problem, options, unit)

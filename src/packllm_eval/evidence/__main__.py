@@ -1,0 +1,35 @@
+"""python -m packllm_eval.evidence read | answer | tables: see the package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=("read", "answer", "tables"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of texts.jsonl.gz (evidence_texts.py)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the arrays and answers")
+    parser.add_argument("--model", action="append", help="a member, as for packllm ask; default: the starter pack")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--limit", type=int, help="first rows of each corpus and use only")
+    parser.add_argument("--batch", type=int, default=100, help="prompts that are answered together")
+    args = parser.parse_args()
+    if args.step == "tables":
+        from packllm_eval.evidence import tables
+
+        print(tables.told(args.data, args.out, args.limit))
+        return
+    from packllm import Pack, starter
+    from packllm_eval.evidence import answers, reading
+
+    members = Pack.load(args.model or starter.specs(), dtype="float32", device_map=None).members
+    if args.step == "read":
+        reading.read(members, args.data, args.out, args.device, args.limit)
+    else:
+        answers.answer(members, args.data, args.out, args.device, args.limit, args.batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What is compared, on arrays: weights of a prompt, and the likelihood of what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from packllm.align.words import Scored, common_words
+from packllm.weights.adaptive import Adaptive
+from packllm.weights.em import maximise
+from packllm_eval.evidence.reading import POOLED, Row, Scores
+
+LEAST = 0.01
+"""Members below this weight do not run: the option min_weight."""
+
+CALIBRATED = 30
+"""Rows that a prior is from: as many of the row's own domain, or of all domains in turn ("pooled")."""
+
+
+SPREAD = 1.645
+"""Standard errors of a one-sided confidence of 95 %."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of answers.
+
+    Attributes:
+        weighting: a member's name, top1, uniform, sim, opt, em.
+        prior: what `em` starts from: nothing, or a prior of 30 rows of all domains, or of the row's own.
+        adapt: whether the weights go on learning.
+        pool: how members fuse.
+    """
+
+    label: str
+    weighting: str
+    prior: Literal["", "pooled", "own"] = ""
+    adapt: bool = False
+    pool: Literal["linear", "log"] = "linear"
+
+
+def methods(names: Sequence[str]) -> list[Method]:
+    """All of them; the ones that matter most come first."""
+    return [
+        Method("em", "em"),
+        Method("em + prior (pooled)", "em", "pooled"),
+        Method("em + prior (own)", "em", "own"),
+        Method("em + adapt", "em", "", True),
+        Method("em + prior (own) + adapt", "em", "own", True),
+        *(Method(f"member {name}", name) for name in names),
+        Method("top1", "top1"),
+        *(Method(name, name, pool="log") for name in POOLED),
+        Method("em + prior (pooled) + adapt", "em", "pooled", True),
+        Method("uniform, linear", "uniform"),
+    ]
+
+
+def priors(rows: Sequence[tuple[Row, np.ndarray]], alpha: float = 1.0) -> dict[str, np.ndarray]:
+    """{corpus or "pooled": π} of (row, (K, n) log-probabilities of its gold answer) to calibrate on."""
+    by_corpus: dict[str, list[np.ndarray]] = {}
+    for row, answer in rows:
+        by_corpus.setdefault(row.corpus, []).append(answer)
+    share = CALIBRATED // max(1, len(by_corpus))
+    chosen = {corpus: found[:CALIBRATED] for corpus, found in by_corpus.items()}
+    chosen["pooled"] = [answer for found in by_corpus.values() for answer in found[:share]]
+    return {name: em(np.concatenate(found, axis=1), alpha) for name, found in chosen.items()}
+
+
+def em(logprobs: np.ndarray, strength: float | Literal["prompt"] = 1.0, prior: np.ndarray | None = None) -> np.ndarray:
+    """em's weights, none dropped."""
+    uniform = np.full(len(logprobs), 1.0 / len(logprobs))
+    return np.array(maximise(logprobs, uniform if prior is None else prior, strength)[0])
+
+
+def dropped(weights: np.ndarray, least: float = LEAST) -> np.ndarray:
+    """Without members below `least`; the largest stays."""
+    kept = np.where(weights >= min(least, weights.max()), weights, 0.0)
+    return kept / kept.sum()
+
+
+def weights_of(
+    method: Method, names: Sequence[str], row: Row, prompt: np.ndarray, known: dict[str, np.ndarray], pooled: Any = None
+) -> np.ndarray:
+    """(K,) weights on a prompt of log-probabilities (K, t).
+
+    Args:
+        known: priors by corpus and "pooled".
+        pooled: {weighting: (weights, ...)} of the row, for the log pool.
+    """
+    if method.weighting in names:
+        return np.eye(len(names))[list(names).index(method.weighting)]
+    if method.weighting == "top1":
+        return np.eye(len(names))[int(prompt.sum(1).argmax())]
+    if method.pool == "log":
+        return dropped(np.asarray(pooled[method.weighting][0]))
+    if method.weighting == "uniform":
+        return np.full(len(names), 1.0 / len(names))
+    prior = known.get(row.corpus if method.prior == "own" else "pooled") if method.prior else None
+    return dropped(em(prompt, "prompt" if method.prior else 1.0, prior))
+
+
+def likelihood(weights: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    """float64 (n,): log of the mixture's probability of each of (K, n)."""
+    return np.log(weights @ np.exp(logprobs))
+
+
+def adapting(
+    weights: np.ndarray, logprobs: Sequence[np.ndarray], least: float = 0.0, block: int = 1
+) -> tuple[np.ndarray, float]:
+    """Nats of each of several texts under weights that go on learning, and how many members run a token.
+
+    Args:
+        weights: (rows, K), where the weights of each text start.
+        logprobs: (K, n) a row.
+        least: members below it at a block's start sleep through the block, and read it at its end.
+        block: tokens of a block.
+    """
+    length = max(given.shape[1] for given in logprobs)
+    p = np.ones((len(logprobs), weights.shape[1], length))
+    known = np.zeros((len(logprobs), length), bool)
+    for row, given in enumerate(logprobs):
+        p[row, :, : given.shape[1]] = np.exp(given)
+        known[row, : given.shape[1]] = True
+    state, within, awake = Adaptive(weights), Adaptive(weights), weights >= 0
+    nats, run = np.zeros(len(logprobs)), 0
+    for at in range(length):
+        if at % block == 0:
+            now, within = state.weights(), state.fork()
+            awake = now >= np.minimum(least, now.max(-1, keepdims=True))
+        given, now = p[..., at], np.where(awake, within.weights(), 0.0)
+        found = (now * given).sum(-1) / now.sum(-1)
+        nats -= np.log(found) * known[:, at]
+        run += int((awake * (weights > 0) * known[:, at, None]).sum())
+        state.observe(given)
+        # Who sleeps has not read the token yet: it tells the others apart only.
+        within.observe(np.where(awake, given, found[:, None]))
+    return nats, run / known.sum()
+
+
+def racing(prompt: np.ndarray, least: float, first: int) -> tuple[np.ndarray, float]:
+    """Which members read a prompt (K, t) to its end where those below `least` after a chunk of `first` tokens stop,
+    and the share of tokens that was read. A member stops where its weight would be below `least` even if its lead over
+    the mixture a token were larger by SPREAD standard errors."""
+    members, tokens = prompt.shape
+    racing_on, read = np.ones(members, bool), 0
+    for start in range(0, tokens, first):
+        end = min(start + first, tokens)
+        read += int(racing_on.sum()) * (end - start)
+        if end == tokens:
+            break
+        here = np.flatnonzero(racing_on)
+        seen = prompt[here, :end]
+        weights = em(seen)
+        # d/dλ_k of the mean log-likelihood: how much more of member k would gain, with its error.
+        lead = np.exp(seen - np.logaddexp.reduce(seen + np.log(weights)[:, None], axis=0)) - 1
+        upper = lead.mean(1) + SPREAD * lead.std(1) / np.sqrt(end)
+        stop = (weights < least) & (upper < 0)
+        stop[weights.argmax()] = False
+        racing_on[here[stop]] = False
+    return racing_on, read / (members * tokens)
+
+
+def together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt's units under all members: (K, n) log-probabilities, and (n, 2) spans; tokens of one vocabulary, else
+    words."""
+    least = min(len(one.prompt) for one in scores)
+    if len({*families}) == 1 and all((s.spans[-least:] == scores[0].spans[-least:]).all() for s in scores):
+        return np.stack([one.prompt[-least:] for one in scores]), scores[0].spans[-least:]
+    text = row.prompt if isinstance(row.prompt, str) else "".join(str(m["content"]) for m in row.prompt)
+    return _words(text, [(one.prompt, one.spans) for one in scores])
+
+
+def answers_together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> list[np.ndarray]:
+    """(K, n) for each text that may follow."""
+    if len({*families}) == 1:
+        return [np.stack([one.texts[at] for one in scores]) for at in range(len(row.texts))]
+    return [
+        _words(text, [(one.texts[at], one.text_spans[at]) for one in scores])[0] for at, text in enumerate(row.texts)
+    ]
+
+
+def _words(text: str, given: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    parts = [
+        Scored(list(range(len(p))), spans[:, 0].tolist(), spans[:, 1].tolist(), [], torch.from_numpy(p))
+        for p, spans in given
+    ]
+    matrix, spans = common_words(text, parts)
+    return matrix.numpy(), np.array(spans).reshape(-1, 2)
