@@ -285,10 +285,10 @@ def _given(members: Sequence[Member], rows: Sequence[list[tuple[Encoded, Encoded
             read.sequence.close()
     for at in range(0, len(found), len(members)):
         part: list[Tensor] = []
-        for member, answer in zip(members, found[at : at + len(members)], strict=True):
-            if isinstance(answer, Exception):
-                raise member.failed(answer)
-            part.append(answer)
+        for member, given in zip(members, found[at : at + len(members)], strict=True):
+            if isinstance(given, Exception):
+                raise member.failed(given)
+            part.append(given)
         yield part
 
 

@@ -193,7 +193,7 @@ def _file(alone: Alone, part: Sequence[Row], path: Path) -> int:
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Whole or not at all."""
     with open(path.with_suffix(".part"), "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     path.with_suffix(".part").rename(path)
 
 

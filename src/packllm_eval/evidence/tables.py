@@ -194,8 +194,8 @@ def raced(test: Sequence[Pair], families: Sequence[str]) -> Iterator[str]:
             ran[row, some] = whole[row] if some.all() else em(prompt[some])
             ran[row] = dropped(ran[row], least)
         for adapt in (False, True):
-            bits = [nll(weights, answers, adapt) / np.log(2) for weights in (ran, known)]
-            loss = versus(*bits, octets, places=5)
+            raced_bits, all_bits = (nll(weights, answers, adapt) / np.log(2) for weights in (ran, known))
+            loss = versus(raced_bits, all_bits, octets, places=5)
             lines.append([f"{least:g}", "yes" if adapt else "no", f"{np.mean(shares):.3f}", loss, str(lost)])
     headings = ["min_weight", "adapt", "tokens read", "bits/byte against all read", "best member dropped"]
     yield f"### Racing prefill\n\nFirst chunk {FIRST} tokens, then as many each time.\n\n{table(headings, lines)}"
