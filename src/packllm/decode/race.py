@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +13,11 @@ from torch import Tensor
 from packllm.chat.prompt import Encoded
 from packllm.engines import base
 from packllm.engines.base import Read, read_together
+from packllm.engines.member import Member
 from packllm.errors import OptionError
 from packllm.options import Options
 from packllm.weights import em
+from packllm.weights.common import in_common
 
 EVIDENCE = 2.71
 """Nats by which the text read must speak against a weight as large as the threshold: a likelihood ratio that chance
@@ -31,28 +33,29 @@ def check_race(options: Options) -> None:
             f"race={options.race} stops members by the posterior weights of 'em', which weighting="
             f"{options.weighting!r} does not use; use weighting='em' or race=0"
         )
+    if options.race and options.prior is not None:
+        raise OptionError(f"race={options.race} goes by the text alone and would drop whom a prior keeps; use race=0")
 
 
 class Race:
     """Prompts, read in chunks, after each of which members may stop.
 
     Args:
-        going: by (member, prompt), new sequences and what they read; those that stop or fail are closed and leave.
-        matrix: what members gave a text in common (K, n), of their indices, the text as each reads it, and the
-            log-probabilities of each one's tokens.
+        going: by (member, prompt), new sequences, whose they are and what they read; those that stop or fail are closed
+            and leave.
 
     Attributes:
         going: as given.
-        scores: float64, log-probabilities of the scored tokens so far.
+        scores: float64 (n,), log-probabilities of the n scored tokens so far.
     """
 
-    def __init__(
-        self,
-        going: Mapping[Slot, tuple[base.Sequence, Encoded]],
-        matrix: Callable[[Sequence[int], Sequence[Encoded], Sequence[Tensor]], Tensor],
-    ) -> None:
-        self.going, self._matrix = dict(going), matrix
+    def __init__(self, going: Mapping[Slot, tuple[base.Sequence, Member, Encoded]]) -> None:
+        self.going = dict(going)
         self.scores = {slot: torch.empty(0, dtype=torch.float64) for slot in going}
+
+    def scores_with(self, slot: Slot, later: Tensor) -> Tensor:
+        """float64, the scores of the whole prompt, of what came after the race."""
+        return torch.cat([self.scores[slot], later])
 
     def run(self, chunk: int, minimum: float) -> dict[Slot, Exception]:
         """Read until in each prompt one member or less than a chunk is left.
@@ -71,9 +74,9 @@ class Race:
             counts: dict[Slot, int] = {}
             for row in {r for _, r in self.going}:
                 slots = self._slots(row)
-                ends = self.going[slots[0]][1].ends
+                ends = self.going[slots[0]][2].ends
                 if len(slots) > 1 and len(ends) > reached:
-                    counts |= {slot: bisect_right(self.going[slot][1].ends, ends[reached - 1]) for slot in slots}
+                    counts |= {slot: bisect_right(self.going[slot][2].ends, ends[reached - 1]) for slot in slots}
             if not counts:
                 break
             failed |= self._read(counts)
@@ -88,7 +91,7 @@ class Race:
         """Read until so many scored tokens are known."""
         reads, targets = {}, {}
         for slot, count in counts.items():
-            sequence, encoded = self.going[slot]
+            sequence, _, encoded = self.going[slot]
             start, stop = len(sequence.ids), encoded.positions[count - 1] if count else 0
             if stop > start:
                 targets[slot] = [-1] * (stop - start)
@@ -109,8 +112,9 @@ class Race:
         if len(slots) < 2:
             return
         scores = [self.scores[slot] for slot in slots]
-        parts = [_first(self.going[slot][1], len(given)) for slot, given in zip(slots, scores, strict=True)]
-        for at in hopeless(self._matrix([k for k, _ in slots], parts, scores).numpy(), minimum):
+        parts = [_first(self.going[slot][2], len(given)) for slot, given in zip(slots, scores, strict=True)]
+        common = in_common([self.going[slot][1] for slot in slots], parts, scores)
+        for at in hopeless(common.matrix.numpy(), minimum):
             self.going.pop(slots[at])[0].close()
 
 

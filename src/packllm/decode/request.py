@@ -34,7 +34,6 @@ from packllm.errors import (
 from packllm.options import Options
 from packllm.results import Usage
 from packllm.weights import Weights, find
-from packllm.weights.common import in_common
 from packllm.weights.scoring import weights_of
 
 DEFAULT_MAX_TOKENS = 256
@@ -227,17 +226,9 @@ class Request:
 
     def _weights_of(self, row: int, live: Sequence[int], options: Options) -> Weights:
         encoded = [self.encoded[row][k] for k in live]
-        given = self._charged(live, encoded, [self._scores[k, row] for k in live])
+        given: list[Tensor | None] = [self._scores[k, row] for k in live]
         members = [self.members[k] for k in live]
         return weights_of(members, [self.lines[k, row].sequence for k in live], encoded, given, options)
-
-    def _charged(
-        self, which: Sequence[int], encoded: Sequence[Encoded], given: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
-        if self.one_vocabulary(which):  # in one vocabulary all hide the same
-            return given
-        unknown = [self.members[k].vocabulary.special.get("unk") for k in which]
-        return [charged(*each) for each in zip(given, encoded, unknown, strict=True)]
 
     def _read(self, which: Sequence[int], chunk: int = 0) -> None:
         """Let members read the prompts, racing if `chunk` says so. Those that fail are left out, or raise.
@@ -271,12 +262,7 @@ class Request:
         self, asked: Mapping[Slot, tuple[base.Sequence, Member, Sequence[int], Sequence[int]]], chunk: int
     ) -> tuple[dict[Slot, Line], dict[Slot, Tensor], dict[Slot, MemberError]]:
         """As open_lines; those that stopped are in none of the three."""
-
-        def matrix(which: Sequence[int], encoded: Sequence[Encoded], given: Sequence[Tensor]) -> Tensor:
-            members = [self.members[k] for k in which]
-            return in_common(members, encoded, self._charged(which, encoded, given)).matrix
-
-        race = Race({(k, r): (asked[k, r][0], self.encoded[r][k]) for k, r in asked}, matrix)
+        race = Race({(k, r): (asked[k, r][0], asked[k, r][1], self.encoded[r][k]) for k, r in asked})
         failed = race.run(chunk, self.options.min_weight)
         left = {}
         for slot in race.going:
@@ -287,7 +273,7 @@ class Request:
         failed |= more
         return (
             lines,
-            {slot: torch.cat([race.scores[slot], scores[slot]]) for slot in lines},
+            {slot: race.scores_with(slot, scores[slot]) for slot in lines},
             {slot: self.members[slot[0]].failed(error) for slot, error in failed.items()},
         )
 
