@@ -38,6 +38,7 @@ class Moving:
         self._start, self._filter, self._count = weights.values, Adaptive(weights), 0
         self._lost: set[int] = set()
         self._path: list[tuple[float, ...]] | None = [] if path else None
+        self.asleep: set[int] = set()
         self.unread: list[int] = []
         self.sleep(weights, 0.0)
 
@@ -132,7 +133,7 @@ class Moving:
         self._block: list[tuple[int, Mapping[int, float]]] = []
         self._before = self._filter.fork()
         most = max(weights.values)
-        self.asleep: set[int] = {k for k, value in enumerate(weights.values) if 0 < value < min(self._threshold, most)}
+        self.asleep = {k for k, value in enumerate(weights.values) if 0 < value < min(self._threshold, most)}
 
 
 def adapts(options: Options) -> bool:
