@@ -71,7 +71,9 @@ def test_every_way_to_ask_gives_the_same_text(pack):
     chunks = list(pack.stream(PROMPT))
     assert "".join(chunk.text for chunk in chunks) == generation.text
     assert pack.generate_batch([PROMPT])[0].text == generation.text
-    assert all(chunk.weights == generation.weights for chunk in chunks)
+    assert chunks[0].weights == pack.weigh(PROMPT)
+    assert all(chunk.weights.at_start == chunks[0].weights for chunk in chunks)
+    assert chunks[-1].weights == generation.weights
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].finish_reason == generation.finish_reason == "length"
     assert chunks[-1].usage == generation.usage

@@ -111,6 +111,9 @@ class OptionFields(BaseModel):
     """How members fuse: mixture (linear) or product (log). None: the pool the weighting is meant for."""
     min_weight: Number = Field(0.01, ge=0.0, lt=1.0)
     """Members below this weight are not run; the others are renormalised."""
+    race: Count = Field(0, ge=0)
+    """Weighting `em`: prompts are read in chunks of so many tokens, and members that the text so far rules out to reach
+    min_weight stop reading. 0: all read all."""
     tau: Number = Field(0.1, gt=0.0)
     """Temperature of the weightings `sim` and `cbtm`."""
     alpha: Number = Field(1.0, ge=0.0)
@@ -135,6 +138,14 @@ class OptionFields(BaseModel):
     draft_tokens: Count | None = Field(None, ge=1)
     """Token by token: how many tokens the top member is ahead of the others, which read them in one pass. None: as
     many as pay; 1: all members take every step together. The answers are the same, or distributed the same."""
+    adapt: bool | None = None
+    """Weights go on learning while the answer is written (linear pool; `cool`: with scoring="mixture"). None: they do
+    where the weighting finds a mixture on the prompt, as `em` does."""
+    sleep: Number = Field(0.0, ge=0.0, lt=1.0)
+    """Token by token, where weights adapt: members below this weight at the start of 8 tokens do not run in them, and
+    read them afterwards. 0: all run."""
+    weight_path: bool = False
+    """Tell how the weights moved: those at the start of every 16 tokens, in Weights.path."""
     scoring: Scoring = "log"
     """How `cool` rates segments. log, mixture: likelihood per byte under the weights, in the log or the linear pool;
     perplexity: average perplexity per token, every member counting alike (the paper's)."""

@@ -24,6 +24,8 @@ from packllm.decode.cancel import Stop, Stream
 from packllm.decode.decide import Decision, check_choices, decision
 from packllm.decode.decodings import Decoding
 from packllm.decode.line import Line
+from packllm.decode.moving import check_moving
+from packllm.decode.race import check_race
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs, member_logprobs
@@ -465,6 +467,8 @@ class Pack:
             OptionError, WeightsError: an unknown weighting, decoding or member.
         """
         decodings.find(options.decoding)
+        check_moving(options)
+        check_race(options)
         if isinstance(options.weighting, dict):
             fixed(options.weighting, tuple(member.name for member in self.members), options.pool or "linear")
         else:

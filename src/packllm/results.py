@@ -95,8 +95,9 @@ class Chunk:
     """A piece of streamed text. `text` may be empty in the last chunk.
 
     `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
-    every chunk; `finish_reason`, `usage` and `timings` are on the last one only. `logprobs`, where the option asks for
-    them, are of the tokens since the last chunk.
+    every chunk: where they move, the first one has those that the answer started from, and the last one what became of
+    them. `finish_reason`, `usage` and `timings` are on the last one only. `logprobs`, where the option asks for them,
+    are of the tokens since the last chunk.
     """
 
     text: str

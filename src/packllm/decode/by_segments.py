@@ -18,7 +18,9 @@ from packllm.results import Chunk, FinishReason, TokenLogprob
 
 
 def check_segments(request: Request) -> None:
-    """OptionError where the answer must keep to a form, or tokens are penalised."""
+    """OptionError where the answer must keep to a form, tokens are penalised, or weights adapt to segments that no
+    mixture rates."""
+    _check_scoring(request)
     if request.grammar is not None:
         raise OptionError(
             f"decoding={request.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
@@ -38,6 +40,14 @@ def check_reranked(request: Request) -> None:
         raise OptionError(
             "decoding='cool+rerank' rates whole answers, each written by other members: logprobs of their parts would "
             "be of different distributions; use decoding='cool', or Pack.score"
+        )
+
+
+def _check_scoring(request: Request) -> None:
+    if request.options.adapt and request.options.scoring != "mixture":
+        raise OptionError(
+            f"adapt=True moves the weights of a mixture, and scoring={request.options.scoring!r} rates segments by "
+            f"none; use scoring='mixture' or adapt=False"
         )
 
 
@@ -61,12 +71,15 @@ class _Team:
     """The members that run for one prompt.
 
     Raises:
-        OptionError: weights below 0 in a mixture.
+        OptionError: weights below 0 in a mixture; see check_segments.
     """
 
     def __init__(self, request: Request, index: int, row: Row) -> None:
         self.request, self.index, self.row = request, index, row
         self.running = request.running(index)
+        _check_scoring(request)
+        if request.options.scoring != "mixture":
+            row.moving = None
         self._top = max(self.running, key=lambda k: row.weights.values[k])
         if request.options.scoring == "mixture" and min(row.weights.values) < 0:
             raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
@@ -107,7 +120,7 @@ def _best(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
         yield from _segments(team)
         return
     teams = [team.running, *([k] for k in team.running if row.weights.values[k] > 0)]
-    best = best_answer(teams, lambda which: team.writers(which, replace(row)), row.limit, team.stream, failures)
+    best = best_answer(teams, lambda which: team.writers(which, row.fork()), row.limit, team.stream, failures)
     row.weights = without(row.weights, failures.members) or row.weights
     team.request.first_token()
     yield team.index, team.last(*best)

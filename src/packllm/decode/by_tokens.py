@@ -57,6 +57,9 @@ def check_drawn(request: Request) -> None:
 def by_tokens(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
     """(row, Chunk) of the rows that are not done, with drafts where they pay."""
     options = request.options
+    for row in rows:
+        if row.moving is not None and not row.done:
+            row.moving.sleep(row.weights, options.sleep)
     places = options.draft_tokens
     if places is None and options.seed is not None and options.temperature > 0:
         places = 1  # what is drafted uses up random numbers: a seeded text would depend on its batch

@@ -4,6 +4,11 @@ A draw from p = Σ λ_k p_k is a draw of k from λ and then of a token from p_k 
 not run; one that is reads first, in one block, what it missed. So a token costs one pass, whatever the number of
 members; where log-probabilities are asked for, all members run. It holds for the linear pool at temperature 1 without
 filters, penalties and biases only: nothing else is a mixture of what the members would do by themselves.
+
+Where weights adapt, the member that speaks is a hidden path (weights/adaptive.py): a row draws one of the rates, and at
+each token the member stays with probability 1 - r, else it is drawn anew from the prompt's weights. That is the
+distribution that the filter has when it sees all members, and nobody else has to read for it; so the weights told stay
+those of the prompt, unless all members run.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from packllm.decode.tokens import Ensemble, Row, Slot, fused_row
 from packllm.errors import OptionError
 from packllm.options import Options
 from packllm.weights import find
+from packllm.weights.adaptive import RATES, TRUST
 
 _PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
 _PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None, "json_schema": None}
@@ -41,23 +47,45 @@ def check_lazy(options: Options) -> None:
 def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
     """Yield (row, token id) as generate_ids does. Each row draws members of its own."""
     missed: dict[Slot, list[int]] = {slot: [] for slot in ensemble.lines}
+    speakers = [Speaker(row) for row in rows]
     while not all(row.done for row in rows):
         for r, row in enumerate(rows):
             if row.done:
                 continue
             token = None
             while token is None:
-                token = _drawn(ensemble, row, r, missed)
+                token = _drawn(ensemble, row, r, missed, speakers[r])
             for slot, tokens in missed.items():
                 if slot[1] == r:
                     tokens.append(token)
             yield r, token
 
 
-def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]]) -> int | None:
+class Speaker:
+    """Draws the member that gives a row's next token."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._last: int | None = None
+        self._rate = RATES[_draw(row, TRUST)] if row.moving is not None else 1.0
+
+    def next(self) -> int:
+        now = self._row.weights
+        weights = [value if now.values[k] else 0.0 for k, value in enumerate(now.at_start.values)]
+        last = self._last
+        if last is None or not weights[last] or self._rate == 1 or _draw(self._row, (1 - self._rate, self._rate)):
+            last = self._last = _draw(self._row, weights)
+        return last
+
+
+def _draw(row: Row, probabilities: Sequence[float]) -> int:
+    return row.sample(torch.tensor(probabilities).log())
+
+
+def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]], speaker: Speaker) -> int | None:
     """A token of a member drawn from the weights; None where that member is lost, or the token is not one that
     all members have: both are drawn anew."""
-    k = row.sample(torch.tensor(row.weights.values).log())
+    k = speaker.next()
     reading = [k] if row.recorder is None else ensemble.running(r)
     if blocks := {(i, r): missed[i, r] for i in reading if missed[i, r]}:
         ensemble.read(blocks)
@@ -70,4 +98,5 @@ def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]]) 
         return None
     if row.recorder is not None:
         row.note(token, fused_row(parts, row.weights), parts)
+        row.observe(token, parts)
     return token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from packllm.decode.grammar import make_grammar
 from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
 from packllm.decode.penalties import spelled_biases
+from packllm.decode.race import Race, Slot
 from packllm.decode.tokens import drop_small
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden
@@ -144,7 +145,7 @@ class Request:
             AnswerTimeout: see check_time.
         """
         started = self._started = time.perf_counter()
-        self._read(self.candidates)
+        self._read(self.candidates, self.options.race)
         if self.mapped and not self.one_vocabulary(self._live()):
             self._read(self._translate())
         self.timings["prefill"] = time.perf_counter() - started
@@ -219,6 +220,7 @@ class Request:
         return self._without_failing(lambda running: work({k: self.lines[k, 0] for k in running}), row=0)
 
     def _weigh(self, row: int, live: Sequence[int]) -> Weights:
+        live = [k for k in live if (k, row) in self.lines]  # without those that stopped reading
         weights = self._weights_of(row, live, self._options_for(live))
         return drop_small(self._over_all(weights, live), self.options.min_weight)
 
@@ -228,8 +230,8 @@ class Request:
         members = [self.members[k] for k in live]
         return weights_of(members, [self.lines[k, row].sequence for k in live], encoded, given, options)
 
-    def _read(self, which: Sequence[int]) -> None:
-        """Let members read the prompts. Those that fail are left out, or raise.
+    def _read(self, which: Sequence[int], chunk: int = 0) -> None:
+        """Let members read the prompts, racing if `chunk` says so. Those that fail are left out, or raise.
 
         Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out too:
         one product with the LM head instead of two. Not where they tell which vocabulary is the reference.
@@ -246,7 +248,7 @@ class Request:
                     unread.add((k, row))
                 asked[k, row] = sequence, self.members[k], prompt.ids, () if (k, row) in unread else prompt.positions
         self._opened += [sequence for sequence, *_ in asked.values()]
-        lines, scores, failed = open_lines(asked)
+        lines, scores, failed = self._raced(asked, chunk) if chunk else open_lines(asked)
         self.lines |= lines
         self._cached |= {slot: line.sequence.cached_tokens for slot, line in lines.items()}
         self._scores |= {slot: None if slot in unread else given for slot, given in scores.items()}
@@ -255,6 +257,25 @@ class Request:
                 lost, _ = self.failures.lose(error, [k])
                 self._drop(lost)
         self.lines = dict(sorted(self.lines.items()))
+
+    def _raced(
+        self, asked: Mapping[Slot, tuple[base.Sequence, Member, Sequence[int], Sequence[int]]], chunk: int
+    ) -> tuple[dict[Slot, Line], dict[Slot, Tensor], dict[Slot, MemberError]]:
+        """As open_lines; those that stopped are in none of the three."""
+        race = Race({(k, r): (asked[k, r][0], asked[k, r][1], self.encoded[r][k]) for k, r in asked})
+        failed = race.run(chunk, self.options.min_weight)
+        left = {}
+        for slot in race.going:
+            sequence, member, ids, positions = asked[slot]
+            start = len(sequence.ids)
+            left[slot] = sequence, member, ids[start:], [at - start for at in positions if at > start]
+        lines, scores, more = open_lines(left)
+        failed |= more
+        return (
+            lines,
+            {slot: race.scores_with(slot, scores[slot]) for slot in lines},
+            {slot: self.members[slot[0]].failed(error) for slot, error in failed.items()},
+        )
 
     def _translate(self) -> list[int]:
         """Put members of other vocabularies in the one of the reference: the lowest NLL per byte (paper §3.4).

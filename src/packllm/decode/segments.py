@@ -75,11 +75,13 @@ class Writers:
             if any(s.text or s.ends for s in segments):
                 segments = [s for s in segments if s.text or s.ends]
             best = segments[0]
-            if len(segments) > 1 or self._top is not None:
+            if len(segments) > 1 or self._top is not None or self._row.moving is not None:
                 judged = self._judged(segments)
                 ratings = [rate(s, judged[s], self._row.weights, self._scoring) for s in segments]
                 best = segments[max(range(len(segments)), key=ratings.__getitem__)]
                 self._tell(best, judged)
+                heard = {k: judgement.logprob for k, judgement in _able(judged[best]).items()}
+                self._row.hear(heard, len(pieces[best]))
             yield Written(pieces[best], best.ends)
             if best.ends or self._row.done:
                 return

@@ -73,8 +73,10 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], fixed: int | None =
             return
         ensemble.forget({r: len(block.drafted[r]) + 1 - len(chosen[r]) for r in live}, block.parts)
         left = {r: left[r] - len(chosen[r]) for r in live}
+        ensemble.retire()
+        ensemble.end_blocks(live)
         places = pace.places(live)
-        sizes = {r: max(1, min(places, left[r])) for r in live}  # a row's own, for the seed's sake
+        sizes = {r: max(1, min(places, left[r], rows[r].room)) for r in live}  # a row's own, for the seed's sake
         block = _read(ensemble, rows, {r: chosen[r][-1] for r in live}, sizes)
 
 
@@ -119,6 +121,7 @@ def _judged(
                     pace.note(row.sample.overlap(row.sample.distribution(own[place, : len(target)]), target))
             chosen[r].append(token)
             row.note(token, fused, parts)
+            row.observe(token, parts)
             yield r, token
             if row.done or not agreed:
                 going.remove(r)
@@ -129,7 +132,6 @@ def _judged(
 
 def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], sizes: Mapping[int, int]) -> Round:
     """Read the last token of each row and size - 1 drafted ones, fewer where a drafter fails."""
-    ensemble.retire()
     tops = {r: ensemble.top(r) for r in last}
     blocks = {r: [token] for r, token in last.items()}
     drawn_from: dict[int, list[Tensor]] = {r: [] for r in last}
@@ -141,7 +143,7 @@ def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], size
         return found
 
     next_: dict[Slot, list[int]] = {
-        (k, r): [token] for r, token in last.items() for k in (ensemble.running(r) if sizes[r] == 1 else [tops[r]])
+        (k, r): [token] for r, token in last.items() for k in (ensemble.awake(r) if sizes[r] == 1 else [tops[r]])
     }
     while next_:
         found = note(ensemble.read(next_))
@@ -153,10 +155,9 @@ def _read(ensemble: Ensemble, rows: Sequence[Row], last: Mapping[int, int], size
                 drawn_from[r].append(sample.distribution(found[slot][0, :common]))
                 block.append(sample.draw(drawn_from[r][-1]))
                 next_[slot] = block[-1:]
-    others = {(k, r): block for r, block in blocks.items() for k in ensemble.running(r) if (k, r) not in read}
-    if others:
+    while others := {(k, r): block for r, block in blocks.items() for k in ensemble.awake(r) if (k, r) not in read}:
         note(ensemble.read(others))
-    parts = {r: {k: torch.cat(read[k, r]) for k in ensemble.running(r)} for r in last}
+    parts = {r: {k: torch.cat(read[k, r]) for k in ensemble.awake(r)} for r in last}
     return Round(parts, {r: block[1:] for r, block in blocks.items()}, drawn_from)
 
 
@@ -202,9 +203,10 @@ class Pace:
     def _costs(self, rows: Collection[int]) -> dict[int, float]:
         """What a round of each γ costs, in bytes of weights read."""
         tops = {r: self._ensemble.top(r) for r in rows}
+        awake = {r: self._ensemble.awake(r) for r in rows}
         drafts, others = defaultdict[Engine, int](int), defaultdict[Engine, int](int)
         for (k, r), line in self._ensemble.lines.items():
-            if r in tops:
+            if k in awake.get(r, ()):
                 (drafts if k == tops[r] else others)[line.sequence.engine] += 1
         everyone = {engine: drafts[engine] + others[engine] for engine in {*drafts, *others}}
         costs = {1: _cost(everyone)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from packllm.align.shared import Shared
 from packllm.decode.failures import Failures, normalised
 from packllm.decode.line import Line, read_lines
 from packllm.decode.logprobs import Recorder
+from packllm.decode.moving import Moving
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import Sampler
 from packllm.engines.member import Member
@@ -25,13 +27,14 @@ class Row:
     """One prompt of a batch while it is decoded.
 
     Attributes:
-        weights: final weights; members at 0 do not run.
+        weights: of what comes next; members at 0 do not run.
         sample: chooses a token from the fused log-probabilities.
         limit: most tokens that will be read.
         done: set by whoever reads the tokens, to end this row.
         drafted, accepted: tokens that one member proposed ahead of the others, and those of them that the answer
             took over.
         recorder: keeps the log-probabilities of the tokens, where they are asked for.
+        moving: what moves the weights; None: they stay.
     """
 
     weights: Weights
@@ -41,6 +44,7 @@ class Row:
     drafted: int = 0
     accepted: int = 0
     recorder: Recorder | None = None
+    moving: Moving | None = None
 
     def note(self, token: int, fused: Tensor, parts: Mapping[int, Tensor]) -> None:
         """A token was chosen from log-probabilities (V,) that members' (V_k,), by index, fuse to."""
@@ -50,6 +54,28 @@ class Row:
     def told(self) -> tuple[TokenLogprob, ...] | None:
         """Log-probabilities of the tokens since the last time; None where nobody asks."""
         return None if self.recorder is None else self.recorder.take()
+
+    def fork(self) -> Row:
+        """The same once more; this one stays as it is."""
+        return replace(self, moving=self.moving and self.moving.fork())
+
+    @property
+    def room(self) -> int:
+        """Tokens before members fall asleep or wake."""
+        return 2**31 if self.moving is None else self.moving.room
+
+    def observe(self, token: int, parts: Mapping[int, Tensor]) -> None:
+        """A token was chosen where members expected `parts`, log-probabilities (V_k,); weights that move, do."""
+        if self.moving is not None:
+            given = {k: math.exp(float(logprobs[token])) for k, logprobs in parts.items()}
+            self.weights = self.moving.observe(self.weights, given, [token])
+
+    def hear(self, logprobs: Mapping[int, float], tokens: int) -> None:
+        """As observe(), for a segment of several tokens that members gave these log-likelihoods."""
+        if self.moving is not None:
+            most = max(logprobs.values(), default=0.0)
+            given = {k: math.exp(value - most) if most > -math.inf else 0.0 for k, value in logprobs.items()}
+            self.weights = self.moving.observe(self.weights, given, [0] * max(tokens, 1))
 
 
 Slot = tuple[int, int]
@@ -81,13 +107,18 @@ class Ensemble:
         """Indices of the members that run for a row, ascending."""
         return sorted(k for k, r in self.lines if r == row)
 
+    def awake(self, row: int) -> list[int]:
+        """Those of them that do not sleep through this block of tokens."""
+        moving = self._rows[row].moving
+        return [k for k in self.running(row) if moving is None or k not in moving.asleep]
+
     def top(self, row: int) -> int:
-        """The running member with the largest weight, the first of equals."""
-        return max(self.running(row), key=self._rows[row].weights.values.__getitem__)
+        """The member with the largest weight of those that are awake, the first of equals."""
+        return max(self.awake(row), key=self._rows[row].weights.values.__getitem__)
 
     def parts(self, row: int) -> dict[int, Tensor]:
-        """float32 (V_k,), each running member's next-token log-probabilities for a row."""
-        return {k: self.lines[k, row].here for k in self.running(row)}
+        """float32 (V_k,), the next-token log-probabilities of each member that is awake for a row."""
+        return {k: self.lines[k, row].here for k in self.awake(row)}
 
     def fused(self, row: int) -> Tensor:
         """The fused next-token distribution of a row: float32 (V,) log-probabilities."""
@@ -96,7 +127,40 @@ class Ensemble:
     def step(self, tokens: Mapping[int, int]) -> None:
         """Append a token to each of the given rows; rows not named must be done."""
         self.retire()
-        self.read({(k, r): [token] for r, token in tokens.items() for k in self.running(r)})
+        self.end_blocks(tokens)
+        read: set[Slot] = set()
+        while asked := {(k, r): [t] for r, t in tokens.items() for k in self.awake(r) if (k, r) not in read}:
+            self.read(asked)
+            read |= asked.keys()
+
+    def end_blocks(self, rows: Iterable[int]) -> None:
+        """Where a block is over, those who slept read it but for its last token, which nobody has read yet."""
+        self._wake([r for r in rows if (moving := self._rows[r].moving) is not None and moving.ends], anew=True)
+
+    def _moving(self, row: int) -> Moving:
+        moving = self._rows[row].moving
+        assert moving is not None
+        return moving
+
+    def _wake(self, rows: Sequence[int], anew: bool) -> None:
+        """Let those who sleep read what they missed, and learn from it; `anew`: some sleep on."""
+        before: dict[Slot, Tensor] = {}
+        missed: dict[Slot, list[int]] = {}
+        for r in rows:
+            moving = self._moving(r)
+            for k in moving.asleep.intersection(self.running(r)):
+                before[k, r] = self.lines[k, r].here[None]
+                if len(moving.unread) > 1:
+                    missed[k, r] = moving.unread[:-1]
+            moving.asleep = set()
+        read = self.read(missed) if missed else {}
+        for r in rows:
+            heard = {
+                slot[0]: torch.cat([here, read[slot]]) if slot in read else here
+                for slot, here in before.items()
+                if slot[1] == r and slot in self.lines
+            }
+            self._rows[r].weights = self._moving(r).wake(self._rows[r].weights, heard, anew)
 
     def read(self, blocks: Mapping[Slot, Sequence[int]]) -> dict[Slot, Tensor]:
         """Let slots read on, together where they can; members that fail are done without, or raise.
@@ -113,6 +177,8 @@ class Ensemble:
                 found[slot] = answer
         for k, error in failed.items():
             self._lose(k, error)
+        if failed and (alone := [r for r in sorted({r for _, r in self.lines}) if not self.awake(r)]):
+            self._wake(alone, anew=False)
         return {slot: answer for slot, answer in found.items() if slot in self.lines}
 
     def forget(self, counts: Mapping[int, int], parts: Mapping[int, Mapping[int, Tensor]]) -> None:
@@ -123,7 +189,7 @@ class Ensemble:
             parts: by row and member, float32 (n, V_k): the log-probabilities after the last n tokens.
         """
         for (k, r), line in self.lines.items():
-            if counts.get(r):
+            if counts.get(r) and k in parts[r]:
                 line.crop(len(line) - counts[r], parts[r][k][-1 - counts[r]])
 
     def _lose(self, k: int, error: MemberError) -> None:
@@ -146,7 +212,10 @@ def fused_row(parts: dict[int, Tensor], weights: Weights) -> Tensor:
     size = min(parts[k].shape[-1] for k in members)
     device = parts[members[0]].device
     stacked = torch.stack([parts[k][..., :size].to(device) for k in members])
-    return fuse(stacked, [weights.values[k] for k in members], weights.pool)
+    values = [weights.values[k] for k in members]
+    if len(members) < len(weights.values) - weights.values.count(0.0):  # some sleep
+        values = list(normalised(values))
+    return fuse(stacked, values, weights.pool)
 
 
 def in_one_vocabulary(lines: Mapping[int, Line]) -> tuple[dict[int, Line], Shared | None]:
@@ -178,6 +247,7 @@ def generate_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int,
                 fused = fused_row(parts, row.weights)
                 tokens[r] = row.sample(fused)
                 row.note(tokens[r], fused, parts)
+                row.observe(tokens[r], parts)
                 yield r, tokens[r]
         if all(row.done for row in rows):
             return

@@ -71,7 +71,8 @@ class Adaptive:
             raise WeightsError(f"p has shape {given.shape}, the weights have {self._prior.shape}")
         if not (given.min() >= 0 and given.max() < np.inf):
             raise WeightsError(f"p={given.tolist()} must be probabilities")
-        most = np.where(self._known, given, 0.0).max(-1, keepdims=True)
+        given = np.where(self._known, given, 0.0)
+        most = given.max(-1, keepdims=True)
         given = given / most if most.all() else np.where(most > 0, given / np.where(most > 0, most, 1.0), 1.0)
         joint = self._belief * given[..., None, :]
         total = joint.sum(-1, keepdims=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Pool = Literal["linear", "log"]
@@ -15,7 +15,8 @@ class Weights:
     """What each member counts for, in member order.
 
     Attributes:
-        values: the weights; they sum to 1, and only log-pool weights may be negative (DExperts).
+        values: the weights; they sum to 1, and only log-pool weights may be negative (DExperts). Those of an answer
+            that adapts are of what comes next; the NLLs are of the prompt all the same.
         names: the members' names.
         pool: how the members fuse: "linear" (mixture, METHODS Eq. 8) or "log" (PackLLM Eq. 1).
         nll: each member's mean negative log-likelihood of the scored text, in nats per `unit` (Eq. 2);
@@ -25,6 +26,8 @@ class Weights:
         fused_nll: NLL of the fused pack on the scored text under `values`, where the weighting computes it.
         gap: upper bound in nats per token on how far `fused_nll` is from the optimum (exact, map).
         scored: number of units the NLLs are means of.
+        start: what `values` were when the answer began, where they have moved since.
+        path: what they were at the start of every 16 tokens of the answer, where they move and that was asked for.
     """
 
     values: tuple[float, ...]
@@ -36,6 +39,13 @@ class Weights:
     fused_nll: float | None = None
     gap: float | None = None
     scored: int = 0
+    start: tuple[float, ...] | None = None
+    path: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def at_start(self) -> Weights:
+        """What they were when the answer began."""
+        return self if self.start is None else replace(self, values=self.start, start=None, path=None)
 
     @property
     def perplexity(self) -> tuple[float | None, ...]:
@@ -76,4 +86,6 @@ class Weights:
             "fused_nll": safe(self.fused_nll),
             "gap": safe(self.gap),
             "note": self.note,
+            "start": None if self.start is None else list(self.start),
+            "path": None if self.path is None else [list(row) for row in self.path],
         }
