@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from packllm.engines.llama_cpp.library import VERSION, installed, library
 from packllm.engines.member import Member
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
+from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.footprint import Footprint
 from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
@@ -29,9 +30,6 @@ from packllm.engines.transformers.merged_adapters import merge
 from packllm.engines.transformers.precision import fastest
 from packllm.engines.transformers.quantization import config_of
 from packllm.errors import LoadError, OptionError, loading, refused
-
-if TYPE_CHECKING:
-    from packllm.engines.transformers.engine import Engine
 
 __all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
 
@@ -230,8 +228,6 @@ class Loader:
         return Member(None, tokenizer, spec.name, encoder, engine=file.engine, adapter=index)
 
     def _base(self, spec: Spec) -> _Base:
-        from packllm.engines.transformers.engine import Engine  # 120 MB of libraries, which llama.cpp does without
-
         if spec.key not in self._bases:
             if os.path.isfile(spec.base):
                 source: str | Path = converted(_gguf(spec.base))
