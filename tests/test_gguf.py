@@ -38,20 +38,20 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(LoadError) as caught:
-        Loader().members([path])
+        Loader(engine="transformers").members([path])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def write_gguf(member: Member, path: Path) -> None:
-    """A tiny Llama in llama.cpp's format, float32."""
+def write_gguf(member: Member, path: Path, **words) -> None:
+    """A tiny Llama in llama.cpp's format, float32; `words` are of GGUFWriter."""
     config, weights = member.model.config, member.model.state_dict()
     tokenizer = json.loads(member.tokenizer.backend_tokenizer.to_str())
     pieces = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
     special = {t["content"] for t in tokenizer["added_tokens"]}
     tokens = sorted(pieces, key=pieces.get)
     tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **words)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -83,7 +83,7 @@ def test_a_gguf_file(make_member, tmp_path, cache):
     member = make_member("llama", 3)
     path = tmp_path / "tiny.v1.gguf"
     write_gguf(member, path)
-    loaded = Loader().members([path, f"again={path}"])[0]
+    loaded = Loader(engine="transformers").members([path, f"again={path}"])[0]
     assert loaded.name == "tiny.v1"
     assert (logits(loaded.model) - logits(member.model)).abs().max() < 1e-4
     text = "The quick brown fox\n\n日本 😀"
@@ -147,7 +147,7 @@ def test_a_header_that_lies_is_refused(tiny, tmp_path, old, new, said):
     path = tmp_path / "lie.gguf"
     path.write_bytes(content.replace(old, new))
     if new.startswith(b"llama.vocab_size"):  # another type of the same number is no lie
-        assert Loader().members([path])[0].model.config.vocab_size
+        assert Loader(engine="transformers").members([path])[0].model.config.vocab_size
         return
     assert said in refused(path)
 
@@ -303,7 +303,7 @@ def test_a_file_is_hashed_once_while_it_stays_as_it_is(tmp_path, conversions, mo
 def test_a_damaged_conversion_is_made_again(tiny, spoil):
     before = {name: weight.clone() for name, weight in load_file(converted(tiny) / "model.safetensors").items()}
     spoil(converted(tiny))
-    (member,) = Loader().members([tiny])
+    (member,) = Loader(engine="transformers").members([tiny])
     after = load_file(converted(tiny) / "model.safetensors")
     assert all(torch.equal(before[name], weight) for name, weight in after.items())
     assert len(list(converted(tiny).parent.iterdir())) == 1
@@ -318,7 +318,7 @@ def flip(file: Path) -> None:
 
 def test_without_a_cache_it_is_converted_for_this_process(tiny, tmp_path, monkeypatch, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    (member,) = Loader().members([tiny])
+    (member,) = Loader(engine="transformers").members([tiny])
     assert member.vocabulary_size > 300
     assert "for this process alone" in caplog.text
     made = []

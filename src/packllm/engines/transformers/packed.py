@@ -13,13 +13,14 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache as once
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
 from packllm.engines.transformers import kv
 from packllm.engines.transformers.architecture import device_of
@@ -145,13 +146,18 @@ def _by_hand(
     return (shares if sinks is None else shares[..., :-1]) @ values
 
 
-AttentionInterface.register(NAME, attend)
+@once
+def _register() -> None:
+    from transformers import AttentionInterface  # 120 MB of libraries, which packs of llama.cpp do without
+
+    AttentionInterface.register(NAME, attend)
 
 
 @contextmanager
 def attention(config: Any, cache: PackedCache) -> Iterator[None]:
     """While this is open, models of this configuration attend in this thread as `attend` does, over the given caches.
     Outside, the user's own model is as it was."""
+    _register()
     before = config._attn_implementation
     config._attn_implementation, _here.cache = NAME, cache
     try:

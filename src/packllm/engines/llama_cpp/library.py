@@ -1,0 +1,111 @@
+"""llama.cpp itself, as llama-cpp-python brings it: one version, whose structures are as they are expected here."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections import deque
+from functools import cache
+from importlib import metadata, util
+from typing import Any
+
+from packllm.errors import ExtraError, LoadError
+
+log = logging.getLogger("packllm")
+
+VERSION = "0.3.36"
+"""Of llama-cpp-python. Fields of llama.cpp's structures come, go and move between versions, and a wrong one is no
+error but another number."""
+
+_MODEL = {"n_gpu_layers": -1, "load_mode": -1, "vocab_only": False, "use_extra_bufts": True, "no_alloc": False}
+_CONTEXT = {
+    "n_ctx": 512,
+    "n_batch": 2048,
+    "n_ubatch": 512,
+    "n_seq_max": 1,
+    "n_outputs_max": 0,
+    "n_threads": 4,
+    "pooling_type": -1,
+    "flash_attn_type": -1,
+    "yarn_ext_factor": -1.0,
+    "type_k": 1,
+    "type_v": 1,
+    "embeddings": False,
+    "offload_kqv": True,
+    "swa_full": True,
+    "kv_unified": False,
+}
+"""What the parameters are before anything is set: another value means that a structure is not what its fields say."""
+
+_said: deque[str] = deque(maxlen=20)
+_lock = threading.Lock()
+
+
+def installed() -> str | None:
+    """Version of llama-cpp-python, None where it is not installed."""
+    if util.find_spec("llama_cpp") is None:
+        return None
+    try:
+        return metadata.version("llama_cpp_python")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+@cache
+def library() -> Any:
+    """The low-level module.
+
+    Raises:
+        ExtraError: llama-cpp-python is not installed.
+        LoadError: it is of another version, its library cannot be loaded, or its structures are not as expected.
+    """
+    found = installed()
+    if found is None:
+        raise ExtraError("the llama.cpp engine", "llama-cpp-python", "llama-cpp")
+    if found != VERSION:
+        raise LoadError(
+            f"llama-cpp-python {found} is installed, and the llama.cpp engine runs {VERSION} alone; "
+            f"pip install llama-cpp-python=={VERSION}, or load with engine='transformers'"
+        )
+    try:
+        from llama_cpp import llama_cpp as native
+    except Exception as error:  # a library that is missing or was built for another machine
+        raise LoadError(f"llama-cpp-python {found} cannot be imported: {type(error).__name__}: {error}") from error
+    _check(native.llama_model_default_params(), _MODEL)
+    _check(native.llama_context_default_params(), _CONTEXT)
+    native.llama_log_set(_callback(native), ctypes.c_void_p(0))
+    native.llama_backend_init()
+    return native
+
+
+def _check(params: Any, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        if (given := getattr(params, name, None)) != value:
+            raise LoadError(
+                f"llama-cpp-python {VERSION} is installed, but the llama.cpp library that it loads is another: its "
+                f"default {name} is {given}, not {value}; install it anew, or unset LLAMA_CPP_LIB_PATH"
+            )
+
+
+@cache
+def _callback(native: Any) -> Any:
+    """What llama.cpp calls to write its log; errors are remembered, for they tell why it returned
+    nothing."""
+
+    @native.llama_log_callback
+    def callback(level: int, text: bytes, _: Any) -> None:
+        if level >= 3 and (line := text.decode("utf-8", "replace").strip()):
+            log.debug("llama.cpp: %s", line)
+            if level == 4:
+                _said.append(line)
+
+    return callback
+
+
+def explained(function: Any, *arguments: Any) -> tuple[Any, str]:
+    """What a function returns, and what llama.cpp said meanwhile, in one line."""
+    with _lock:
+        _said.clear()
+        result = function(*arguments)
+        return result, "; ".join(dict.fromkeys(_said))[:500]
