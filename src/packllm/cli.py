@@ -340,7 +340,7 @@ def distill(
     packllm distill a.txt b.txt -m ./base -m ./base+./law --student base --out one && packllm ask "Who?" -m one
     """
     distilling = _evaluation("distill.command", "distill")
-    training = {"full": full, "rank": rank, "epochs": epochs, "batch_size": batch_size, "rate": rate, "seed": seed}
+    training = distilling.Training(full, rank, epochs, batch_size, rate, seed)
     texts, others = distilling.texts(files, held_out or [], documents, compared, seed)
     pack = _load(model, _options(weighting, option, {}))
     distilling.run(pack, student, texts, others, out, training, length, as_json)

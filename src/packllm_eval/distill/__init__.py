@@ -89,7 +89,7 @@ def distill(
     """Teach a member what the pack says of texts, and compare both on other texts.
 
     Args:
-        pack: the teacher, under its own options; closed at the end of the teaching of a run that trains.
+        pack: the teacher, under its own options.
         student: name of the member that learns.
         documents: what is read and learnt.
         held_out: what both are compared on.
@@ -98,13 +98,11 @@ def distill(
         length: most tokens of a text, in the student's tokens.
 
     Raises:
-        OptionError: no such member, or one that cannot learn.
+        OptionError: no such member, or one that cannot learn so.
         DataError: fewer usable texts than a batch; the folder holds another run.
     """
     training = training or Training()
     names = [member.name for member in pack.members]
-    if NAME in names:
-        raise OptionError(f"a member is called {NAME!r}, as the student will be; give it another name: NAME=SPEC")
     if student not in names:
         raise OptionError(f"student={student!r} is no member{guess(student, names)} Members: {', '.join(names)}")
     learner = pack.members[names.index(student)]
@@ -113,13 +111,13 @@ def distill(
         members, work = in_ids_of(learner, pack.members), folder / WORK
         lessons, told = teach(members, pack.options, documents, work, length=length, batch=training.batch_size)
         train(learner, lessons, learner.end_ids if shared_by(members) else (), folder, work, training)
-        distilled = _loaded(folder, learner, training)
+        distilled = _loaded(folder, pack, learner, training)
         table = _compared(pack, members, distilled, held_out, work, length)
     closed = [
         Closed(
             corpus,
             _score(table, corpus, f"member {student}"),
-            _score(table, corpus, f"member {NAME}"),
+            _score(table, corpus, f"member {distilled.name}"),
             _score(table, corpus, PACK),
         )
         for corpus in dict.fromkeys(entry.corpus for entry in table)
@@ -127,12 +125,12 @@ def distill(
     return Result(folder, distilled, table, closed, told)
 
 
-def _loaded(folder: Path, learner: Member, training: Training) -> Member:
-    """The distilled member, as a pack loads it."""
-    if training.full:
-        return Loader().members([f"{NAME}={folder}"])[0]
-    model = merge(learner.model, str(folder))
-    return Member(model, learner.tokenizer, NAME, learner.encoder)
+def _loaded(folder: Path, pack: Pack, learner: Member, training: Training) -> Member:
+    """The distilled member, as a pack loads it, under a name that no member has."""
+    found: Any = f"{NAME}={folder}"
+    if not training.full:
+        found = Member(merge(learner.model, str(folder)), learner.tokenizer, NAME, learner.encoder)
+    return Loader().members([*pack.members, found])[-1]
 
 
 def _compared(

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -51,12 +50,12 @@ def run(
     documents: Sequence[Document],
     held_out: Sequence[Document],
     out: Path,
-    training: dict[str, Any],
+    training: Training,
     length: int,
     as_json: bool,
 ) -> None:
     """Distil, and print what came of it."""
-    result = distill(pack, student, documents, held_out, out, Training(**training), length=length)
+    result = distill(pack, student, documents, held_out, out, training, length=length)
     taught = result.lessons
     weights = ", ".join(f"{name} {weight:.2f}" for name, weight in taught["weights"].items())
     parts = [

@@ -39,6 +39,10 @@ class Training:
         batch_size: texts a step.
         rate: highest learning rate; None: 8e-4 for an adapter, 5e-5 for all weights.
         seed: of the adapter's first weights and the order of texts.
+
+    Raises:
+        OptionError: a value out of range.
+        ExtraError: an adapter is wanted and peft is not installed.
     """
 
     full: bool = False
@@ -48,17 +52,17 @@ class Training:
     rate: float | None = None
     seed: int = 0
 
-    def check(self, student: Member) -> None:
-        """
-        Raises:
-            OptionError: a value out of range, or a member that cannot learn so.
-            ExtraError: an adapter is wanted and peft is not installed.
-        """
+    def __post_init__(self) -> None:
         for name in ("rank", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} must be at least 1")
         if self.rate is not None and not 0 < self.rate < 1:
             raise OptionError(f"rate={self.rate} must be between 0 and 1; 8e-4 is usual for an adapter")
+        if not self.full and importlib.util.find_spec("peft") is None:
+            raise ExtraError("training an adapter", "peft", "distill")
+
+    def check(self, student: Member) -> None:
+        """OptionError where a member cannot learn so."""
         if not hasattr(student.engine, "merged"):
             raise OptionError(f"student={student.name!r} is no transformers model here; only these can be trained")
         if not self.full and student.adapter is not None:
@@ -66,8 +70,6 @@ class Training:
                 f"student={student.name!r} is an adapter already; name its base as the student, or train it whole: "
                 "full=True, --full"
             )
-        if not self.full and importlib.util.find_spec("peft") is None:
-            raise ExtraError("training an adapter", "peft", "distill")
 
     @property
     def highest_rate(self) -> float:
@@ -153,7 +155,7 @@ class Loss:
     def _one(self, logits: Tensor, lesson: Lesson) -> Tensor:
         """(t,)"""
         rows = self._real(logits[lesson.places])
-        top, pack = lesson.top, lesson.logprobs
+        top, pack = lesson.top.to(rows.device), lesson.logprobs.to(rows.device)
         told = rows.gather(-1, top)
         if len(self._ends) > 1:
             told = torch.where(top == self._ends[0], rows[:, self._ends].logsumexp(-1, keepdim=True), told)

@@ -129,10 +129,12 @@ def read(members: Sequence[Member], text: str, length: int, options: Options) ->
     Raises:
         DataError: the text is too short.
     """
-    student = members[0]
-    text = text[: cut_after(student.encoder, text, length)]
-    head = text[: cut_after(student.encoder, text, FIRST)]
-    own = student.encoder.encode(text)
+    encoder = members[0].encoder
+    if len(encoder.encode(text).positions) < 2:
+        raise DataError(f"the text {text[:40]!r} is too short to say anything of; give texts of some sentences")
+    text = text[: cut_after(encoder, text, length)]
+    head = text[: cut_after(encoder, text, FIRST)]
+    own = encoder.encode(text)
     running = list(range(len(members)))
     if len(head) < len(text) and len(members) > 1:
         with Reading(members, [head], keep=False) as reading:
@@ -142,7 +144,7 @@ def read(members: Sequence[Member], text: str, length: int, options: Options) ->
     with Reading([members[k] for k in running], [text]) as reading:
         weights = reading.weights(options, range(len(running)))
         places = torch.tensor(own.positions) - 1
-        kept = [_top(block[:, : student.vocabulary_size]) for block in reading.fused(weights)]
+        kept = [_top(block[:, : members[0].vocabulary_size]) for block in reading.fused(weights)]
     top, logprobs = (torch.cat(parts) for parts in zip(*kept, strict=True))
     lesson = Lesson(torch.tensor(own.ids), places[-len(top) :], top, logprobs)
     return lesson, dict(zip(weights.names, weights.values, strict=True))
