@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from packllm import Pack, errors
 from packllm.cli import app
+from packllm.engines.transformers.merge import average
 from packllm.options import Options
 from packllm.weights import em
 from packllm_eval.distill import Training, distill, teacher
@@ -230,18 +231,38 @@ def test_bad_input_is_refused_with_a_remedy(pair, tmp_path, monkeypatch):
     refused(errors.ExtraError, r"needs peft; install packllm\[distill\]")
 
 
-def test_an_adapter_is_no_student_of_an_adapter(tmp_path, make_member):
+@pytest.fixture
+def experts(make_member, tmp_path) -> Pack:
+    """A base and two adapters of it."""
     from peft import LoraConfig, get_peft_model
 
     member = make_member("llama", 0)
-    member.model.save_pretrained(tmp_path / "base")
-    member.tokenizer.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "law")
-    pack = Pack.load([f"base={tmp_path / 'base'}", f"{tmp_path / 'base'}+{tmp_path / 'law'}"])
+    base = tmp_path / "base"
+    member.model.save_pretrained(base)
+    member.tokenizer.save_pretrained(base)
+    for rank, (name, modules) in enumerate({"law": ["q_proj"], "food": ["q_proj", "down_proj"]}.items(), 2):
+        torch.manual_seed(rank)
+        lora = LoraConfig(r=rank, target_modules=modules, init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / name)
+    return Pack.load([str(base), *(f"{base}+{tmp_path / name}" for name in ("law", "food"))])
+
+
+def test_the_base_starts_from_the_mean_of_its_adapters(experts, tmp_path):
+    result = distill(experts, "base", documents()[:2], documents(), tmp_path / "o", Training(epochs=1, rate=1e-12))
+    merged = average(experts.members[1:])
+    ids = torch.tensor([merged.encoder.plain(LAW)])
+    with torch.inference_mode():
+        expected = merged.model(ids).logits
+        torch.testing.assert_close(result.member.model(ids).logits, expected, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(experts.members[0].model(ids).logits, expected, atol=0.5)
+    cold = distill(experts, "base", documents()[:2], documents(), tmp_path / "p", Training(rank=2, rate=1e-12))
+    assert cold.closed[0].after == pytest.approx(cold.closed[0].before, abs=1e-4)
+
+
+def test_an_adapter_learns_whole_only(experts, tmp_path):
     with pytest.raises(errors.OptionError, match="'law' is an adapter already; name its base"):
-        distill(pack, "law", documents(), documents(), tmp_path / "o")
-    result = distill(pack, "law", documents(), documents(), tmp_path / "o", Training(full=True, epochs=1))
+        distill(experts, "law", documents(), documents(), tmp_path / "o")
+    result = distill(experts, "law", documents()[:2], documents(), tmp_path / "o", Training(full=True, epochs=1))
     assert result.closed[0].after != result.closed[0].before
 
 

@@ -318,7 +318,14 @@ def distill(
     documents: Annotated[int | None, typer.Option(min=1, help="To learn of each file; default 200.")] = None,
     compared: Annotated[int | None, typer.Option(min=1, help="To compare on, of each file; default 20.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights, not a LoRA adapter.")] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the adapter, which then starts from nothing. Default: 16, or from the mean of the members that are "
+            "adapters of the student.",
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Times that each text is learnt.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 2,
     rate: Annotated[float | None, typer.Option(help="Learning rate; default 8e-4, with --full 5e-5.")] = None,

@@ -110,7 +110,7 @@ def distill(
     with alone_in(folder / WORK):
         members, work = in_ids_of(learner, pack.members), folder / WORK
         lessons, told = teach(members, pack.options, documents, work, length=length, batch=training.batch_size)
-        train(learner, lessons, learner.end_ids if shared_by(members) else (), folder, work, training)
+        train(members, lessons, learner.end_ids if shared_by(members) else (), folder, work, training)
         distilled = _loaded(folder, pack, learner, training)
         table = _compared(pack, members, distilled, held_out, work, length)
     closed = [

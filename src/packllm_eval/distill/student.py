@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from packllm.engines.member import Member
+from packllm.engines.transformers.lora import Factors
 from packllm.engines.transformers.precision import fastest
 from packllm.errors import ExtraError, OptionError
 from packllm_eval.distill.teacher import Lesson
 
 log = logging.getLogger("packllm")
+
+RANK = 16
 
 LEAST = 1e-6
 """Least mass that all tokens but the kept ones together may have: its logarithm is to stay a number."""
@@ -34,7 +37,8 @@ class Training:
 
     Attributes:
         full: all weights, instead of a LoRA adapter.
-        rank: of the adapter, on all linear layers.
+        rank: of the adapter, on all linear layers, which starts from nothing. None: 16; where members are adapters of
+            the student, it starts from their mean and has all their ranks together.
         epochs: times that every text is learnt.
         batch_size: texts a step.
         rate: highest learning rate; None: 8e-4 for an adapter, 5e-5 for all weights.
@@ -46,7 +50,7 @@ class Training:
     """
 
     full: bool = False
-    rank: int = 16
+    rank: int | None = None
     epochs: int = 2
     batch_size: int = 2
     rate: float | None = None
@@ -54,8 +58,8 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("rank", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise OptionError(f"{name}={value} must be at least 1")
         if self.rate is not None and not 0 < self.rate < 1:
             raise OptionError(f"rate={self.rate} must be between 0 and 1; 8e-4 is usual for an adapter")
         if not self.full and importlib.util.find_spec("peft") is None:
@@ -77,11 +81,17 @@ class Training:
 
 
 def train(
-    student: Member, lessons: Sequence[Path], ends: Collection[int], folder: Path, work: Path, training: Training
+    members: Sequence[Member],
+    lessons: Sequence[Path],
+    ends: Collection[int],
+    folder: Path,
+    work: Path,
+    training: Training,
 ) -> None:
     """Write what the student learns of the lessons to `folder`; an interrupted run goes on from its last checkpoint.
 
     Args:
+        members: the pack's, the student first.
         lessons: files of Lessons.
         ends: ids of the student's that the lessons take for one, under the first of them.
         work: folder of the checkpoints. They are of one training on these lessons; those of another are dropped.
@@ -99,7 +109,7 @@ def train(
     if state["done"]:
         return
     set_seed(training.seed)
-    model = _trainable(student, training)
+    model = _trainable(members, training)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=training.epochs,
@@ -118,10 +128,12 @@ def train(
         seed=training.seed,
         disable_tqdm=not sys.stderr.isatty(),
     )
-    loss = Loss(student, ends)
+    loss = Loss(members[0], ends)
 
     class Learning(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             found = loss(model(**given, use_cache=False).logits, inputs["lessons"])
             return (found, None) if return_outputs else found
@@ -131,7 +143,7 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     model.save_pretrained(folder)
     if training.full:
-        student.tokenizer.save_pretrained(folder)
+        members[0].tokenizer.save_pretrained(folder)
     told.write_text(json.dumps({**state, "done": True}))
 
 
@@ -186,15 +198,37 @@ def _together(lessons: Sequence[Lesson]) -> dict[str, Any]:
     }
 
 
-def _trainable(student: Member, training: Training) -> Any:
-    """A copy of the student's model, with what learns."""
+def _trainable(members: Sequence[Member], training: Training) -> Any:
+    """A copy of the model of the first member, with what learns."""
+    student = members[0]
     model = copy.deepcopy(student.merged())
     if training.full:
         return model.float().requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    experts = [m for m in members if m.engine is student.engine and m.adapter is not None]
+    start = _mean(experts) if experts and training.rank is None else {}
+    rank = max((down.shape[0] for down, _ in start.values()), default=training.rank or RANK)
+    where = sorted(start) or "all-linear"
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=where, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    for name, (down, up) in start.items():
+        module = model.get_submodule(f"base_model.model.{name}")
+        module.lora_A["default"].weight.data.copy_(down)
+        module.lora_B["default"].weight.data.copy_(up / 2)  # which lora_alpha doubles
+    return model
+
+
+def _mean(experts: Sequence[Member]) -> Factors:
+    """One adapter that is the mean of several on one engine."""
+    found = [expert.engine.adapters.factors(expert.adapter) for expert in experts]  # type: ignore[attr-defined]
+    return {
+        name: (
+            torch.cat([factors[name][0] for factors in found]),
+            torch.cat([factors[name][1] for factors in found], dim=1) / len(found),
+        )
+        for name in found[0]
+    }
 
 
 def _in_halves() -> bool:

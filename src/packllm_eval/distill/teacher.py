@@ -23,7 +23,7 @@ from packllm_eval.rows import Document
 TOP = 64
 """Tokens of each distribution that are kept, and the mass of all others as one (docs/results.md tells what is lost)."""
 
-FIRST = 64
+FIRST = 32
 """Tokens that all members read; those without weight by then do not read on."""
 
 
