@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from packllm.chat.prompt import Encoder
@@ -80,8 +81,9 @@ class ActorWire:
             raise RuntimeError(f"its worker died {TRIES + 1} times, or cannot be started again: {error}") from error
 
     def tell(self, name: str, *args: Any) -> None:
-        if ray.is_initialized():  # at the end of a process it may be gone
-            getattr(self.actor, name).remote(*args)
+        if ray.is_initialized():  # a call would start it again
+            with suppress(Exception):  # who is gone holds nothing
+                getattr(self.actor, name).remote(*args)
 
 
 def member(
