@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -164,6 +165,17 @@ def test_nobody_waits_for_a_read_that_is_stopped(make_member):
         twin.engine.read([Read(sequence, [1, 2], "last")])
     assert member.engine.forwards == passes
     assert sequence.ids == []
+
+
+def test_workers_run_at_the_same_time(make_member):
+    """Each call waits until all three are under way."""
+    twins = [remote(make_member("llama", seed, name=f"m{seed}")) for seed in range(3)]
+    barrier = threading.Barrier(3)
+    for _, wire in twins:
+        wire.call = lambda *args, call=wire.call: (barrier.wait(60), call(*args))[1]
+    found = Pack([member for member, _ in twins], max_tokens=4, draft_tokens=1).generate(PROMPTS[0])
+    assert found.text == Pack([make_member("llama", seed) for seed in range(3)], max_tokens=4).generate(PROMPTS[0]).text
+    assert [len(wire.calls) for _, wire in twins] == [len(twins[0][1].calls)] * 3
 
 
 # What is said without a cluster

@@ -37,6 +37,14 @@ TRIES = 3
 PATIENCE = 0.05
 """Seconds between looks at whether anybody still waits for a read."""
 
+LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_max_direct_call_object_size": str(4 * 2**20),
+    "RAY_task_rpc_inlined_bytes_limit": str(64 * 2**20),
+}
+"""The environment of a local cluster. Rows of more than 100 kB would go through Ray's object store, which takes as long
+again."""
+
 
 class ActorWire:
     """A worker in a Ray actor (remote.Wire).
@@ -128,7 +136,8 @@ def _join() -> None:
         raise LoadError(f"a member in a worker needs ray>={OLDEST[0]}.{OLDEST[1]}{there}; install packllm[ray]")
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in LOCAL.items():
+        os.environ.setdefault(name, value)
     words: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         try:
