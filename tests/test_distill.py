@@ -279,7 +279,7 @@ def test_on_the_command_line(pair, tmp_path):
         return CliRunner().invoke(app, [str(word) for word in ("distill", texts, *models, *words)])
 
     given = ("--student", "a", "--out", tmp_path / "o", "--held-out", others, "--epochs", "1")
-    told = json.loads(run(*given, "--json").stdout.splitlines()[-1])
+    told = json.loads(run(*given, "--json").stdout)
     assert told["lessons"]["texts"] == 3  # two are held out
     assert [one["corpus"] for one in told["closed"]] == ["others"]
     shown = run(*given)

@@ -238,7 +238,8 @@ class RemoteSequence(base.Sequence):
 
     def __init__(self, engine: RemoteEngine, prefixes: Prefixes | None = None, key: str | None = None) -> None:
         self.engine, self.prefixes, self.ids = engine, prefixes, []
-        self.key, self.origins = key or engine.new_key(), ()
+        self.key = key or engine.new_key()
+        self.origins: tuple[str, ...] = ()
         self.closed = False
         self._free = weakref.finalize(self, engine.wire.tell, "forget", self.key)
         self._free.atexit = False
@@ -285,10 +286,10 @@ class RemoteEngine(base.Engine):
             assert isinstance(read.sequence, RemoteSequence)
             if not read.sequence.closed:
                 groups.setdefault(id(read.sequence), _Group(read.sequence)).reads[at] = read
-        found: dict[int, Tensor | Exception] = {}
+        found: dict[int, Tensor | Exception] = dict.fromkeys(range(len(reads)), ValueError("this sequence is closed"))
         if groups:
             self._ask(list(groups.values()), found)
-        return [found.get(at) if at in found else ValueError("this sequence is closed") for at in range(len(reads))]
+        return [found[at] for at in range(len(reads))]
 
     def _ask(self, groups: list[_Group], found: dict[int, Tensor | Exception]) -> None:
         call = next(self._numbers)

@@ -9,6 +9,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def train(
 
     trainer = Learning(model, arguments, train_dataset=_Lessons(lessons), data_collator=_together)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    with redirect_stdout(sys.stderr):  # where the losses are told line by line, if nobody watches a bar
+        trainer.train(resume_from_checkpoint=last)
     model.save_pretrained(folder)
     if training.full:
         members[0].tokenizer.save_pretrained(folder)
@@ -213,7 +215,7 @@ def _trainable(members: Sequence[Member], training: Training) -> Any:
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=where, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     for name, (down, up) in start.items():
-        module = model.get_submodule(f"base_model.model.{name}")
+        module: Any = model.get_submodule(f"base_model.model.{name}")
         module.lora_A["default"].weight.data.copy_(down)
         module.lora_B["default"].weight.data.copy_(up / 2)  # which lora_alpha doubles
     return model
