@@ -87,15 +87,25 @@ def test_a_family_teaches_in_the_students_ids_with_one_end(kinds):
 
 
 def test_members_without_weight_stop_reading(pair, monkeypatch):
-    text, pack = TEXTS[1] * 3, Pack(pair, weighting={"b": 1.0})
+    """Under em; weights that name members need all of them."""
+    text = TEXTS[1] * 3
     monkeypatch.setattr(teacher, "FIRST", 8)
-    before = [member.engine.tokens for member in pair]
-    lesson, weights = read(pair, text, 512, pack.options)
-    counts = [member.engine.tokens - one for member, one in zip(pair, before, strict=True)]
-    assert weights == {"b": 1.0}
-    assert counts[0] < 16 < len(lesson.ids) < counts[1]
-    alone, _ = read(pair[1:], text, 512, pack.options)
+
+    def counts(**options) -> tuple[list[int], Lesson, dict[str, float]]:
+        before = [member.engine.tokens for member in pair]
+        lesson, weights = read(pair, text, 512, Options(**options))
+        return [member.engine.tokens - one for member, one in zip(pair, before, strict=True)], lesson, weights
+
+    read_, lesson, weights = counts(min_weight=0.5)
+    (best,) = weights
+    one, other = sorted(read_)
+    assert weights == {best: 1.0}
+    assert one < 16 < len(lesson.ids) < other
+    alone, _ = read([m for m in pair if m.name == best], text, 512, Options())
     assert lesson.top[:, 0].tolist() == alone.top[:, 0].tolist()
+    read_, lesson, weights = counts(weighting={"a": 0.995, "b": 0.005})
+    assert min(read_) == len(lesson.ids)
+    assert weights == {"a": 1.0, "b": 0.0}
 
 
 # What is learnt
@@ -187,6 +197,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(pair, tmp_path, monkeypa
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             distill(Pack(pair), "a", documents(), documents(TEXTS[:2], "o"), tmp_path / "again", training)
+    (tmp_path / "again" / "work" / "checkpoints" / "checkpoint-99").mkdir()  # killed while it was written
     distill(Pack(pair), "a", documents(), documents(TEXTS[:2], "o"), tmp_path / "again", training)
     assert len(reads) == len(TEXTS) + 1
     assert steps[:6] == [0, 1, 2, 3, 4, 5]
@@ -196,6 +207,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(pair, tmp_path, monkeypa
     assert all(torch.equal(once[key], again[key]) for key in once)
     distill(Pack(pair), "a", documents(), documents(TEXTS[:2], "o"), tmp_path / "again", training)
     assert len(steps) == 10  # it is done
+    other = Training(full=full, epochs=1)
+    distill(Pack(pair), "a", documents(), documents(TEXTS[:2], "o"), tmp_path / "again", other)
+    assert len(steps) == 13  # another training of the same lessons
+    assert len(reads) == len(TEXTS) + 1
 
 
 def test_another_vocabulary_teaches_through_mined_and_its_loss_is_told(make_member, tmp_path):

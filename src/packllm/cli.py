@@ -322,8 +322,8 @@ def distill(
         int | None,
         typer.Option(
             min=1,
-            help="Of the adapter, which then starts from nothing. Default: 16, or from the mean of the members that are "
-            "adapters of the student.",
+            help="Of the adapter, which then starts from nothing. Default: 16; or all together, from the mean of the "
+            "members that are adapters of the student.",
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Times that each text is learnt.")] = 2,

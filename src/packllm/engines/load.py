@@ -237,7 +237,9 @@ def is_spec(model: Any) -> bool:
     return isinstance(model, str | os.PathLike) and isinstance(os.fspath(model), str)
 
 
-_KINDS = "hub ids, folders, .gguf files, base+adapter, ray:SPEC, (model, tokenizer) pairs, transformers pipelines or Members"
+_KINDS = (
+    "hub ids, folders, .gguf files, base+adapter, ray:SPEC, (model, tokenizer) pairs, transformers pipelines or Members"
+)
 
 
 def _parts_of(model: Any) -> tuple[Any, Any] | None:

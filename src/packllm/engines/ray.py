@@ -1,7 +1,8 @@
 """Members in workers of a Ray cluster: one master and K workers (Cool-Fusion, Figure 2), on several machines or one.
 
-"ray:SPEC", or "ray[GPU=1]:SPEC" with what its machine has to have, starts an actor in the running cluster, or in a local one that is started for it, which loads SPEC there.
-Members of different workers run at the same time. A worker that dies is started again by Ray, and reads its ids anew.
+"ray:SPEC" starts an actor in the running cluster, or in a local one that is started for it, which loads SPEC there;
+"ray[GPU=1,CPU=2]:SPEC" says what its machine has to have. Members of different workers run at the same time. A worker
+that dies is started again by Ray, and reads its ids anew.
 """
 
 from __future__ import annotations

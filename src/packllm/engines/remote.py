@@ -1,8 +1,8 @@
 """A member in another process: the worker that runs it there, and the engine that stands for it here.
 
-A worker may be killed at any time. Every read says which ids came before, by their number and a hash; a worker that does
-not have them says so, and is told them whole. So the ids here are the truth, and crops and forks cost no message. What
-comes back are rows of the positions wanted, in float16.
+A worker may be killed at any time. Every read says which ids came before, by their number and a hash; a worker that
+does not have them says so, and is told them whole. So the ids here are the truth, and crops and forks cost no message.
+What comes back are rows of the positions wanted, in float16.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Task:
 
 
 Rows = tuple[np.ndarray, np.ndarray]
-"""float16 (n, V), how far below its row's peak each log-probability is, and float32 (n, 1), the peaks: what is likely is
-told most exactly."""
+"""float16 (n, V), how far below its row's peak each log-probability is, and float32 (n, 1), the peaks: what is likely
+is told most exactly."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ def _compared(
         member.name = f"{member.name} in {members[0].name}'s tokens"
     everyone = Pack([*pack.members, *mapped, distilled], **pack.options.model_dump(exclude_unset=True))
     method = Method(PACK, {"weighting": pack.options.weighting}, names)
-    records = lm.evaluate(everyone, documents, work / "held-out.jsonl", methods=[method], length=length)
+    path = work / f"held-out-{distilled.fingerprint[:12]}.jsonl"  # of one training; another one begins anew
+    records = lm.evaluate(everyone, documents, path, methods=[method], length=length)
     return lm_table(records, best_of=names)
 
 

@@ -9,7 +9,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,14 @@ def train(
         work: folder of the checkpoints. They are of one training on these lessons; those of another are dropped.
     """
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     settings = json.loads(json.dumps({**asdict(training), "lessons": [path.stem for path in lessons]}))
     told, checkpoints = work / "training.json", work / "checkpoints"
-    state = json.loads(told.read_text()) if told.is_file() else {}
+    state: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        state = json.loads(told.read_text())
     if state.get("settings") != settings:
         shutil.rmtree(checkpoints, ignore_errors=True)
         state = {"settings": settings, "bfloat16": _in_halves(), "done": False}
@@ -140,6 +143,9 @@ def train(
             return (found, None) if return_outputs else found
 
     trainer = Learning(model, arguments, train_dataset=_Lessons(lessons), data_collator=_together)
+    for path in checkpoints.glob("checkpoint-*"):
+        if not (path / TRAINER_STATE_NAME).is_file():  # it is written last: the run was killed before
+            shutil.rmtree(path)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     with redirect_stdout(sys.stderr):  # where the losses are told line by line, if nobody watches a bar
         trainer.train(resume_from_checkpoint=last)

@@ -136,7 +136,8 @@ def read(members: Sequence[Member], text: str, length: int, options: Options) ->
     head = text[: cut_after(encoder, text, FIRST)]
     own = encoder.encode(text)
     running = list(range(len(members)))
-    if len(head) < len(text) and len(members) > 1:
+    plain = options.weighting == "em" and getattr(options, "prior", None) is None  # what else may name all members
+    if plain and len(head) < len(text) and len(members) > 1:
         with Reading(members, [head], keep=False) as reading:
             running = [k for k, weight in enumerate(reading.weights(options, running).values) if weight]
         if shared_by(members):  # the ids that are spoken are the first one's
