@@ -183,14 +183,14 @@ def test_workers_run_at_the_same_time(make_member):
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(workers, "ray", None)
-    with pytest.raises(LoadError, match=r"needs ray>=2\.40; install packllm\[ray\]"):
+    with pytest.raises(LoadError, match=r"needs ray>=2\.60; install packllm\[ray\]"):
         Pack.load(["a=ray:./model"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_an_old_ray_is_refused(monkeypatch):
     monkeypatch.setattr(workers.ray, "__version__", "2.9.3")
-    with pytest.raises(LoadError, match=r"needs ray>=2\.40, not 2\.9\.3"):
+    with pytest.raises(LoadError, match=r"needs ray>=2\.60, not 2\.9\.3"):
         Pack.load(["ray:./model"])
 
 

@@ -26,8 +26,8 @@ except ImportError:
 
 log = logging.getLogger("packllm")
 
-OLDEST = (2, 40)
-"""The version of Ray that this was made with has the same calls since then."""
+OLDEST = (2, 60)
+"""The version of Ray that this was made with; older ones were not tried."""
 
 AT_ONCE = 64
 """Requests that one worker serves at a time; their reads meet there."""
@@ -64,9 +64,10 @@ class ActorWire:
     ) -> None:
         _join()
         rest = dict(resources or {})
-        if lacking := {name: wanted for name, wanted in rest.items() if ray.cluster_resources().get(name, 0) < wanted}:
-            there = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name}
-            raise LoadError(f"no worker can be placed: resources={lacking}, and the cluster has {there}; ask for less")
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(there.get(name, 0) >= wanted for name, wanted in rest.items()) for there in machines):
+            have = [{name: amount for name, amount in there.items() if ":" not in name} for there in machines]
+            raise LoadError(f"no worker can be placed: resources={rest}, and the machines have {have}; ask for less")
         words: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TRIES, "max_concurrency": AT_ONCE}
         own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         words |= {word: rest.pop(name) for name, word in own.items() if name in rest}
