@@ -22,7 +22,7 @@ from engines.contract import *  # noqa: F403
 from engines.contract import Subject, read
 from test_engines import byte_subject, torch_subject
 
-from packllm import LoadError, Member
+from packllm import LoadError, Member, estimate
 from packllm.engines import ray as workers
 from packllm.engines.base import Read
 from packllm.engines.load import Loader
@@ -192,6 +192,13 @@ def test_an_old_ray_is_refused(monkeypatch):
     monkeypatch.setattr(workers.ray, "__version__", "2.9.3")
     with pytest.raises(LoadError, match=r"needs ray>=2\.60, not 2\.9\.3"):
         Pack.load(["ray:./model"])
+
+
+def test_a_worker_takes_no_memory_here():
+    """Ray is not asked for that."""
+    found = estimate(["law=ray[GPU=1]:./law-7b", "ray:./medicine"])
+    assert list(found) == [("law", 0, None), ("medicine", 0, None)]
+    assert "runs in a worker" in str(found)
 
 
 def test_resources_are_numbers():

@@ -59,7 +59,7 @@ class Loader:
         quantization: Any = None,
         max_memory: Mapping[Any, Any] | None = None,
     ) -> None:
-        self._asked = dtype, device_map, trust_remote_code, model_kwargs
+        self._asked = dtype, device_map, trust_remote_code, model_kwargs, quantization, max_memory
         self._words = files.check_model_kwargs(model_kwargs)
         self._hub = {name: self._words[name] for name in files.HUB if name in self._words}
         if not isinstance(dtype, str | torch.dtype):
@@ -106,7 +106,7 @@ class Loader:
 
     def _remote(self, model: Any) -> Any:
         """A member in a worker of a Ray cluster for "ray:SPEC" (engines/ray.py); anything else as it is."""
-        named = _REMOTE.fullmatch(os.fspath(model)) if is_spec(model) else None
+        named = of_worker(model)
         if named is None:
             return model
         from packllm.engines import ray
@@ -200,6 +200,11 @@ class Loader:
                 encoder = _encoder(tokenizer)
                 self._bases[spec.key] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
         return self._bases[spec.key]
+
+
+def of_worker(model: Any) -> re.Match[str] | None:
+    """Name, resources and spec of a "ray:SPEC"; None for anything else."""
+    return _REMOTE.fullmatch(os.fspath(model)) if is_spec(model) else None
 
 
 def _alone(asked: tuple[Any, ...], spec: str) -> Member:
