@@ -1,4 +1,4 @@
-"""packllm ask | weigh | check | eval | bench | align | calibrate: the pack on the command line."""
+"""packllm ask | weigh | check | eval | bench | distill | align | calibrate: the pack on the command line."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def evaluate() -> None:
     """Compare the pack with its members and with rivals on your own files."""
 
 
-def _evaluation(part: str) -> Any:
+def _evaluation(part: str, extra: str = "eval") -> Any:
     """A module of the evaluation package; ExtraError where it is not installed, or something it needs."""
     try:
         return importlib.import_module(f"packllm_eval.{part}")
     except ModuleNotFoundError as error:
-        raise ExtraError("this command", str(error.name).partition(".")[0], "eval") from error
+        raise ExtraError("this command", str(error.name).partition(".")[0], extra) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -303,6 +303,54 @@ def bench(
     report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick, only=only or ())
     benchmark.show(report, Console())
     typer.echo(json.dumps(report.as_dict()))
+
+
+@app.command()
+def distill(
+    files: Annotated[list[Path], typer.Argument(help="Texts to learn: .jsonl, .txt or .md files, or folders of them.")],
+    student: Annotated[str, typer.Option("--student", help="The member that learns.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the result; a run that stopped goes on from it.")],
+    model: Models = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option("--held-out", help="Texts to compare on; repeatable. Default: one in ten of those to learn."),
+    ] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="To learn of each file; default 200.")] = None,
+    compared: Annotated[int | None, typer.Option(min=1, help="To compare on, of each file; default 20.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights, not a LoRA adapter.")] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the adapter, which then starts from nothing. Default: 16; or all together, from the mean of the "
+            "members that are adapters of the student.",
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that each text is learnt.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 2,
+    rate: Annotated[float | None, typer.Option(help="Learning rate; default 8e-4, with --full 5e-5.")] = None,
+    length: Annotated[int, typer.Option(min=16, help="Most tokens of a text.")] = 512,
+    weighting: WeightingName = None,
+    option: Others = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the texts, and the adapter's first weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Teach one member what the whole pack says of your texts: one small model instead of several.
+
+    Prints bits per byte of held-out texts: of each member, the pack, and the
+    distilled member. Needs the extra `distill`.
+
+    [dim]Examples:[/]
+
+    packllm distill notes.jsonl --student general --out distilled
+
+    packllm distill a.txt b.txt -m ./base -m ./base+./law --student base --out one && packllm ask "Who?" -m one
+    """
+    distilling = _evaluation("distill.command", "distill")
+    training = distilling.Training(full, rank, epochs, batch_size, rate, seed)
+    texts, others = distilling.texts(files, held_out or [], documents, compared, seed)
+    pack = _load(model, _options(weighting, option, {}))
+    distilling.run(pack, student, texts, others, out, training, length, as_json)
 
 
 @app.command()

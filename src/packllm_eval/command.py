@@ -64,6 +64,12 @@ MethodNames = Annotated[
 Average = Annotated[
     bool, typer.Option("--average", help="Also a member whose weights are the mean of all the members' weights.")
 ]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--beside", metavar="SPEC", help="Also a member that no method mixes, such as a distilled model. Repeatable."
+    ),
+]
 Report = Annotated[Path, typer.Option("--report", help="Folder of the report; a run that stopped goes on from it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Draws the rows.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out instead of refusing the file.")]
@@ -140,6 +146,7 @@ def lm_command(
     documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 200, or all of fewer.")] = None,
     length: Annotated[int, typer.Option(min=16, help="Most tokens of a document.")] = 512,
     average: Average = False,
+    beside: Beside = None,
     report: Report = Path("packllm-lm"),
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -160,7 +167,7 @@ def lm_command(
     draws = reports.can_plot(plots)
     rows = _documents(files, documents, seed, skip_bad, 200)
     ctx.with_resource(alone_in(report))
-    pack, methods = _with_methods(_load(models, dtype), method, average)
+    pack, methods, names = _with_methods(_load(models, dtype), method, average, beside, dtype)
     prompts = tuple(prompt or (lm.PROMPT,))
     records = lm.evaluate(
         pack,
@@ -171,7 +178,7 @@ def lm_command(
         length=length,
         notes={"seed": seed},
     )
-    tables = {p: lm_table(records, p) for p in prompts}
+    tables = {p: lm_table(records, p, best_of=names) for p in prompts}
     parts = [reports.left_out(records)]
     for p, entries in tables.items():
         parts += [f"## Prompt {p}", reports.markdown(entries, reports.LM, True)]
@@ -198,6 +205,7 @@ def choice_command(
     questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
     template: Annotated[str, typer.Option(help="choices, plain or continue.")] = "choices",
     average: Average = False,
+    beside: Beside = None,
     report: Report = Path("packllm-choice"),
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -218,7 +226,7 @@ def choice_command(
     draws = reports.can_plot(plots)
     tasks = _tasks(files, questions, shots, seed, skip_bad, choices=True)
     ctx.with_resource(alone_in(report))
-    pack, methods = _with_methods(_load(models, dtype), method, average)
+    pack, methods, names = _with_methods(_load(models, dtype), method, average, beside, dtype)
     records = []
     for name, (drawn, told) in tasks.items():
         records += choice.evaluate(
@@ -230,7 +238,7 @@ def choice_command(
             shots=told,
             notes={"seed": seed},
         )
-    entries = choice_table(records)
+    entries = choice_table(records, best_of=names)
     parts = [reports.left_out(records), reports.markdown(entries, reports.CHOICE, False)]
     reports.write(report, f"Multiple choice, {shots}-shot", parts, {"table": [entry.as_dict() for entry in entries]})
     if draws:
@@ -248,6 +256,7 @@ def generate_command(
     questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
     average: Average = False,
+    beside: Beside = None,
     report: Report = Path("packllm-generate"),
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -266,7 +275,7 @@ def generate_command(
 
     tasks = _tasks(files, questions, shots, seed, skip_bad, choices=False)
     ctx.with_resource(alone_in(report))
-    pack, methods = _with_methods(_load(models, dtype), method, average)
+    pack, methods, names = _with_methods(_load(models, dtype), method, average, beside, dtype)
     records = []
     for name, (drawn, told) in tasks.items():
         records += generate.evaluate(
@@ -278,7 +287,7 @@ def generate_command(
             max_tokens=max_tokens,
             notes={"seed": seed},
         )
-    entries = generate_table(records)
+    entries = generate_table(records, best_of=names)
     parts = [reports.left_out(records), reports.markdown(entries, reports.GENERATE, False)]
     reports.write(report, f"Generation, {shots}-shot", parts, {"table": [entry.as_dict() for entry in entries]})
     _finish(parts, report)
@@ -345,19 +354,22 @@ def _tasks(
     return {name: draw(read_questions(path, bad, choices, name), count, shots, seed) for path, name in named}
 
 
-def _with_methods(pack: Pack, method: list[str] | None, with_average: bool) -> tuple[Pack, list[Any] | None]:
-    """The pack and what to compare; with the average as one member more, which no method mixes unless it names it."""
+def _with_methods(
+    pack: Pack, method: list[str] | None, with_average: bool, beside: list[str] | None, dtype: str
+) -> tuple[Pack, list[Any] | None, tuple[str, ...]]:
+    """The pack, what to compare, and the members' names. With the average, or others beside the pack, as more members,
+    which no method mixes unless it names them."""
     from packllm.engines.transformers.merge import average
     from packllm.pack import Pack
     from packllm_eval.methods import Method, ready
 
-    if not with_average:
-        return pack, list(method) if method else None
     names = tuple(member.name for member in pack.members)
-    merged = average(pack.members)
+    others = [*([average(pack.members)] if with_average else []), *(beside or [])]
+    if not others:
+        return pack, list(method) if method else None, names
     parsed = [Method.parse(m) for m in method] if method else [Method.parse(m.label) for m in ready(pack, None)]
     methods = [Method(m.label, m.options, m.members or names) for m in parsed]
-    return Pack([*pack.members, merged]), methods
+    return Pack.load([*pack.members, *others], dtype=dtype), methods, names
 
 
 def _load(models: list[str] | None, dtype: str) -> Pack:

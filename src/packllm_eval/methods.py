@@ -117,6 +117,5 @@ def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
 
 
 def largest(pack: Pack) -> str:
-    """Name of the member with the most parameters (the first of equals): a reference row of the paper."""
-    sizes = [sum(parameter.numel() for parameter in member.model.parameters()) for member in pack.members]
-    return pack.members[sizes.index(max(sizes))].name
+    """Name of the member with the most bytes of weights (the first of equals): a reference row of the paper."""
+    return max(pack.members, key=lambda member: member.engine.size).name

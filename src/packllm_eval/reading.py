@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -15,11 +16,11 @@ from packllm.align.words import Scored, common_tokens, common_words, is_word_bou
 from packllm.chat.prompt import Encoded, Encoder, check
 from packllm.decode.line import Line, open_lines, read_lines, score_rows
 from packllm.decode.pool import fuse
-from packllm.decode.tokens import drop_small
+from packllm.decode.tokens import drop_small, shared_by
 from packllm.engines.base import KeepsHidden
 from packllm.engines.member import Member
 from packllm.engines.prefix import PrefixCache
-from packllm.errors import ContextOverflowError, MemberError
+from packllm.errors import ContextOverflowError, DataError, MemberError
 from packllm.options import Options
 from packllm.weights import Weights
 from packllm.weights.blocks import grid_losses, margins
@@ -145,6 +146,30 @@ class Reading:
     def spans(self, first: int, last: int) -> str:
         """The text of the pieces first..last-1."""
         return self._text[self._start(first) : self._ends[last - 1]]
+
+    def fused(self, weights: Weights) -> Iterator[Tensor]:
+        """What all members say together under these weights: float32 (b, V) log-probabilities in the ids of the first,
+        block by block, together before each of the last tokens of the reading that all of them score.
+
+        Raises:
+            DataError: the members do not split the text alike.
+        """
+        everyone, last = range(len(self._members)), len(self._ends)
+        running, values = _running(everyone, weights)
+        shared = shared_by(self._members)
+        parts = [scored(*self._slice(k, 0, last)) for k in everyone]
+        if shared is not None:
+            parts = [replace(part, ids=shared.first(k, part.ids)) for k, part in enumerate(parts)]
+        if common_tokens(parts) is None:
+            raise DataError("the members do not split the text into the same tokens; leave it out")
+        count = min(counts[last] for counts in self._counts)
+        if not count:
+            raise DataError("the text has no token that all members predict; give longer texts")
+        skip = [counts[last] - count for counts in self._counts]
+        sequences = [line.sequence for line in self._lines]
+        source = source_of(self._members, sequences, self._encoded, skip, count, shared)
+        for _, block in source.blocks(torch.arange(count), running):
+            yield fuse(block.log_softmax(-1), values, weights.pool)
 
     def options(self, texts: Sequence[str], chosen: Sequence[tuple[Sequence[int], Weights]]) -> list[list[float]]:
         """Log-likelihood in nats of each text as it continues the whole reading, under each of several packs."""

@@ -24,7 +24,7 @@ class Entry:
     Attributes:
         corpus: its name, or AVERAGE.
         method: its label; "member NAME" for a member alone; "best member" for the one that is best on the corpus
-            in hindsight, "largest member" for the one with the most parameters.
+            in hindsight, "largest member" for the one with the most bytes of weights.
         rows: documents or questions.
         score: bits per byte (lower is better), or accuracy.
         more: what else is reported: perplexity per token, or byte-normalised accuracy.

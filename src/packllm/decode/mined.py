@@ -87,6 +87,9 @@ class MinedEngine(Engine):
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> MinedSequence:
         return MinedSequence(self, self.inner.open(adapter))  # what is kept is kept in the text's own tokens
 
+    def fingerprint(self, adapter: int | None = None) -> str:
+        return f"mined {self.inner.fingerprint(adapter)}"
+
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
         queues: dict[int, list[tuple[int, slice]]] = {}
         for at, read in enumerate(reads):

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ log = logging.getLogger("packllm")
 ENGINES = ("llama.cpp", "transformers")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMS = "a hub id, a folder, a .gguf file or base+adapter"
+_REMOTE = re.compile(r"(?:([\w.-]+)=)?ray(?:\[([^]]*)\])?:(.+)")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -79,6 +81,7 @@ class Loader:
         self._engine = engine
         self._by_default = as_stored
         self._files: dict[str, llama_cpp.File] = {}
+        self._asked = dtype, device_map, trust_remote_code, model_kwargs, quantization, max_memory, engine
         self._words = files.check_model_kwargs(model_kwargs)
         self._hub = {name: self._words[name] for name in files.HUB if name in self._words}
         if not isinstance(dtype, str | torch.dtype):
@@ -107,7 +110,7 @@ class Loader:
         Raises:
             LoadError: nothing to load, a path that does not exist, files that are no model.
         """
-        listed = as_list(models)
+        listed = [self._remote(model) for model in as_list(models)]
         specs = {i: self.spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model)}
         uses = Counter(spec.key for spec in specs.values())
         members: list[Member] = []
@@ -122,6 +125,16 @@ class Loader:
                 member.name = name
             members.append(member)
         return members
+
+    def _remote(self, model: Any) -> Any:
+        """A member in a worker of a Ray cluster for "ray:SPEC" (engines/ray.py); anything else as it is."""
+        named = of_worker(model)
+        if named is None:
+            return model
+        from packllm.engines import ray
+
+        name, asked, spec = named.groups()
+        return ray.member(partial(_alone, self._asked, spec), spec, name, ray.resources(asked or ""))
 
     def spec(self, text: str) -> Spec:
         """What a text names. An adapter by itself is one on the base that its config names."""
@@ -246,6 +259,16 @@ class Loader:
         return self._bases[spec.key]
 
 
+def of_worker(model: Any) -> re.Match[str] | None:
+    """Name, resources and spec of a "ray:SPEC"; None for anything else."""
+    return _REMOTE.fullmatch(os.fspath(model)) if is_spec(model) else None
+
+
+def _alone(asked: tuple[Any, ...], spec: str) -> Member:
+    """The member of one spec, by a loader of its own."""
+    return Loader(*asked).members([spec])[0]
+
+
 def as_list(models: Any) -> list[Any]:
     """What Pack.load takes, as a list: one model need not be in one.
 
@@ -276,7 +299,9 @@ def is_spec(model: Any) -> bool:
     return isinstance(model, str | os.PathLike) and isinstance(os.fspath(model), str)
 
 
-_KINDS = "hub ids, folders, .gguf files, base+adapter, (model, tokenizer) pairs, transformers pipelines or Members"
+_KINDS = (
+    "hub ids, folders, .gguf files, base+adapter, ray:SPEC, (model, tokenizer) pairs, transformers pipelines or Members"
+)
 
 
 def _parts_of(model: Any) -> tuple[Any, Any] | None:

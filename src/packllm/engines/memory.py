@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from packllm.chat.prompt import Encoder
-from packllm.engines.load import Loader, Spec, as_list, is_spec
+from packllm.engines.load import Loader, Spec, as_list, is_spec, of_worker
 from packllm.engines.member import Member
 from packllm.engines.transformers.files import own_tokenizer
 from packllm.engines.transformers.footprint import Footprint, free_where
@@ -155,12 +155,18 @@ def estimate(
     """
     loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization)
     listed = as_list(models)
-    specs = {at: loader.spec(os.fspath(model)) for at, model in enumerate(listed) if is_spec(model)}
+    workers = {at: named for at, model in enumerate(listed) if (named := of_worker(model))}
+    specs = {
+        at: loader.spec(os.fspath(model)) for at, model in enumerate(listed) if is_spec(model) and at not in workers
+    }
     looks = _Looks(loader, Counter(spec.key for spec in specs.values()))
     rows: list[MemberEstimate] = []
     speeches: list[_Speech | None] = []
     for at, model in enumerate(listed):
-        row, speech = looks.at(specs[at]) if at in specs else _loaded(loader.members([model])[0])
+        if at in workers:
+            row, speech = _elsewhere(workers[at])
+        else:
+            row, speech = looks.at(specs[at]) if at in specs else _loaded(loader.members([model])[0])
         taken = {other.member for other in rows}
         name, count = row.member, 2
         while name in taken:  # as the loader names them
@@ -261,6 +267,12 @@ def _shared(speeches: Sequence[_Speech | None]) -> tuple[bool | None, bool | Non
         return None, None, None
     vocabulary, template, end = (False if len(set(values)) > 1 else sure for values in zip(*known, strict=True))
     return vocabulary, template, end
+
+
+def _elsewhere(named: re.Match[str]) -> tuple[MemberEstimate, _Speech | None]:
+    """Of a member in a worker."""
+    name = named[1] or os.path.basename(named[3])
+    return MemberEstimate(name, "ray", weights=0, note="it runs in a worker, and takes nothing here"), None
 
 
 def _loaded(member: Member) -> tuple[MemberEstimate, _Speech]:

@@ -1,0 +1,353 @@
+"""A member in another process: the worker that runs it there, and the engine that stands for it here.
+
+A worker may be killed at any time. Every read says which ids came before, by their number and a hash; a worker that
+does not have them says so, and is told them whole. So the ids here are the truth, and crops and forks cost no message.
+What comes back are rows of the positions wanted, in float16.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packllm.engines import base
+from packllm.engines.base import Prefixes, Read, Want, read_together
+from packllm.engines.member import Member
+from packllm.errors import CancelledError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one sequence is to read.
+
+    Attributes:
+        key: the sequence's name.
+        origins: names of sequences that it is a fork of, the nearest first.
+        start, digest: how many ids came before, and their hash.
+        before: these ids, once the worker has said that it lacks them.
+        reads: ids and what is wanted, one after the other.
+        prompt: name for what is kept of a prompt; None where nothing is to be.
+        prefix: name of an earlier prompt that begins alike, and how many ids do.
+    """
+
+    key: str
+    origins: tuple[str, ...]
+    start: int
+    digest: int
+    reads: tuple[tuple[List[int], Want], ...]
+    before: List[int] | None = None
+    prompt: str | None = None
+    prefix: tuple[str, int] | None = None
+
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""float16 (n, V), how far below its row's peak each log-probability is, and float32 (n, 1), the peaks: what is likely
+is told most exactly."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a task.
+
+    Attributes:
+        found: of each read rows, or float64 (n,) of targets, or what went wrong.
+        cached: ids that did not have to be read.
+        noted: the same, of a prompt that has just begun.
+        kept: ids and bytes of what is kept of the prompt from now on.
+    """
+
+    found: list[Rows | np.ndarray | Exception]
+    cached: int = 0
+    noted: int | None = None
+    kept: tuple[int, int] | None = None
+
+
+class Worker:
+    """Runs a member for an engine elsewhere; loads it when it is first asked. Safe to use from several threads.
+
+    Args:
+        load: makes the member.
+    """
+
+    def __init__(self, load: Callable[[], Member]) -> None:
+        self._load, self._lock = load, threading.Lock()
+        self._member: Member | None = None
+        self._stopped: set[int] = set()
+        self.held: dict[str, base.Sequence] = {}
+        self._prompts: dict[str, _Prompt] = {}
+
+    @property
+    def member(self) -> Member:
+        with self._lock:
+            if self._member is None:
+                self._member = self._load()
+            return self._member
+
+    def describe(self) -> dict[str, Any]:
+        """What there is to know elsewhere."""
+        engine, member = self.member.engine, self.member
+        told = ("vocabulary_size", "context_window", "end_ids", "rewinds", "size", "token_bytes", "packing")
+        return {
+            "name": member.name,
+            "tokenizer": member.tokenizer,
+            "fingerprint": engine.fingerprint(member.adapter),
+            "engine": {name: getattr(engine, name) for name in told},
+        }
+
+    def read(self, call: int, tasks: List[Task]) -> list[Answer | None]:
+        """Answers to tasks, None where the ids before are not here. `call` is what stop() may name."""
+        answers: dict[str, Answer | None] = {}
+        ready: list[Task] = []
+        reads: list[Read] = []
+        for task in sorted(tasks, key=lambda task: task.key in self.held):  # forks, before what they are of moves on
+            try:
+                sequence = self._opened(task, partial(self._gate, call))
+            except CancelledError:
+                raise
+            except Exception as error:
+                answers[task.key] = Answer([_packed(error)] * len(task.reads))
+                continue
+            if sequence is None:
+                answers[task.key] = None
+            else:
+                ready.append(task)
+                reads += [Read(sequence, ids, want) for ids, want in task.reads]
+        try:
+            found = iter(read_together(reads))
+        finally:
+            self._stopped.discard(call)
+        for task in ready:
+            parts = [_packed(next(found)) for _ in task.reads]
+            answers[task.key] = self._answer(task, parts)
+        return [answers[task.key] for task in tasks]
+
+    def _opened(self, task: Task, gate: Callable[[], object]) -> base.Sequence | None:
+        """A task's sequence, at the end of the ids before; None: these have to be told."""
+        sequence = self.held.get(task.key)
+        if task.before is None and task.start:
+            origin = sequence or next((self.held[key] for key in task.origins if key in self.held), None)
+            if origin is None or hash(tuple(origin.ids[: task.start])) != task.digest:
+                return None
+            sequence = self.held[task.key] = sequence or origin.fork()
+            sequence.crop(task.start)
+        else:
+            self.forget(task.key)
+            prompt = None
+            if task.prompt is not None:
+                kept = None if task.prefix is None else self.held.get(task.prefix[0])
+                prompt = self._prompts[task.key] = _Prompt(kept, task.prefix[1] if task.prefix else 0)
+            sequence = self.held[task.key] = self.member.open(prompt)
+        sequence.gate = gate
+        if task.before:
+            (answer,) = read_together([Read(sequence, task.before, "none")])
+            if isinstance(answer, Exception):
+                raise answer
+        return sequence
+
+    def _answer(self, task: Task, parts: list[Rows | np.ndarray | Exception]) -> Answer:
+        cached, prompt = self.held[task.key].cached_tokens, self._prompts.get(task.key)
+        if prompt is None:
+            return Answer(parts, cached)
+        noted, prompt.noted = prompt.noted, None
+        kept = None
+        if prompt.sequence is not None and task.prompt is not None:
+            self.held[task.prompt] = prompt.sequence
+            kept = len(prompt.sequence.ids), prompt.nbytes
+            del self._prompts[task.key]
+        return Answer(parts, cached, noted, kept)
+
+    def _gate(self, call: int) -> None:
+        if call in self._stopped:
+            raise CancelledError("nobody waits for this any more")
+
+    def stop(self, call: int) -> None:
+        """End a call of read() before its next pass."""
+        self._stopped.add(call)
+
+    def forget(self, key: str) -> None:
+        """Free a sequence."""
+        self._prompts.pop(key, None)
+        if (sequence := self.held.pop(key, None)) is not None:
+            sequence.close()
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """The Prefixes of one prompt, of which the engine elsewhere has chosen: what it may start from."""
+
+    kept: base.Sequence | None
+    count: int
+    noted: int | None = None
+    sequence: base.Sequence | None = None
+    nbytes: int = 0
+
+    def longest(self, engine: base.Engine, adapter: int | None, ids: List[int]) -> tuple[base.Sequence, int] | None:
+        return None if self.kept is None else (self.kept, self.count)
+
+    def note(self, tokens: int) -> None:
+        self.noted = tokens
+
+    def keep(self, adapter: int | None, sequence: base.Sequence, nbytes: int) -> None:
+        self.sequence, self.nbytes = sequence, nbytes
+
+
+def _packed(answer: Tensor | Exception) -> Rows | np.ndarray | Exception:
+    if isinstance(answer, Exception):
+        plain = type(answer).__module__ == "builtins"  # others may not be made again elsewhere
+        return answer if plain else RuntimeError(f"{type(answer).__name__}: {answer}")
+    if answer.dtype == torch.float64:
+        return answer.numpy()
+    peaks = answer.amax(-1, keepdim=True)
+    return (answer - peaks).half().cpu().numpy(), peaks.cpu().numpy()
+
+
+def _unpacked(found: Rows | np.ndarray | Exception) -> Tensor | Exception:
+    if isinstance(found, tuple):
+        return torch.from_numpy(found[0].astype(np.float32) + found[1])
+    return torch.from_numpy(found.copy()) if isinstance(found, np.ndarray) else found
+
+
+class Wire(Protocol):
+    """How a worker is reached."""
+
+    def call(self, gate: Callable[[], object], stop: Callable[[], object], name: str, *args: Any) -> Any:
+        """What a method of the worker gives. `gate` is called before and now and then while it runs; what that raises
+        ends the wait, after stop()."""
+        ...
+
+    def tell(self, name: str, *args: Any) -> None:
+        """Let a method run at some time; nothing comes back."""
+        ...
+
+
+class RemoteSequence(base.Sequence):
+    """See base.Sequence."""
+
+    engine: RemoteEngine
+
+    def __init__(self, engine: RemoteEngine, prefixes: Prefixes | None = None, key: str | None = None) -> None:
+        self.engine, self.prefixes, self.ids = engine, prefixes, []
+        self.key = key or engine.new_key()
+        self.origins: tuple[str, ...] = ()
+        self.closed = False
+        self._free = weakref.finalize(self, engine.wire.tell, "forget", self.key)
+        self._free.atexit = False
+
+    def crop(self, length: int) -> None:
+        del self.ids[length:]
+
+    def fork(self) -> RemoteSequence:
+        twin = RemoteSequence(self.engine)
+        twin.ids, twin.gate, twin.origins = list(self.ids), self.gate, (self.key, *self.origins)
+        return twin
+
+    def close(self) -> None:
+        self.closed = True
+        self._free()
+
+
+class RemoteEngine(base.Engine):
+    """An engine in another process.
+
+    Args:
+        wire: its worker.
+        told: what that says of itself (Worker.describe).
+        place: the process.
+    """
+
+    def __init__(self, wire: Wire, told: dict[str, Any], place: Hashable) -> None:
+        vars(self).update(told["engine"])
+        self.wire, self.place, self._fingerprint = wire, place, told["fingerprint"]
+        self._numbers, self._origin = itertools.count(), os.urandom(4).hex()
+
+    def new_key(self) -> str:
+        return f"{self._origin}-{next(self._numbers)}"
+
+    def fingerprint(self, adapter: int | None = None) -> str:
+        return self._fingerprint
+
+    def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> RemoteSequence:
+        return RemoteSequence(self, prefixes)
+
+    def read(self, reads: List[Read]) -> list[Tensor | Exception]:
+        groups: dict[int, _Group] = {}
+        for at, read in enumerate(reads):
+            assert isinstance(read.sequence, RemoteSequence)
+            if not read.sequence.closed:
+                groups.setdefault(id(read.sequence), _Group(read.sequence)).reads[at] = read
+        found: dict[int, Tensor | Exception] = dict.fromkeys(range(len(reads)), ValueError("this sequence is closed"))
+        if groups:
+            self._ask(list(groups.values()), found)
+        return [found[at] for at in range(len(reads))]
+
+    def _ask(self, groups: list[_Group], found: dict[int, Tensor | Exception]) -> None:
+        call = next(self._numbers)
+
+        def gate() -> None:
+            for group in groups:
+                group.sequence.gate()
+
+        ask = partial(self.wire.call, gate, partial(self.wire.tell, "stop", call), "read", call)
+        lost = []
+        for group, answer in zip(groups, ask([group.task() for group in groups]), strict=True):
+            if answer is None:
+                lost.append(group)
+            else:
+                group.take(answer, found)
+        if lost:
+            for group, answer in zip(lost, ask([group.task(whole=True) for group in lost]), strict=True):
+                group.take(answer, found)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Reads of one sequence, by their place among all."""
+
+    sequence: RemoteSequence
+    reads: dict[int, Read] = field(default_factory=dict)
+
+    def task(self, whole: bool = False) -> Task:
+        sequence, reads = self.sequence, list(self.reads.values())
+        prompt = prefix = None
+        if sequence.prefixes is not None:
+            prompt = f"{sequence.key} kept"
+            if not sequence.ids and (found := sequence.prefixes.longest(sequence.engine, None, reads[0].ids)):
+                assert isinstance(found[0], RemoteSequence)
+                prefix = found[0].key, found[1]
+        return Task(
+            sequence.key,
+            sequence.origins,
+            len(sequence.ids),
+            hash(tuple(sequence.ids)),
+            tuple((list(read.ids), read.want) for read in reads),
+            list(sequence.ids) if whole else None,
+            prompt,
+            prefix,
+        )
+
+    def take(self, answer: Answer, found: dict[int, Tensor | Exception]) -> None:
+        """Put the answers to the reads in their places; the sequence has read what did not fail."""
+        sequence = self.sequence
+        for (at, read), part in zip(self.reads.items(), answer.found, strict=True):
+            found[at] = _unpacked(part)
+            if not isinstance(part, Exception):
+                sequence.ids += read.ids
+        sequence.cached_tokens = answer.cached
+        if sequence.prefixes is not None and answer.noted is not None:
+            sequence.prefixes.note(answer.noted)
+        if sequence.prefixes is not None and answer.kept is not None:
+            prefixes, sequence.prefixes = sequence.prefixes, None
+            kept = RemoteSequence(sequence.engine, key=f"{sequence.key} kept")
+            kept.ids = sequence.ids[: answer.kept[0]]
+            prefixes.keep(None, kept, answer.kept[1])
