@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 import packllm
 
-LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs")
+LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory", "engine")
 OPTIONS = tuple(packllm.OptionFields.model_fields)
 
 
@@ -39,6 +39,9 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
         device_map: Any = "auto",
         trust_remote_code: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
+        quantization: Any = None,
+        max_memory: Any = None,
+        engine: str | None = None,
         **fields: Any,
     ) -> None:
         """Load `models`, or take `pack`: exactly one of the two.
@@ -50,15 +53,16 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
             device_map: where `models` go, as for Pack.load.
             trust_remote_code: whether code that comes with `models` may run.
             model_kwargs: further arguments of transformers' from_pretrained, as for Pack.load.
+            quantization, max_memory, engine: as for Pack.load.
             fields: packllm's options (see packllm.OptionFields) and LangChain's own fields (cache, tags, ...).
 
         Raises:
             ValidationError: a field is unknown (the valid ones are named) or out of range; nothing was loaded.
             OptionError: both or neither of models and pack, or words about loading beside a pack.
         """
-        loading = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        if model_kwargs is not None:
-            loading["model_kwargs"] = model_kwargs
+        loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        further = {"model_kwargs": model_kwargs, "quantization": quantization, "max_memory": max_memory}
+        loading |= {name: word for name, word in {**further, "engine": engine}.items() if word is not None}
         if (models is None) == (pack is None):
             raise packllm.OptionError(f"{type(self).__name__} takes exactly one of models=[...] and pack=Pack")
         if pack is not None:

@@ -124,9 +124,9 @@ class Pack:
             find(asked.weighting)
         models = as_list(models)
         words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        words |= {"model_kwargs": model_kwargs, "quantization": quantization}
+        words |= {"model_kwargs": model_kwargs, "quantization": quantization, "engine": engine}
         spread = max_memory if isinstance(max_memory, Mapping) else None
-        loader = Loader(**words, max_memory=spread, engine=engine)
+        loader = Loader(**words, max_memory=spread)
         if (most := memory.bytes_of(max_memory)) is not None:
             memory.refuse(models, most, **words)
         with bars_if_slow():

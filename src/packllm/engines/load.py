@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from packllm.engines.member import Member
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
-from packllm.engines.transformers.footprint import Footprint
+from packllm.engines.transformers.footprint import Cache, Footprint, Layer
 from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.gguf_header import MAGIC, check_header
@@ -178,7 +178,11 @@ class Loader:
 
     def footprint(self, spec: Spec) -> Footprint:
         """What the base of a spec will hold in memory; no weights are read."""
-        return footprint(spec.base, self._dtype, self._trust, self._words)
+        found = footprint(spec.base, self._dtype, self._trust, self._words)
+        if not (os.path.isfile(spec.base) and self._as_it_is()):
+            return found
+        weights, token = llama_cpp.held(_gguf(spec.base))
+        return replace(found, engine="llama.cpp", weights=weights, dtype="as stored", cache=Cache((Layer(0, token),)))
 
     def adapter(self, name: str, weights: bool = True) -> lora.Adapter:
         """The files of an adapter, see lora.open_adapter."""
@@ -186,8 +190,11 @@ class Loader:
 
     def _member(self, spec: Spec, shared: bool) -> Member:
         """A member of the base's own engine, if others share it; an adapter used alone is merged, which is faster."""
-        if os.path.isfile(spec.base) and self._as_it_is(_gguf(spec.base)):
-            return self._by_llama_cpp(spec)
+        if os.path.isfile(spec.base) and (path := _gguf(spec.base)):
+            if self._as_it_is():
+                return self._by_llama_cpp(spec)
+            if self._engine is None:
+                _tell_cost(path)
         if spec.adapter is None:
             base = self._base(spec)
             return Member(base.model, base.tokenizer, spec.name, base.encoder, engine=base.engine)
@@ -207,20 +214,11 @@ class Loader:
             index = base.engine.adapters.attach(factors, adapter.what)
             return Member(base.model, tokenizer, spec.name, encoder, engine=base.engine, adapter=index)
 
-    def _as_it_is(self, path: Path) -> bool:
-        """Whether llama.cpp runs a .gguf file."""
+    def _as_it_is(self) -> bool:
+        """Whether llama.cpp runs .gguf files."""
         if self._engine is not None:
             return self._engine == "llama.cpp"
-        if (found := installed()) == VERSION:
-            return self._by_default
-        log.warning(
-            "%s runs in transformers: it is written to the cache once as float32, %s, and held in memory so; "
-            "pip install packllm[llama-cpp] %sruns it as it is",
-            path.name,
-            f"{4 * check_header(path).elements / 2**20:,.0f} MiB",
-            f"(llama-cpp-python {VERSION}, not {found}) " if found else "",
-        )
-        return False
+        return self._by_default and installed() == VERSION
 
     def _by_llama_cpp(self, spec: Spec) -> Member:
         if spec.key not in self._files:
@@ -257,6 +255,19 @@ class Loader:
                 encoder = _encoder(tokenizer)
                 self._bases[spec.key] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
         return self._bases[spec.key]
+
+
+def _tell_cost(path: Path) -> None:
+    """Say what it costs to run a .gguf file in transformers, where llama.cpp is not at hand."""
+    if (found := installed()) == VERSION:
+        return
+    log.warning(
+        "%s runs in transformers: it is written to the cache once as float32, %s, and held in memory so; "
+        "pip install packllm[llama-cpp] %sruns it as it is",
+        path.name,
+        f"{4 * check_header(path).elements / 2**20:,.0f} MiB",
+        f"(llama-cpp-python {VERSION}, not {found}) " if found else "",
+    )
 
 
 def of_worker(model: Any) -> re.Match[str] | None:

@@ -139,6 +139,7 @@ def estimate(
     trust_remote_code: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     quantization: Any = None,
+    engine: str | None = None,
 ) -> Estimate:
     """What a pack of these models will hold in memory, before it is loaded: by configs and headers, no weights are
     read.
@@ -147,13 +148,13 @@ def estimate(
 
     Args:
         models: as for Pack.load; Member objects count what they hold already.
-        dtype, device_map, trust_remote_code, model_kwargs, quantization: as for Pack.load.
+        dtype, device_map, trust_remote_code, model_kwargs, quantization, engine: as for Pack.load.
 
     Raises:
         LoadError: a model that does not exist or cannot be loaded. A hub id of which nothing is here is no error: its
             row says what cannot be known.
     """
-    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization)
+    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization, engine=engine)
     listed = as_list(models)
     workers = {at: named for at, model in enumerate(listed) if (named := of_worker(model))}
     specs = {

@@ -38,7 +38,7 @@ Response = TypeVar("Response", CompletionResponse, ChatResponse)
 # Piece of text, raw, whether it is the last, piece of reasoning -> response.
 Reply = Callable[[str, dict[str, Any], bool, str], Response]
 
-LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs")
+LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory", "engine")
 Prompt = str | list[dict[str, Any]]
 HERE_ONLY = {"callback_manager", "rate_limiter"}  # belong to the running process, not to the LLM's description
 
@@ -68,6 +68,12 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     """Whether loading may run code that comes with a model."""
     model_kwargs: dict[str, Any] | None = None
     """Further arguments of transformers' from_pretrained."""
+    quantization: Any = None
+    """How weights are quantised on an accelerator, as for Pack.load."""
+    max_memory: Any = None
+    """Most that the weights may take, as for Pack.load."""
+    engine: str | None = None
+    """What runs .gguf files, as for Pack.load."""
 
     _pack: Pack = PrivateAttr()
 

@@ -60,6 +60,13 @@ def read(path: Path) -> File:
         return File(path, header, model, engine, tokenizer, encoder)
 
 
+def held(path: Path) -> tuple[int, int]:
+    """Bytes that a GGUF file's weights and a token's keys and values take here, by its header."""
+    paths = parts(path)
+    _, header = check_parts(paths)
+    return sum(part.stat().st_size for part in paths), _token_bytes(_numbers(header.metadata))
+
+
 def parts(path: Path) -> list[Path]:
     """The file, or all parts of the model that it is one of, in order."""
     found = _PART.fullmatch(path.name)
