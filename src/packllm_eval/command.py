@@ -354,7 +354,7 @@ def _with_methods(pack: Pack, method: list[str] | None, with_average: bool) -> t
     if not with_average:
         return pack, list(method) if method else None
     names = tuple(member.name for member in pack.members)
-    merged = average(pack.members)
+    merged = average(pack.models)
     parsed = [Method.parse(m) for m in method] if method else [Method.parse(m.label) for m in ready(pack, None)]
     methods = [Method(m.label, m.options, m.members or names) for m in parsed]
     return Pack([*pack.members, merged]), methods

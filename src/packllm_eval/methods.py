@@ -118,5 +118,5 @@ def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
 
 def largest(pack: Pack) -> str:
     """Name of the member with the most parameters (the first of equals): a reference row of the paper."""
-    sizes = [sum(parameter.numel() for parameter in member.model.parameters()) for member in pack.members]
+    sizes = [sum(parameter.numel() for parameter in member.model.parameters()) for member in pack.models]
     return pack.members[sizes.index(max(sizes))].name
