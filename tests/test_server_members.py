@@ -14,6 +14,7 @@ import pytest
 import serving
 from serving import CORPUS, Broken, Served, english
 
+import packllm
 from packllm import AnswerTimeout, CancelledError, LoadError, MemberError, OptionError, Pack, PackError, VocabularyError
 from packllm.engines.server import http
 from packllm.engines.server.address import Address
@@ -639,3 +640,14 @@ def test_langchain_counts_what_servers_were_asked_for(serve, minds):
     assert answers.generations[0][0].text == pack.generate(QUESTION).text
     counted = text.llm_output["token_usage"]["servers"]["far"]["requests"]
     assert 1 < counted < len(server.asked("/chat/completions")) - asked
+
+
+def test_memory_and_prior_of_a_pack_with_a_server(serve, minds):
+    server = serve(author=True)
+    (far,) = packllm.estimate([server.spec()]).members
+    assert (far.member, far.weights, far.note) == ("far", 0, "it is on a server")
+    pack = Pack.load([minds[0], server.spec()])
+    assert pack.memory()[1] == ("far", 0, 0)
+    assert pack.weigh(QUESTION, prior={"near": 0.7, "far": 0.3}).values == pytest.approx((0.7, 0.3))
+    two = pack.generate_batch([QUESTION], n=2, temperature=1.0, seed=1, max_tokens=6)[0]
+    assert [one.usage.servers["far"]["requests"] > 0 for one in two] == [True, True]

@@ -176,7 +176,7 @@ def calibrate(pack: Members, rows: Iterable[Mapping[str, Any]]) -> Prior:
         ContextOverflowError: a row does not fit a member.
         MemberError: a member fails.
     """
-    members = pack.members
+    members = pack.models
     asked = [_row(row, at, pack.has_chat_template) for at, row in enumerate(rows, 1)]
     different = {json.dumps(row, default=repr, sort_keys=True): row for row in asked}.values()
     if not different:

@@ -91,6 +91,11 @@ class Address:
         said = "&".join(f"{word}={quote(value, safe='/:')}" for word, value in words.items() if value is not None)
         return f"{'' if self.name is None else f'{self.name}='}{self.url}#{self.model or ''}?{said}"
 
+    @property
+    def called(self) -> str:
+        """What the member is called."""
+        return self.name or os.path.basename((self.model or self.url).rstrip("/")).removesuffix(".gguf")
+
     def key(self) -> SecretStr | None:
         """What the environment variable holds."""
         if self.variable is None:

@@ -167,7 +167,7 @@ class ServerMember(Author):
 
     def __init__(self, address: Address, endpoint: Endpoint) -> None:
         self.address, self.endpoint, self.model = address, endpoint, address.model or ""
-        self.name = address.name or os.path.basename(self.model.rstrip("/")).removesuffix(".gguf")
+        self.name = address.called
         known = None if address.tokenizer is None else _tokenizer(address.tokenizer)
         self.encoder = ServerEncoder(known)
         self.vocabulary, self.context_window = self.encoder.vocabulary, None
