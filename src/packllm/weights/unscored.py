@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from packllm.errors import WeightsError
 from packllm.options import Options
@@ -51,7 +52,7 @@ def joined(scored: Weights | None, names: Sequence[str], which: Sequence[str], o
     return replace(scored, values=tuple(values), names=tuple(names), nll=nll, fused_nll=None, gap=None)
 
 
-def _shares(prior: Mapping[str, float] | None, names: Sequence[str]) -> list[float]:
+def _shares(prior: Any, names: Sequence[str]) -> list[float]:
     """What each of these members is worth before anything is known."""
     worth = [1.0 if prior is None else float(prior.get(name, 0.0)) for name in names]
     total = math.fsum(worth)
