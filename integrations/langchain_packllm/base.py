@@ -144,16 +144,19 @@ def told_logprobs(answer: packllm.Chunk | packllm.Generation) -> dict[str, Any]:
     return {"logprobs": {"content": [token.as_dict() for token in answer.logprobs]}}
 
 
-def joint_usage(answers: Iterable[Sequence[Mapping[str, int]]]) -> dict[str, int]:
-    """Token counts of all answers to all prompts. Each prompt is read, and counted, once."""
+def joint_usage(answers: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Token counts of all answers to all prompts. Each prompt is read, and counted, once; of servers all is."""
     joint: Counter[str] = Counter()
+    servers: dict[str, Counter[str]] = {}
     for same_prompt in answers:
         for at, usage in enumerate(same_prompt):
-            joint.update(usage)
+            joint.update({name: count for name, count in usage.items() if name != "servers"})
+            for name, counts in usage.get("servers", {}).items():
+                servers.setdefault(name, Counter()).update(counts)
             if at:
                 joint.subtract(dict.fromkeys(("prompt_tokens", "total_tokens"), usage["prompt_tokens"]))
                 joint.subtract({"cached_tokens": usage["cached_tokens"]})
-    return dict(joint)
+    return {**joint, "servers": {name: dict(counts) for name, counts in servers.items()}} if servers else dict(joint)
 
 
 def _written(value: Any) -> Any:

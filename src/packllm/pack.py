@@ -26,13 +26,14 @@ from packllm.decode.decodings import Decoding
 from packllm.decode.line import Line
 from packllm.decode.moving import check_moving
 from packllm.decode.race import check_race
+from packllm.decode.remote import ServerLine
 from packllm.decode.request import Request
 from packllm.decode.rerank import text_logprobs
 from packllm.decode.score import continuation_logprobs, member_logprobs
 from packllm.decode.tokens import in_one_vocabulary
 from packllm.engines import memory
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
-from packllm.engines.member import Member
+from packllm.engines.member import Author, Member
 from packllm.engines.prefix import PrefixCache
 from packllm.errors import LoadError, OptionError, PackError, PromptError, shown
 from packllm.options import Options, make_options
@@ -68,7 +69,7 @@ class Pack:
         prefixes: what is kept of recent prompts, with statistics (see prefix.py).
     """
 
-    def __init__(self, members: Sequence[Member], *, recipe: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(self, members: Sequence[Author], *, recipe: dict[str, Any] | None = None, **options: Any) -> None:
         if not members:
             raise LoadError("a pack needs at least one member")
         self.members = tuple(members)
@@ -95,7 +96,8 @@ class Pack:
         engine: str | None = None,
         **options: Any,
     ) -> Pack:
-        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, or models in memory.
+        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, models on servers ("URL#MODEL"),
+        or models in memory.
 
         Args:
             models: what to load, in order: texts or paths (an adapter's folder alone stands for it on the base that
@@ -204,6 +206,18 @@ class Pack:
         return "packllm:" + "+".join(member.name for member in self.members)
 
     @property
+    def models(self) -> tuple[Member, ...]:
+        """The members, all of them token models that run here.
+
+        Raises:
+            LoadError: one is on a server.
+        """
+        for member in self.members:
+            if not isinstance(member, Member):
+                raise LoadError(f"member {member.name!r} is on a server, and this needs members that run here")
+        return tuple(member for member in self.members if isinstance(member, Member))
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the members' contents: what a cache of answers must be keyed by."""
         joined = "".join(member.name + member.fingerprint for member in self.members)
@@ -231,7 +245,7 @@ class Pack:
         )
 
     @staticmethod
-    def _template_tokens(member: Member, dialogue: list[dict[str, Any]]) -> int:
+    def _template_tokens(member: Author, dialogue: list[dict[str, Any]]) -> int:
         try:
             whole = len(member.encoder.encode(dialogue).ids)
         except PromptError:  # a template may refuse a system's message
@@ -239,11 +253,27 @@ class Pack:
         return whole - len(dialogue) * len(member.encoder.plain("a"))
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text` in the first member's tokenizer, without BOS; special tokens spelled in it are text."""
-        return self.members[0].encoder.plain(text)
+        """Ids of `text` in the first member's tokenizer (of those that have one here), without BOS; special tokens
+        spelled in it are text.
+
+        Raises:
+            PackError: all members are on servers, so nobody here knows their tokens.
+        """
+        return self.members[self._first].encoder.plain(text)
+
+    @property
+    def _first(self) -> int:
+        """The first member whose tokens are known here."""
+        for k, member in enumerate(self.members):
+            if len(member.vocabulary):
+                return k
+        raise PackError(
+            "tokens cannot be counted: all members are on servers, whose tokenizers are not known here; name one: "
+            "URL#MODEL?tokenizer=FOLDER"
+        )
 
     def count_tokens(self, prompt: Prompt, **options: Any) -> int:
-        """Tokens in the first member's tokenizer: of a text by itself, or of messages as that member reads them, with
+        """Tokens as tokenize() has them: of a text by itself, or of messages as that member reads them, with
         its chat template and the tools among the options.
 
         Raises:
@@ -252,7 +282,7 @@ class Pack:
         if isinstance(prompt, str):
             return len(self.tokenize(prompt))
         encoded = self._request([prompt], self.check(**options)).encoded[0]
-        return len(encoded[min(encoded)].ids)
+        return len(encoded[self._first if self._first in encoded else min(encoded)].ids)
 
     # Requests
 
@@ -434,7 +464,7 @@ class Pack:
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
 
-            def scores(lines: dict[int, Line]) -> tuple[list[float], dict[str, list[float]]]:
+            def scores(lines: dict[int, Line | ServerLine]) -> tuple[list[float], dict[str, list[float]]]:
                 return list(_scores(request, lines, texts, ids)), member_logprobs(lines, texts) if alone else {}
 
             return *request.whole(scores), request.weights[0]
@@ -463,6 +493,8 @@ class Pack:
         """What the members' own generation_config asks for."""
         asked: dict[str, Any] = {}
         for member in reversed(self.members):
+            if not isinstance(member, Member):
+                continue
             own = dict(member.engine.asks)
             if not member.vocabulary.same_as(self.members[0].vocabulary):
                 own.pop("logit_bias", None)  # ids are the first member's
@@ -508,18 +540,21 @@ class Pack:
 
 
 def _scores(
-    request: Request, lines: dict[int, Line], texts: Sequence[str], ids: dict[int, list[list[int]]]
+    request: Request, lines: dict[int, Line | ServerLine], texts: Sequence[str], ids: dict[int, list[list[int]]]
 ) -> Iterator[float]:
     """The fused log-likelihood of each text, given as each member's ids too, under these members."""
     running, weights = list(lines), request.weights[0]
+    if all(request.members[k].kind == "author" for k in running):
+        names = ", ".join(repr(request.members[k].name) for k in running)
+        raise OptionError(f"nobody can judge a text: {names} can only write; give a judge or a token model a weight")
     if not request.one_vocabulary(running):
         return text_logprobs(lines, weights, texts)
-    lines, _ = in_one_vocabulary(lines)
+    here, _ = in_one_vocabulary(request.token_lines(0))
     if not request.mapped:
-        return continuation_logprobs(lines, weights, ids[running[0]])
+        return continuation_logprobs(here, weights, ids[running[0]])
     spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]
     request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
-    return continuation_logprobs(lines, weights, spoken)
+    return continuation_logprobs(here, weights, spoken)
 
 
 def _defaults(options: Mapping[str, Any], beside: Sequence[str] = ()) -> Options:

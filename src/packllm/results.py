@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from packllm.weights.result import Weights
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass
+class Asking:
+    """One request to a server: what it said of its tokens, and the pieces of text that came so far."""
+
+    usage: Any = None
+    pieces: int = 0
+
+    def told(self, name: str) -> int | None:
+        """The server's own count."""
+        count = self.usage.get(name) if isinstance(self.usage, Mapping) else None
+        return count if isinstance(count, int) else None
+
+
+class Bill:
+    """What one server was asked for in one request. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._all: list[Asking] = []
+
+    def add(self, usage: Any = None) -> Asking:
+        """One more request, of which the server may say its usage now or later."""
+        self._all.append(Asking(usage))
+        return self._all[-1]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the first prompt whose count the server told; 0 before."""
+        return next((count for one in self._all if (count := one.told("prompt_tokens"))), 0)
+
+    def as_dict(self) -> dict[str, int]:
+        """Requests, and prompt and completion tokens of all of them, as the server counts them. Of requests that were
+        dropped before it did (unreported), the pieces of text that had come are counted, and no prompt."""
+        read = [one.told("prompt_tokens") for one in self._all]
+        written = [one.told("completion_tokens") for one in self._all]
+        return {
+            "requests": len(self._all),
+            "prompt_tokens": sum(filter(None, read)),
+            "completion_tokens": sum(
+                one.pieces if count is None else count for one, count in zip(self._all, written, strict=True)
+            ),
+            "unreported": read.count(None),
+        }
 
 
 @dataclass(frozen=True)
@@ -20,6 +64,9 @@ class Usage:
             equal: it says what was saved, not what was asked.
         drafted_tokens: those that the top member drafted and the pack judged; not compared either.
         accepted_tokens: of these, those that it took over.
+        servers: by name of each member on a server, what it was asked for (see Bill); not compared.
+        rounds: where members on servers decode token by token: times that these were asked for next tokens.
+        proved_at_once: tokens (the end among them) that the first time proved to be the likeliest.
     """
 
     prompt_tokens: int
@@ -27,13 +74,16 @@ class Usage:
     cached_tokens: int = field(default=0, compare=False)
     drafted_tokens: int = field(default=0, compare=False)
     accepted_tokens: int = field(default=0, compare=False)
+    servers: Mapping[str, Mapping[str, int]] = field(default_factory=dict, compare=False)
+    rounds: int = field(default=0, compare=False)
+    proved_at_once: int = field(default=0, compare=False)
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
-    def as_dict(self) -> dict[str, int]:
-        return {
+    def as_dict(self) -> dict[str, Any]:
+        counts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
@@ -41,6 +91,11 @@ class Usage:
             "accepted_tokens": self.accepted_tokens,
             "total_tokens": self.total_tokens,
         }
+        if self.servers:
+            counts["servers"] = dict(self.servers)
+        if self.rounds:
+            counts |= {"rounds": self.rounds, "proved_at_once": self.proved_at_once}
+        return counts
 
 
 _RULED_OUT = -9999.0
@@ -96,8 +151,8 @@ class Chunk:
 
     `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
     every chunk: where they move, the first one has those that the answer started from, and the last one what became of
-    them. `finish_reason`, `usage` and `timings` are on the last one only. `logprobs`, where the option asks for them,
-    are of the tokens since the last chunk.
+    them. `finish_reason`, `usage`, `timings` and `decoding`, how it was written, are on the last one only. `logprobs`,
+    where the option asks for them, are of the tokens since the last chunk.
     """
 
     text: str
@@ -106,6 +161,7 @@ class Chunk:
     usage: Usage | None = None
     timings: dict[str, float] | None = None
     reasoning: str = ""
+    decoding: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
@@ -122,6 +178,7 @@ class Generation:
         reasoning: what was reasoned before the answer of a conversation, between marks such as <think> and </think>;
             no part of the text.
         logprobs: of each token, where the option asks for them.
+        decoding: how it was written, such as "tokens" or "cool"; what decoding="auto" chose.
     """
 
     text: str
@@ -130,6 +187,7 @@ class Generation:
     usage: Usage
     timings: dict[str, float] = field(default_factory=dict)
     reasoning: str = ""
+    decoding: str = "tokens"
     logprobs: tuple[TokenLogprob, ...] | None = None
 
     @classmethod
@@ -140,7 +198,14 @@ class Generation:
         assert last.usage is not None
         text, reasoning = "".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)
         return cls(
-            text, last.weights, last.finish_reason, last.usage, last.timings or {}, reasoning, logprobs_of(chunks)
+            text,
+            last.weights,
+            last.finish_reason,
+            last.usage,
+            last.timings or {},
+            reasoning,
+            last.decoding or "tokens",
+            logprobs_of(chunks),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,4 +218,5 @@ class Generation:
             "timings": self.timings,
             "reasoning": self.reasoning,
             "logprobs": None if self.logprobs is None else [token.as_dict() for token in self.logprobs],
+            "decoding": self.decoding,
         }

@@ -131,7 +131,7 @@ def evaluate(
         prompt = pieces(question, TEMPLATES[template], (shots or {}).get(question.subject, []))
         singles = [((k,), alone(pack, k)) for k in range(len(pack.members))]
         try:
-            with Reading(pack.members, prompt, keep, prefixes) as reading:
+            with Reading(pack.models, prompt, keep, prefixes) as reading:
                 weighed = [(m.members, reading.weights(m.options, m.members)) for m in checked]
                 nats = reading.options([f" {choice}" for choice in question.choices], [*singles, *weighed])
         except LEFT_OUT as error:

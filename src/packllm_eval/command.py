@@ -364,7 +364,7 @@ def _with_methods(
     from packllm_eval.methods import Method, ready
 
     names = tuple(member.name for member in pack.members)
-    others = [*([average(pack.members)] if with_average else []), *(beside or [])]
+    others = [*([average(pack.models)] if with_average else []), *(beside or [])]
     if not others:
         return pack, list(method) if method else None, names
     parsed = [Method.parse(m) for m in method] if method else [Method.parse(m.label) for m in ready(pack, None)]

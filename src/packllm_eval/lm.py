@@ -133,7 +133,7 @@ def _score(
         raise DataError(f"document {document.id} of {total} tokens has nothing after its prompt")
     pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
     everyone = range(len(pack.members))
-    with Reading(pack.members, pieces, keep) as reading:
+    with Reading(pack.models, pieces, keep) as reading:
         last = len(pieces)
         singles = [((k,), alone(pack, k)) for k in everyone]
         chosen: list[tuple[Sequence[int], Weights]] = [*singles]
@@ -176,8 +176,8 @@ def _mined(pack: Pack, reading: Reading, method: Ready, pieces: Sequence[str], s
     """Weights and NLL of the last piece through MinED (PackLLM §3.4): in the tokens of the member that predicts the
     first `seen` pieces best per byte, which the others read and predict by their nearest ones."""
     lowest = reading.weights(pack.options.override({"weighting": "top1", "unit": "byte"}), method.members, seen)
-    reference = pack.members[method.members[lowest.values.index(1.0)]]
-    others = [pack.members[k] for k in method.members]
+    reference = pack.models[method.members[lowest.values.index(1.0)]]
+    others = [pack.models[k] for k in method.members]
     members = [
         member if member.vocabulary.same_as(reference.vocabulary) else translated([member], reference)[0]
         for member in others

@@ -118,4 +118,4 @@ def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
 
 def largest(pack: Pack) -> str:
     """Name of the member with the most bytes of weights (the first of equals): a reference row of the paper."""
-    return max(pack.members, key=lambda member: member.engine.size).name
+    return max(pack.models, key=lambda member: member.engine.size).name

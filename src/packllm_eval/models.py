@@ -76,7 +76,7 @@ def examine(family: str) -> Row:
             pack = Pack.load(specs, weighting={"a": 0.6, "b": 0.4}, max_tokens=TOKENS)
         except LoadError as error:
             return Row(family, kind, f"refused: {_first_line(error).replace(folder, '')}", Checks())
-        engine: Any = pack.members[0].engine
+        engine: Any = pack.models[0].engine
         try:
             checks = check(pack, made[0])
         except Exception as error:
@@ -127,7 +127,7 @@ def written(pack: Pack, prompt: str, weights: Sequence[float] = (0.6, 0.4)) -> s
     start = len(ids)
     while len(ids) < start + TOKENS:
         parts = []
-        for member in pack.members:
+        for member in pack.models:
             with torch.inference_mode():
                 logits = member.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
             parts.append(logits[: member.vocabulary_size].float().softmax(-1))

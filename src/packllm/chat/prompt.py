@@ -161,9 +161,7 @@ class Encoder:
             text = self._renderer.render(prompt, tools, json_schema, template_kwargs)
             check_unicode(text)
             words = {i: m.get("content") or "" for i, m in enumerate(prompt) if m["role"] == "user"}
-        places = _places(words, score_on)
-        if score_on is not None and not places:
-            raise PromptError(f"score_on={cut(score_on)!r} does not occur in the user's text of the prompt")
+        scored = places(words, score_on)
         written, runs = self._written(text)
         if prefix and any(written.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
             prefix = []
@@ -173,8 +171,8 @@ class Encoder:
         ids = [*prefix, *(self._real_id.get(i, i) for i in encoding.ids)]
         if not ids:
             raise PromptError("prompt comes to no tokens: the chat template or the tokenizer leaves nothing of it")
-        scored = "".join(words[place.source][place.start : place.stop] for place in places)
-        return Encoded(ids, scored, *_positions(encoding.offsets, _spans(places, runs), len(prefix)))
+        spans = _spans(scored, runs)
+        return Encoded(ids, scored_text(words, scored), *_positions(encoding.offsets, spans, len(prefix)))
 
     def _warn(self, prompt: str) -> None:
         """Say it where control tokens that were probably meant are taken as text."""
@@ -246,7 +244,7 @@ class Encoder:
         }
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A part of a user's content that is scored."""
 
     source: int
@@ -254,14 +252,27 @@ class _Place(NamedTuple):
     stop: int
 
 
-def _places(words: Mapping[int, str], score_on: str | None) -> list[_Place]:
+def places(words: Mapping[int, str], score_on: str | None) -> list[Place]:
+    """What is scored of the user's contents.
+
+    Raises:
+        PromptError: score_on does not occur in them.
+    """
     if score_on is None:
-        return [_Place(i, 0, len(text)) for i, text in words.items()]
+        return [Place(i, 0, len(text)) for i, text in words.items()]
     find = re.compile(re.escape(score_on))
-    return [_Place(i, found.start(), found.end()) for i, text in words.items() for found in find.finditer(text)]
+    found = [Place(i, at.start(), at.end()) for i, text in words.items() for at in find.finditer(text)]
+    if not found:
+        raise PromptError(f"score_on={cut(score_on)!r} does not occur in the user's text of the prompt")
+    return found
 
 
-def _spans(places: Sequence[_Place], runs: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int]]:
+def scored_text(words: Mapping[int, str], scored: Sequence[Place]) -> str:
+    """The scored parts, one after the other."""
+    return "".join(words[place.source][place.start : place.stop] for place in scored)
+
+
+def _spans(places: Sequence[Place], runs: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int]]:
     """Where a text shows what is scored, in order: (start, stop, from an offset in it to one in the scored text).
 
     A content that is shown twice counts where it is shown first; one that is shown before an earlier one, nowhere.

@@ -7,9 +7,10 @@ from contextlib import closing
 from dataclasses import replace
 
 from packllm.decode.failures import without
+from packllm.decode.remote import ServerLine, ServerWriter
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
-from packllm.decode.segments import Writers
+from packllm.decode.segments import AnyWriter, Writers
 from packllm.decode.text import TextStream
 from packllm.decode.tokens import Row
 from packllm.decode.writer import Writer
@@ -88,8 +89,9 @@ class _Team:
         """Some of them at the end of the prompt."""
         request, options = self.request, self.request.options
 
-        def open_at(k: int) -> Writer:
-            return Writer(request.lines[k, self.index].fork(), options.stop)
+        def open_at(k: int) -> AnyWriter:
+            line = request.lines[k, self.index]
+            return ServerWriter(line.fork()) if isinstance(line, ServerLine) else Writer(line.fork(), options.stop)
 
         made = request.failures.each(open_at, which, row)
         top = (options.top_logprobs or 0) if options.tells_logprobs else None

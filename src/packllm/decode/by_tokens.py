@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from packllm.align.shared import Shared, overlap
+from packllm.decode.certified import Certified
 from packllm.decode.lazy import check_lazy, lazy_ids
 from packllm.decode.line import Line
 from packllm.decode.logprobs import Recorder
@@ -15,8 +17,8 @@ from packllm.decode.request import Request
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
 from packllm.decode.text import TextStream
-from packllm.decode.tokens import Ensemble, Row, in_one_vocabulary
-from packllm.engines.member import Member
+from packllm.decode.tokens import Ensemble, Row, in_one_vocabulary, shared_by
+from packllm.engines.member import Author
 from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
 
@@ -24,8 +26,18 @@ Ids = Callable[[Ensemble, Sequence[Row]], Iterator[tuple[int, int]]]
 """Chooses the tokens of rows: (row, token id), each as soon as it is chosen."""
 
 
+def check_models(request: Request) -> None:
+    """VocabularyError where a member that may run gives no distribution of the next token."""
+    if told := difference([request.members[k] for k in request.candidates], vocabularies=False):
+        raise VocabularyError(f"{told}, which decoding={request.options.decoding!r} cannot use; use 'cool' or 'auto'")
+
+
 def check_tokens(request: Request) -> None:
-    """VocabularyError where members that may run have different vocabularies."""
+    """VocabularyError where members that may run have different vocabularies, or are on servers that do not tell
+    enough."""
+    if request.provable(request.candidates):
+        return
+    check_models(request)
     options, which = request.options, request.candidates
     if options.weighting == "top1":  # one member runs
         return
@@ -35,11 +47,15 @@ def check_tokens(request: Request) -> None:
         )
 
 
-def difference(members: Sequence[Member]) -> str:
-    """Which of the members have different vocabularies, and how much of them is the same; "" where none have."""
+def difference(members: Sequence[Author], vocabularies: bool = True) -> str:
+    """Which of the members is no token model, or (with vocabularies) which have different ones, and how much of them is
+    the same; "" where none."""
+    far = next((member for member in members if member.kind != "token model"), None)
+    if far is not None:
+        return f"member {far.name!r} is no token model but {'an' if far.kind == 'author' else 'a'} {far.kind}"
     first = members[0]
     other = next((member for member in members[1:] if not member.vocabulary.akin(first.vocabulary)), None)
-    if other is None:
+    if other is None or not vocabularies:
         return ""
     share = overlap(first.vocabulary, other.vocabulary)
     return (
@@ -71,11 +87,34 @@ def drawn(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk],
     return _written(request, rows, lazy_ids)
 
 
+def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
+    """As by_tokens, greedy, with members on servers that tell their likeliest next tokens alone; row by row."""
+    for r, row in enumerate(rows):
+        if row.done:
+            continue
+        lines = {k: request.lines[k, r] for k in request.running(r)}
+        shared = shared_by([line.member for line in lines.values()])
+        answer = _answer(request, r, row, list(lines), shared)
+        with closing(Certified(lines, shared, row, request.failures)) as members:
+            for token in members.ids():
+                request.check_time()
+                request.first_token()
+                text, reason = answer.push(token)
+                row.done = reason is not None
+                if row.done:
+                    told = replace(request.usage(r, members.top), completion_tokens=answer.count)
+                    told = replace(told, rounds=members.rounds, proved_at_once=members.at_once)
+                    yield r, Chunk(text, row.weights, reason, told, request.spent())
+                    break
+                if text:
+                    yield r, Chunk(text, row.weights)
+
+
 def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple[int, Chunk], None, None]:
     lines: dict[tuple[int, int], Line] = {}
     shared: dict[int, Shared | None] = {}
     for r in (r for r, row in enumerate(rows) if not row.done):
-        own, shared[r] = in_one_vocabulary({k: request.lines[k, r] for k in request.running(r)})
+        own, shared[r] = in_one_vocabulary(request.token_lines(r))
         lines |= {(k, r): line for k, line in own.items()}
     ensemble = Ensemble(lines, rows, request.failures)
     answers = {}

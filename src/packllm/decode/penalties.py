@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packllm.decode.sampling import Sampler
-from packllm.engines.member import Member
+from packllm.engines.member import Author
 from packllm.errors import OptionError, shown
 from packllm.options import Options
 
@@ -64,7 +64,7 @@ def _add(logprobs: Tensor, nats: Mapping[int, float]) -> None:
     logprobs[ids] += torch.tensor([nats[i] for i in ids.tolist()], dtype=logprobs.dtype, device=logprobs.device)
 
 
-def spelled_biases(biases: Mapping[int | str, float] | None, member: Member) -> dict[bytes, float]:
+def spelled_biases(biases: Mapping[int | str, float] | None, member: Author) -> dict[bytes, float]:
     """The option logit_bias by what the tokens spell, so that it holds in every vocabulary.
 
     Args:
@@ -85,7 +85,7 @@ def spelled_biases(biases: Mapping[int | str, float] | None, member: Member) -> 
     return spelled
 
 
-def bias_ids(spelled: Mapping[bytes, float], member: Member, end: int | None) -> dict[int, float]:
+def bias_ids(spelled: Mapping[bytes, float], member: Author, end: int | None) -> dict[int, float]:
     """Biases by id.
 
     Args:

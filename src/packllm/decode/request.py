@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,11 +19,14 @@ from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
 from packllm.decode.penalties import spelled_biases
 from packllm.decode.race import Race, Slot
+from packllm.decode.remote import ServerLine, reading
 from packllm.decode.tokens import drop_small
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden
-from packllm.engines.member import Member
+from packllm.engines.member import Author, Member
 from packllm.engines.prefix import PrefixCache
+from packllm.engines.server.judge import Asked
+from packllm.engines.server.member import ServerMember
 from packllm.errors import (
     AnswerTimeout,
     ContextOverflowError,
@@ -32,9 +35,10 @@ from packllm.errors import (
     WeightsError,
 )
 from packllm.options import Options
-from packllm.results import Usage
+from packllm.results import Bill, Usage
 from packllm.weights import Weights, find
 from packllm.weights.scoring import weights_of
+from packllm.weights.unscored import check_unscored, joined
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -68,7 +72,7 @@ class Request:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[Author],
         options: Options,
         prompts: Sequence[Prompt],
         prefixes: PrefixCache | None = None,
@@ -89,9 +93,10 @@ class Request:
         self.encoded: list[dict[int, Encoded]] = [
             {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]
-        self.lines: dict[tuple[int, int], Line] = {}
+        self.lines: dict[tuple[int, int], Line | ServerLine] = {}
         self._scores: dict[tuple[int, int], Tensor | None] = {}
         self._opened: list[base.Sequence] = []
+        self._servers: dict[tuple[int, int], ServerLine] = {}
         names = [member.name for member in members]
         self.failures = Failures(names, self.candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
@@ -100,7 +105,7 @@ class Request:
         self._prefixes = prefixes if options.prefix_cache_mb else None
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
-    def _encode(self, member: Member, prompt: Prompt) -> Encoded:
+    def _encode(self, member: Author, prompt: Prompt) -> Encoded:
         asked = self.options
         told = asked.offered_tools, asked.json_schema, asked.chat_template_kwargs
         try:
@@ -152,7 +157,7 @@ class Request:
         started = time.perf_counter()
         self.weights = self._without_failing(lambda live: [self._weigh(row, live) for row in range(len(self.encoded))])
         for line in self.lines.values():
-            if isinstance(engine := line.sequence.engine, KeepsHidden):
+            if isinstance(line, Line) and isinstance(engine := line.sequence.engine, KeepsHidden):
                 engine.release_hidden(line.sequence)
         self.timings["weighting"] = time.perf_counter() - started
         self.check_time()
@@ -161,13 +166,17 @@ class Request:
         """Let each prompt, now that it is read and weighed, be answered n times. From now on all is by row: row r is
         answer r % n to prompt r // n."""
         n = self.options.n or 1
-        lines = {}
+        lines: dict[tuple[int, int], Line | ServerLine] = {}
         for (k, at), line in self.lines.items():
             lines[k, at * n] = line
             for row in range(at * n + 1, at * n + n):
-                lines[k, row] = line.fork()
-                self._opened.append(lines[k, row].sequence)
+                lines[k, row] = twin = line.fork()
+                if isinstance(twin, ServerLine):
+                    twin.bill = Bill()
+                else:
+                    self._opened.append(twin.sequence)
         self.lines = dict(sorted(lines.items()))
+        self._servers = {slot: line for slot, line in self.lines.items() if isinstance(line, ServerLine)}
         self._cached = {(k, at * n + i): count for (k, at), count in self._cached.items() for i in range(n)}
         self.encoded = [one for one in self.encoded for _ in range(n)]
         self.weights = [one for one in self.weights for _ in range(n)]
@@ -210,7 +219,7 @@ class Request:
         for slot in [slot for slot in self.lines if slot[0] in members]:
             self.lines.pop(slot).close()
 
-    def whole(self, work: Callable[[dict[int, Line]], T]) -> T:
+    def whole(self, work: Callable[[dict[int, Line | ServerLine]], T]) -> T:
         """What `work` gives of the lines of a single prompt that run; all of it without a member that fails on the way,
         never half of it.
 
@@ -225,10 +234,54 @@ class Request:
         return drop_small(self._over_all(weights, live), self.options.min_weight)
 
     def _weights_of(self, row: int, live: Sequence[int], options: Options) -> Weights:
-        encoded = [self.encoded[row][k] for k in live]
+        judged = [k for k in live if self._scores[k, row] is not None or not self._remote(k)]
+        if len(judged) < len(live):
+            return self._joined(row, live, judged, options)
+        encoded = [self._read_as(k, row) for k in live]
         given: list[Tensor | None] = [self._scores[k, row] for k in live]
-        members = [self.members[k] for k in live]
-        return weights_of(members, [self.lines[k, row].sequence for k in live], encoded, given, options)
+        members: list[Any] = [self.members[k] for k in live]
+        lines = [self.lines[k, row] for k in live]
+        check_unscored(options, [line.member.name for line in lines if isinstance(line, ServerLine)])
+        sequences = [line.sequence for line in lines if isinstance(line, Line)]
+        return weights_of(members, sequences, encoded, given, options)
+
+    def _joined(self, row: int, live: Sequence[int], judged: Sequence[int], options: Options) -> Weights:
+        """Weights where some members cannot say what they make of the prompt."""
+        names, which = [self.members[k].name for k in live], [self.members[k].name for k in judged]
+        check_unscored(options, [name for name in names if name not in which])
+        uniform = options.model_copy(update={"weighting": "uniform"})  # a mapping holds for all, not for these
+        alone = uniform if isinstance(options.weighting, dict) else options
+        return joined(self._weights_of(row, judged, alone) if judged else None, names, which, options)
+
+    def provable(self, which: Sequence[int]) -> bool:
+        """Whether the likeliest token can be proved: of members of one vocabulary, some on servers that tell their
+        likeliest next tokens; in greedy decoding, where nothing else shapes the choice."""
+        members = [self.members[k] for k in which]
+        far = [member for member in members if isinstance(member, ServerMember)]
+        akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members)
+        shaped = self.grammar is not None or self.options.penalises or self.options.tells_logprobs
+        plain = self.options.temperature == 0 and not shaped and not self.mapped
+        return plain and akin and bool(far) and all(member.tops is not None for member in far)
+
+    def _remote(self, k: int) -> bool:
+        """Whether a member runs on a server."""
+        return not isinstance(self.members[k], Member)
+
+    def _model(self, k: int) -> Member:
+        """A member that runs here."""
+        member = self.members[k]
+        assert isinstance(member, Member)
+        return member
+
+    def token_lines(self, index: int) -> dict[int, Line]:
+        """The lines of the members that run for a prompt, all of them here."""
+        lines = {k: self.lines[k, index] for k in self.running(index)}
+        return {k: line for k, line in lines.items() if isinstance(line, Line)}
+
+    def _read_as(self, k: int, row: int) -> Encoded:
+        """How a member read a prompt: what a server says of it, where it ran there."""
+        line = self.lines[k, row]
+        return line.encoded() if isinstance(line, ServerLine) else self.encoded[row][k]
 
     def _read(self, which: Sequence[int], chunk: int = 0) -> None:
         """Let members read the prompts, racing if `chunk` says so. Those that fail are left out, or raise.
@@ -236,19 +289,33 @@ class Request:
         Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out too:
         one product with the LM head instead of two. Not where they tell which vocabulary is the reference.
         """
+        servers = {
+            (k, row): ServerLine(member, prompt, self.options, self.check)
+            for k in which
+            for row, encoded in enumerate(self.encoded)
+            if isinstance(member := self.members[k], ServerMember) and isinstance(prompt := encoded[k], Asked)
+        }
+        self._servers |= servers
         keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
         late = keep and (not self.mapped or self.one_vocabulary(self.candidates))
         asked, unread = {}, set()
-        for k in which:
+        for k in (k for k in which if not self._remote(k)):
             for row, encoded in enumerate(self.encoded):
                 prompt = encoded[k]
-                sequence = self.members[k].open(self._prefixes)
+                member = self._model(k)
+                sequence = member.open(self._prefixes)
                 sequence.gate = self.check
                 if keep and isinstance(sequence.engine, KeepsHidden) and sequence.engine.keep_hidden(sequence) and late:
                     unread.add((k, row))
-                asked[k, row] = sequence, self.members[k], prompt.ids, () if (k, row) in unread else prompt.positions
+                asked[k, row] = sequence, member, prompt.ids, () if (k, row) in unread else prompt.positions
         self._opened += [sequence for sequence, *_ in asked.values()]
-        lines, scores, failed = self._raced(asked, chunk) if chunk else open_lines(asked)
+        with reading(servers) as judged:
+            lines, scores, failed = self._raced(asked, chunk) if chunk else open_lines(asked)
+            for slot, read in judged().items():
+                if isinstance(read, MemberError):
+                    failed[slot] = read
+                else:
+                    self.lines[slot], self._scores[slot] = servers[slot], read
         self.lines |= lines
         self._cached |= {slot: line.sequence.cached_tokens for slot, line in lines.items()}
         self._scores |= {slot: None if slot in unread else given for slot, given in scores.items()}
@@ -288,8 +355,8 @@ class Request:
         lowest = self._weights_of(0, live, by_byte)
         reference = live[max(range(len(live)), key=lowest.values.__getitem__)]
         others = [k for k in live if not self.one_vocabulary([reference, k])]
-        members = list(self.members)
-        for k, member in zip(others, translated([members[k] for k in others], members[reference]), strict=True):
+        members, wanted = list(self.members), [self._model(k) for k in others]
+        for k, member in zip(others, translated(wanted, self._model(reference)), strict=True):
             self.lines.pop((k, 0)).close()
             members[k] = member
             self.encoded[0][k] = self.encoded[0][reference]
@@ -322,6 +389,8 @@ class Request:
 
     def one_vocabulary(self, which: Sequence[int]) -> bool:
         """Whether these members share a vocabulary."""
+        if any(self._remote(k) for k in which):
+            return False
         first = self.members[which[0]].vocabulary
         return all(self.members[k].vocabulary.akin(first) for k in which[1:])
 
@@ -329,14 +398,20 @@ class Request:
         """Most that the caches of all members and prompts grow to."""
         limits = self.limits(self.options.max_tokens)
         return (self.options.n or 1) * sum(
-            (len(prompt.ids) + limit) * self.members[k].engine.token_bytes
+            (len(prompt.ids) + limit) * self._model(k).engine.token_bytes
             for encoded, limit in zip(self.encoded, limits, strict=True)
             for k, prompt in encoded.items()
+            if not self._remote(k)
         )
 
     def usage(self, index: int, member: int) -> Usage:
         """Tokens of a prompt as a member reads it; none of an answer yet."""
-        return Usage(len(self.encoded[index][member].ids), 0, self._cached.get((member, index), 0))
+        line = self.lines.get((member, index))
+        servers = {
+            self.members[k].name: line.bill.as_dict() for (k, row), line in self._servers.items() if row == index
+        }
+        size = line.prompt_tokens if isinstance(line, ServerLine) else len(self.encoded[index][member].ids)
+        return Usage(size, 0, self._cached.get((member, index), 0), servers=servers)
 
     def close(self) -> None:
         """Free the caches."""

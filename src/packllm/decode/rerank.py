@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from packllm.align.words import Scored, common_words, offsets
 from packllm.decode.failures import Failures
 from packllm.decode.line import Line, score_rows
+from packllm.decode.remote import ServerLine
 from packllm.decode.segments import Writers
 from packllm.decode.text import TextStream
 from packllm.decode.writer import Segment
@@ -24,13 +25,13 @@ TOGETHER = 8
 """Most texts that a member reads in one forward."""
 
 
-def text_logprobs(lines: dict[int, Line], weights: Weights, texts: Sequence[str]) -> Iterator[float]:
+def text_logprobs(lines: Mapping[int, Line | ServerLine], weights: Weights, texts: Sequence[str]) -> Iterator[float]:
     """log p(text) of each text under members of any vocabularies, fused word by word (METHODS §4).
 
     Each member scores a text with its own tokenizer. The text is cut where a word ends at token boundaries of
     all members, and every word fused: log Σ λ_k p_k(word) in the linear pool, Σ λ_k log p_k(word) in the log pool
     (whose normaliser over all words nobody can compute; it is at most 1, so this is a lower bound). A member
-    whose tokenizer does not know the text is left out, and the others' weights renormalised.
+    whose tokenizer does not know the text, or that can only write, is left out, and the others' weights renormalised.
 
     Args:
         lines: at the end of the prompt, by index of the members that run; they stay there.
@@ -42,12 +43,17 @@ def text_logprobs(lines: dict[int, Line], weights: Weights, texts: Sequence[str]
     """
     for start in range(0, len(texts), TOGETHER):
         group = texts[start : start + TOGETHER]
-        known = {k: _known(line.member, group) for k, line in lines.items()}
-        scores = score_rows(lines, {k: list(ids.values()) for k, ids in known.items()})
+        here = {k: line for k, line in lines.items() if isinstance(line, Line)}
+        known = {k: _known(line.member, group) for k, line in here.items()}
+        scores = score_rows(here, {k: list(ids.values()) for k, ids in known.items()})
         read_by: list[dict[int, Scored]] = [{} for _ in group]
         for k, ids in known.items():
             for row, given in zip(ids, scores[k], strict=True):
-                read_by[row][k] = spelled(lines[k].member, group[row], ids[row], given)
+                read_by[row][k] = spelled(here[k].member, group[row], ids[row], given)
+        for k, line in lines.items():
+            for by, told in zip(read_by, line.spelled(group) if isinstance(line, ServerLine) else (), strict=False):
+                if told is not None:
+                    by[k] = told
         for text, by in zip(group, read_by, strict=True):
             yield _fused(text, by, weights)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from packllm.decode.line import Line, read_lines, score_rows
+from packllm.decode.remote import ServerLine
 from packllm.decode.tokens import fused_row
 from packllm.errors import MemberError
 from packllm.weights.result import Weights
@@ -38,15 +39,22 @@ def continuation_logprobs(
         yield from one(lines, weights, continuations[start : start + TOGETHER])
 
 
-def member_logprobs(lines: Mapping[int, Line], texts: Sequence[str]) -> dict[str, list[float]]:
-    """log p of each text under each member by itself, in its own tokens; -infinity where it has none for it."""
-    spoken = {k: [line.member.encoder.continuation(text) for text in texts] for k, line in lines.items()}
-    given = score_rows(lines, {k: [ids for ids in rows if ids] for k, rows in spoken.items()})
+def member_logprobs(lines: Mapping[int, Line | ServerLine], texts: Sequence[str]) -> dict[str, list[float]]:
+    """log p of each text under each member by itself, in its own tokens; -infinity where it has none for it. Members
+    that can only write are left out."""
+    here = {k: line for k, line in lines.items() if isinstance(line, Line)}
+    spoken = {k: [line.member.encoder.continuation(text) for text in texts] for k, line in here.items()}
+    given = score_rows(here, {k: [ids for ids in rows if ids] for k, rows in spoken.items()})
     found = {k: iter(scores) for k, scores in given.items()}
-    return {
+    told = {
         lines[k].member.name: [float(next(found[k]).sum()) if ids else -math.inf for ids in rows]
         for k, rows in spoken.items()
     }
+    for line in lines.values():
+        if isinstance(line, ServerLine) and line.member.kind == "judge":
+            scored = line.spelled(texts)
+            told[line.member.name] = [-math.inf if one is None else float(one.logprobs.sum()) for one in scored]
+    return told
 
 
 def _mixed(lines: dict[int, Line], weights: Weights, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from packllm.decode.failures import Failures
+from packllm.decode.remote import ServerWriter, each_at_once
 from packllm.decode.text import TextStream
 from packllm.decode.tokens import Row
 from packllm.decode.writer import Judgement, Segment, Writer
@@ -19,6 +20,7 @@ END_BYTES = 4
 """What the end of an answer counts for in a likelihood per byte: about as much as one token."""
 
 T = TypeVar("T")
+AnyWriter = Writer | ServerWriter
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Writers:
 
     def __init__(
         self,
-        writers: dict[int, Writer],
+        writers: dict[int, AnyWriter],
         row: Row,
         scoring: Scoring = "log",
         align: bool = True,
@@ -116,15 +118,15 @@ class Writers:
 
     def _propose(self, budget: int) -> dict[Segment, tuple[str, ...]]:
         """Distinct proposals in member order, each with the text of its first author's tokens."""
-        pieces: dict[Segment, tuple[str, ...]] = {}
         values = self._row.weights.values
 
-        def propose(writer: Writer) -> None:
+        def propose(writer: AnyWriter) -> tuple[Segment, tuple[str, ...]]:
             encoders = self._encoders if self._align else [writer.member.encoder]
-            segment = writer.propose(self._row.sample, encoders, budget)
-            pieces.setdefault(segment, writer.pieces())
+            return writer.propose(self._row.sample, encoders, budget), writer.pieces()
 
-        self._each(propose, [k for k in self._writers if values[k] > 0])
+        pieces: dict[Segment, tuple[str, ...]] = {}
+        for segment, spelled in self._each(propose, [k for k in self._writers if values[k] > 0]).values():
+            pieces.setdefault(segment, spelled)
         return pieces
 
     def _accept(self, best: Segment) -> None:
@@ -157,10 +159,12 @@ class Writers:
         told, self._told = tuple(self._told), []
         return None if self._top is None else told
 
-    def _each(self, act: Callable[[Writer], T], which: Sequence[int] | None = None) -> dict[int, T]:
-        """What `act` gives for each writer; those that fail are let go of (see Failures)."""
+    def _each(self, act: Callable[[AnyWriter], T], which: Sequence[int] | None = None) -> dict[int, T]:
+        """What `act` gives for each writer; those that fail are let go of (see Failures). Servers work at the same
+        time, and beside what runs here."""
         asked = list(self._writers) if which is None else which
-        results = self._failures.each(lambda k: act(self._writers[k]), asked, self._row)
+        servers = [k for k in asked if isinstance(self._writers[k], ServerWriter)]
+        results = each_at_once(lambda k: act(self._writers[k]), asked, servers, self._failures, self._row)
         for k in asked:
             if k not in results:
                 self._writers.pop(k).close()

@@ -16,7 +16,7 @@ from packllm.decode.logprobs import Recorder
 from packllm.decode.moving import Moving
 from packllm.decode.pool import fuse
 from packllm.decode.sampling import Sampler
-from packllm.engines.member import Member
+from packllm.engines.member import Author
 from packllm.errors import MemberError
 from packllm.results import TokenLogprob
 from packllm.weights.result import Weights
@@ -228,7 +228,7 @@ def in_one_vocabulary(lines: Mapping[int, Line]) -> tuple[dict[int, Line], Share
     return {k: line.speaking(shared, at) for at, (k, line) in enumerate(lines.items())}, shared
 
 
-def shared_by(members: Sequence[Member]) -> Shared | None:
+def shared_by(members: Sequence[Author]) -> Shared | None:
     """What members of one family share, in the ids of the first; None: all ids, and the ends."""
     vocabularies, ends = [m.vocabulary for m in members], [m.end_ids for m in members]
     return Shared.of(vocabularies, ends, [m.vocabulary_size for m in members])

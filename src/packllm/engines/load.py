@@ -19,7 +19,9 @@ from packllm.chat.prompt import Encoder
 from packllm.engines.llama_cpp import adapters as llama_cpp_adapters
 from packllm.engines.llama_cpp import files as llama_cpp
 from packllm.engines.llama_cpp.library import VERSION, installed, library
-from packllm.engines.member import Member
+from packllm.engines.member import Author, Member
+from packllm.engines.server.address import is_address
+from packllm.engines.server.member import connect
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
@@ -111,11 +113,20 @@ class Loader:
             LoadError: nothing to load, a path that does not exist, files that are no model.
         """
         listed = [self._remote(model) for model in as_list(models)]
-        specs = {i: self.spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model)}
+        servers = {i for i, model in enumerate(listed) if is_spec(model) and is_address(os.fspath(model))}
+        specs = {
+            i: self.spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model) and i not in servers
+        }
         uses = Counter(spec.key for spec in specs.values())
-        members: list[Member] = []
+        members: list[Any] = []
         for i, model in enumerate(listed):
-            member = self._member(specs[i], uses[specs[i].key] > 1) if i in specs else _member_of(model, i)
+            member = (
+                connect(os.fspath(model))
+                if i in servers
+                else self._member(specs[i], uses[specs[i].key] > 1)
+                if i in specs
+                else _member_of(model, i)
+            )
             taken = {other.name for other in members}
             name, count = member.name, 2
             while name in taken:
@@ -286,7 +297,7 @@ def as_list(models: Any) -> list[Any]:
     Raises:
         LoadError: nothing, or something that names no models.
     """
-    if is_spec(models) or isinstance(models, Member) or _parts_of(models) is not None:
+    if is_spec(models) or isinstance(models, Author) or _parts_of(models) is not None:
         return [models]
     if isinstance(models, bytes | bytearray | Mapping) or not isinstance(models, Iterable):
         raise LoadError(f"models={repr(models)[:200]} names no models; give a list of {_KINDS}")
@@ -323,9 +334,9 @@ def _parts_of(model: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _member_of(model: Any, at: int) -> Member:
+def _member_of(model: Any, at: int) -> Author:
     """A member of an object that is loaded already; it is put into evaluation, without gradients."""
-    if isinstance(model, Member):
+    if isinstance(model, Author):
         return model
     parts = None if isinstance(model, torch.nn.Module) else _parts_of(model)
     if parts is None:

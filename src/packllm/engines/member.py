@@ -1,18 +1,59 @@
-"""A member of a pack: a tokenizer, and an engine that reads what it makes of text."""
+"""Members of a pack: authors, judges, and token models, which are a tokenizer and an engine that reads its ids."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 from packllm.align.vocabulary import Vocabulary
 from packllm.chat.prompt import Encoder
 from packllm.engines.base import Engine, Prefixes, Sequence
 from packllm.errors import MemberError
 
+Kind = Literal["author", "judge", "token model"]
+"""What a member can do. author: go on with a text. judge: that, and say how likely a text is. token model: that, and
+give the distribution of the next token."""
 
-class Member:
-    """A language model and its tokenizer.
+
+class Author(ABC):
+    """What all members are, whoever runs them.
+
+    Attributes:
+        name: what tables and weights call it.
+        kind: what it can do, see Kind.
+        encoder: from prompts to what the member reads.
+        vocabulary: bytes of each token id; empty where nobody knows them.
+        vocabulary_size: how many first ids of it the member gives log-probabilities of.
+        context_window: most tokens that it reads, None if it has no limit or nobody knows it.
+        end_ids: ids that end an answer.
+    """
+
+    name: str
+    kind: Kind
+    encoder: Encoder
+    vocabulary: Vocabulary
+    vocabulary_size: int
+    context_window: int | None
+    end_ids: frozenset[int]
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash that changes with the answers, as far as that can be told."""
+
+    def failed(self, error: BaseException) -> MemberError:
+        """The error as this member's."""
+        if isinstance(error, MemberError):
+            return error
+        reason = str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {error}"
+        failure = MemberError(self.name, reason)
+        failure.__cause__ = error
+        return failure
+
+
+class Member(Author):
+    """A token model: a language model and its tokenizer.
 
     Args:
         model: a transformers causal LM; None where `engine` is given.
@@ -39,6 +80,7 @@ class Member:
         engine: Engine | None = None,
         adapter: int | None = None,
     ) -> None:
+        self.kind = "token model"
         self.tokenizer, self.name, self.adapter = tokenizer, name, adapter
         self.encoder = encoder or Encoder(tokenizer)
         self.vocabulary: Vocabulary = self.encoder.vocabulary
@@ -77,12 +119,3 @@ class Member:
     def open(self, prefixes: Prefixes | None = None) -> Sequence:
         """A sequence that has read nothing; it may start from what is kept of earlier ones."""
         return self.engine.open(self.adapter, prefixes)
-
-    def failed(self, error: BaseException) -> MemberError:
-        """The error as this member's."""
-        if isinstance(error, MemberError):
-            return error
-        reason = str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {error}"
-        failure = MemberError(self.name, reason)
-        failure.__cause__ = error
-        return failure

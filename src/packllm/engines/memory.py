@@ -13,7 +13,8 @@ import torch
 
 from packllm.chat.prompt import Encoder
 from packllm.engines.load import Loader, Spec, as_list, is_spec, of_worker
-from packllm.engines.member import Member
+from packllm.engines.member import Author, Member
+from packllm.engines.server.address import Address, is_address
 from packllm.engines.transformers.files import own_tokenizer
 from packllm.engines.transformers.footprint import Footprint, free_where
 from packllm.errors import LoadError, OptionError
@@ -156,15 +157,23 @@ def estimate(
     """
     loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization, engine=engine)
     listed = as_list(models)
+    far = {at: os.fspath(model) for at, model in enumerate(listed) if is_spec(model) and is_address(os.fspath(model))}
     workers = {at: named for at, model in enumerate(listed) if (named := of_worker(model))}
     specs = {
-        at: loader.spec(os.fspath(model)) for at, model in enumerate(listed) if is_spec(model) and at not in workers
+        at: loader.spec(os.fspath(m))
+        for at, m in enumerate(listed)
+        if is_spec(m) and at not in far and at not in workers
     }
     looks = _Looks(loader, Counter(spec.key for spec in specs.values()))
     rows: list[MemberEstimate] = []
     speeches: list[_Speech | None] = []
     for at, model in enumerate(listed):
-        if at in workers:
+        row: MemberEstimate
+        speech: _Speech | None
+        if at in far:
+            address = Address.of(far[at])
+            row, speech = MemberEstimate(address.called, weights=0, token_bytes=0, note="it is on a server"), None
+        elif at in workers:
             row, speech = _elsewhere(workers[at])
         else:
             row, speech = looks.at(specs[at]) if at in specs else _loaded(loader.members([model])[0])
@@ -232,12 +241,15 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def held(members: Sequence[Member]) -> list[tuple[str, int, int]]:
+def held(members: Sequence[Author]) -> list[tuple[str, int, int]]:
     """(member, bytes of its weights, bytes of its cache a token) of loaded members; what several share counts at the
     first of them."""
     counted: set[Any] = set()
     found = []
     for member in members:
+        if not isinstance(member, Member):  # on a server
+            found.append((member.name, 0, 0))
+            continue
         parts = member.engine.held(member.adapter)
         found.append((member.name, sum(parts[key] for key in parts.keys() - counted), member.engine.token_bytes))
         counted |= parts.keys()

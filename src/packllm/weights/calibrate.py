@@ -20,7 +20,7 @@ from packllm.align.words import offsets
 from packllm.chat.messages import Prompt, check, with_context
 from packllm.chat.prompt import Encoded, TooLong
 from packllm.engines.base import Read, read_together
-from packllm.engines.member import Member
+from packllm.engines.member import Author, Member
 from packllm.errors import ContextOverflowError, DataError, PromptError, WeightsError, shown
 from packllm.options import Options
 from packllm.progress import SLOW
@@ -43,8 +43,10 @@ FORMAT = "packllm prior 1"
 class Members(Protocol):
     """What calibration asks of a pack."""
 
-    members: tuple[Member, ...]
     options: Options
+
+    @property
+    def models(self) -> tuple[Member, ...]: ...
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -126,7 +128,7 @@ class Prior(dict[str, float]):
         Path(path).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prior_of(given: str | Mapping[str, float], members: Sequence[Member]) -> dict[str, float]:
+def prior_of(given: str | Mapping[str, float], members: Sequence[Author]) -> dict[str, float]:
     """The prior of these members by their names, from a mapping or a file of Prior.save().
 
     Raises:
@@ -176,7 +178,7 @@ def calibrate(pack: Members, rows: Iterable[Mapping[str, Any]]) -> Prior:
         ContextOverflowError: a row does not fit a member.
         MemberError: a member fails.
     """
-    members = pack.members
+    members = pack.models
     asked = [_row(row, at, pack.has_chat_template) for at, row in enumerate(rows, 1)]
     different = {json.dumps(row, default=repr, sort_keys=True): row for row in asked}.values()
     if not different:

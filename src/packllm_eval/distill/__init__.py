@@ -105,10 +105,10 @@ def distill(
     names = [member.name for member in pack.members]
     if student not in names:
         raise OptionError(f"student={student!r} is no member{guess(student, names)} Members: {', '.join(names)}")
-    learner = pack.members[names.index(student)]
+    learner = pack.models[names.index(student)]
     training.check(learner)
     with alone_in(folder / WORK):
-        members, work = in_ids_of(learner, pack.members), folder / WORK
+        members, work = in_ids_of(learner, pack.models), folder / WORK
         lessons, told = teach(members, pack.options, documents, work, length=length, batch=training.batch_size)
         train(members, lessons, learner.end_ids if shared_by(members) else (), folder, work, training)
         distilled = _loaded(folder, pack, learner, training)

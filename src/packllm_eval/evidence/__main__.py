@@ -24,7 +24,7 @@ def main() -> None:
     from packllm import Pack, starter
     from packllm_eval.evidence import answers, reading
 
-    members = Pack.load(args.model or starter.specs(), dtype="float32", device_map=None).members
+    members = Pack.load(args.model or starter.specs(), dtype="float32", device_map=None).models
     if args.step == "read":
         reading.read(members, args.data, args.out, args.device, args.limit)
     else:

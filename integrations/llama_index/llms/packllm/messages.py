@@ -19,8 +19,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from packllm import ParsedAnswer, PromptError, ReasoningPart, ToolStream
-from packllm.results import TokenLogprob
+from packllm import ParsedAnswer, PromptError, ReasoningPart, TokenLogprob, ToolStream
 
 SAME_ROLE = {"developer": "system", "chatbot": "assistant", "model": "assistant", "function": "tool"}
 

@@ -1,0 +1,188 @@
+"""Exact greedy fusion, token by token, of members that tell only their likeliest next tokens.
+
+A token that a server does not name has at most the probability of the last one that it does. So each token's fused
+probability has a lower and an upper bound, and the likeliest is proved where its lower bound is above the upper bounds
+of all others. Where it is not, the servers are asked for the tokens that are still in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from packllm.align.shared import Shared
+from packllm.decode.failures import Failures
+from packllm.decode.line import Line
+from packllm.decode.remote import ServerLine, each_at_once
+from packllm.decode.tokens import Row
+from packllm.engines.server.tops import NAMED, Top
+from packllm.errors import MemberError
+
+T = TypeVar("T")
+
+_ROUNDS = 12
+"""Times that servers are asked for one token."""
+
+
+class Far:
+    """A member on a server at the end of a text, in ids.
+
+    Args:
+        line: of its request.
+        shared: the ids in which it answers, and which of their members it is; None: its own.
+    """
+
+    def __init__(self, line: ServerLine, shared: tuple[Shared, int] | None) -> None:
+        self.member, self._line, self._shared = line.member, line, shared
+        assert line.member.tops is not None
+        self._tops = line.member.tops
+        self.ids = list(line.asked.ids)
+        self._top = Top({}, 0.0)
+
+    def close(self) -> None:
+        """It is not asked any more."""
+        self._line.close()
+
+    def own(self, token: int) -> int:
+        """The member's own id of a shared one; its end for the END."""
+        if self._shared is None:
+            return token
+        shared, at = self._shared
+        return min(self.member.end_ids) if token == shared.end else shared.own(at, [token])[0]
+
+    def look(self) -> None:
+        """Ask for the likeliest tokens after the ids."""
+        self._top = self._tops.top(self.ids, self._line.bill, self._line.gate)
+
+    def look_for(self, tokens: Sequence[int]) -> bool:
+        """Ask for these as well; whether anything more is known now."""
+        own = [self.own(token) for token in tokens]
+        if self._shared is not None and self._shared[0].end in tokens:
+            own += self.member.end_ids
+        top = self._tops.further(self.ids, self._top, own, self._line.bill, self._line.gate)
+        if top is None or top == self._top:
+            return False
+        self._top = top
+        return True
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """float64 (V,), the least and the most that the log-probability of each token can be."""
+        size = len(self.member.vocabulary)
+        low, high = torch.full((size,), -torch.inf).double(), torch.full((size,), self._top.rest).double()
+        places = torch.tensor(list(self._top.known))
+        low[places] = high[places] = torch.tensor(list(self._top.known.values()), dtype=torch.float64)
+        if self._shared is None:
+            return low, high
+        shared, at = self._shared
+        return shared.rows(at, low), shared.rows(at, high)
+
+
+class Certified:
+    """Members that run for one prompt, some on servers.
+
+    Args:
+        lines: by index.
+        shared: the ids that they share; None: all of them.
+        row: the prompt's weights, which may lose a member that fails.
+        failures: what becomes of it.
+
+    Attributes:
+        rounds: times that servers were asked.
+        at_once: tokens that the first of them proved.
+    """
+
+    def __init__(
+        self, lines: Mapping[int, Line | ServerLine], shared: Shared | None, row: Row, failures: Failures
+    ) -> None:
+        self._row, self._failures = row, failures
+        self._lines: dict[int, Line] = {}
+        self._far: dict[int, Far] = {}
+        for at, (k, line) in enumerate(lines.items()):
+            if isinstance(line, ServerLine):
+                self._far[k] = Far(line.fork(), None if shared is None else (shared, at))
+            else:
+                self._lines[k] = line if shared is None else line.speaking(shared, at)
+        self.rounds = self.at_once = 0
+
+    @property
+    def top(self) -> int:
+        """The member of the largest weight."""
+        return max([*self._lines, *self._far], key=self._row.weights.values.__getitem__)
+
+    def ids(self) -> Iterator[int]:
+        """Tokens, until nobody asks for more."""
+        while True:
+            token = self._choose()
+            yield token
+            self._each(partial(self._read, token))
+
+    def close(self) -> None:
+        """What servers are asked just now comes to nothing."""
+        for far in self._far.values():
+            far.close()
+
+    def _read(self, token: int, k: int) -> None:
+        if k in self._far:
+            self._far[k].ids.append(self._far[k].own(token))
+        else:
+            self._lines[k].read([token], "last")
+
+    def _look(self, k: int) -> None:
+        if k in self._far:
+            self._far[k].look()
+
+    def _look_for(self, tokens: Sequence[int], k: int) -> bool:
+        return k in self._far and self._far[k].look_for(tokens)
+
+    def _give_up(self, k: int) -> None:
+        if k in self._far:
+            reason = "what its server tells does not prove which token is the likeliest; use decoding='cool'"
+            raise MemberError(self._far[k].member.name, reason)
+
+    def _choose(self) -> int:
+        """The likeliest token of the fused distribution, of equals the smallest id."""
+        self._each(self._look)
+        asked = 0
+        while True:
+            self.rounds += 1
+            asked += 1
+            low, high = self._fused()
+            best = int((low == low.max()).nonzero()[0])
+            rivals = high > low[best]
+            rivals[:best] |= high[:best] == low[best]
+            rivals[best] = False
+            if not rivals.any() and low[best] > -1e29:
+                self.at_once += asked == 1
+                return best
+            count = min(NAMED - 1, int(rivals.sum()))
+            wanted = [best, *torch.where(rivals, high, -torch.inf).topk(count).indices.tolist()]
+            if asked == _ROUNDS or not any(self._each(partial(self._look_for, wanted)).values()):
+                self._each(self._give_up)
+
+    def _fused(self) -> tuple[Tensor, Tensor]:
+        """Bounds of the fused score of each token, which orders tokens as their probabilities do."""
+        weights = self._row.weights
+        rows = {k: line.here.double().cpu() for k, line in self._lines.items()}
+        bounds = {k: (row, row) for k, row in rows.items()} | {k: far.bounds() for k, far in self._far.items()}
+        size = min(len(low) for low, _ in bounds.values())
+        scale = torch.tensor([weights.values[k] for k in bounds], dtype=torch.float64)
+
+        def fuse(side: int) -> Tensor:
+            stacked = torch.stack([both[side][:size] for both in bounds.values()])
+            if weights.pool == "linear":
+                return (stacked + scale.log()[:, None]).logsumexp(0)
+            return torch.tensordot(scale, stacked.clamp_min(-1e30), 1)
+
+        return fuse(0), fuse(1)
+
+    def _each(self, act: Callable[[int], T]) -> dict[int, T]:
+        which = [*self._lines, *self._far]
+        results = each_at_once(act, which, self._far, self._failures, self._row)
+        for k in set(which) - set(results):
+            self._lines.pop(k, None)
+            self._far.pop(k, None)
+        return results
