@@ -216,11 +216,11 @@ class Slow(Worker):
     __test__ = False
 
     def __init__(self, load: Callable[[], Member]) -> None:
-        from packllm.engines.transformers import engine
+        from packllm.engines import prefix
 
         super().__init__(load)
         torch.set_num_threads(1)
-        engine.MINIMUM = 8
+        prefix.MINIMUM = 8  # as the fixture short_prefixes sets it here
         self._passes, self._poison, self._hook = 0, None, None
 
     def process(self) -> int:
