@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test newest models lint bench wheel-check clean
+.PHONY: setup demo test newest engines models lint bench wheel-check clean
 
 setup: .venv/ready
 
@@ -47,6 +47,19 @@ newest: .venv-newest/ready
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest --numprocesses auto --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
 		models member decode speculate prefix load engines langchain langchain_chat langchain_standard llama_index))
 
+# Engines whose packages are large or compile for some ten minutes: setup and demo do without them.
+ENGINES := .venv-engines/bin/python
+.venv-engines/ready: .venv/ready
+	rm -rf .venv-engines
+	$(PYTHON) -m venv .venv-engines
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
+		> $$(echo .venv-engines/lib/python*/site-packages)/pinned.pth
+	$(ENGINES) -m pip install --quiet --no-compile llama-cpp-python==0.3.36 ray==2.60.0
+	touch $@
+
+engines: .venv-engines/ready
+	OMP_NUM_THREADS=1 $(ENGINES) -m pytest --numprocesses auto --dist loadfile tests/test_llama_cpp.py tests/test_ray.py
+
 # The table of architectures, some ten minutes; the tests run a sample of it.
 models: setup
 	$(BIN)/python -m packllm_eval.models > docs/models.md.new
@@ -72,4 +85,4 @@ wheel-check:
 	$(FRESH)/bin/python tests/installed.py
 
 clean:
-	rm -rf .venv .venv-newest $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .venv-newest .venv-engines $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist
