@@ -306,3 +306,22 @@ def test_bars_of_loading_wait_and_hooks_of_others_stay() -> None:
 def test_json_is_finite(run) -> None:
     answer = json.loads(run("ask", QUESTION, "--max-tokens", "2", "--json").stdout)
     assert all(math.isfinite(seconds) for seconds in answer["timings"].values())
+
+
+def test_ask_and_weigh_explain_on_a_page(run, tmp_path) -> None:
+    passage, page = tmp_path / "ruling.txt", tmp_path / "out.html"
+    passage.write_text("The court shall order <b>relief</b>.\n")
+    result = run("ask", QUESTION, "--max-tokens", "4", "--file", str(passage), "--explain", str(page))
+    assert result.exit_code == 0, result.output
+    told = page.read_text(encoding="utf-8")
+    assert "passage 1" in told
+    assert "shall order &lt;b&gt;relief&lt;/b&gt;." in told
+    assert "Weights over the answer" in told
+    answer = json.loads(run("ask", QUESTION, "--max-tokens", "4", "--json", "--explain", str(page)).stdout)
+    assert len(answer["explanation"]["tokens"]) == 4
+    page.unlink()
+    assert run("weigh", "--file", str(passage), "--explain", str(page)).exit_code == 0
+    assert "Weights over the answer" not in page.read_text(encoding="utf-8")
+    nowhere = run("weigh", QUESTION, "--explain", str(tmp_path / "none" / "out.html"))
+    assert nowhere.exit_code == 2
+    assert "no folder" in nowhere.stderr

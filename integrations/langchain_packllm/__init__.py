@@ -1,5 +1,5 @@
-"""packllm for LangChain: several local language models behind one `BaseLLM` and one `BaseChatModel`; behind one
-`BaseDecisionModel` too, where langchain-core has it."""
+"""packllm for LangChain: several local language models behind one `BaseLLM` and one `BaseChatModel`, and a
+reranker of documents; behind one `BaseDecisionModel` too, where langchain-core has it."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,8 +11,9 @@ if find_spec("langchain_core") is None:
 
 from langchain_packllm.chat_models import ChatPackLLM
 from langchain_packllm.llms import PackLLM
+from langchain_packllm.reranker import PackReranker
 
-__all__ = ["ChatPackLLM", "PackLLM"]
+__all__ = ["ChatPackLLM", "PackLLM", "PackReranker"]
 
 
 def __getattr__(name: str) -> Any:

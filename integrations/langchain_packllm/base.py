@@ -144,6 +144,12 @@ def told_logprobs(answer: packllm.Chunk | packllm.Generation) -> dict[str, Any]:
     return {"logprobs": {"content": [token.as_dict() for token in answer.logprobs]}}
 
 
+def told_weights(last: packllm.Chunk | packllm.Generation) -> dict[str, Any]:
+    """What members counted for in a whole answer, with its explanation, where that was asked for."""
+    explained = {} if last.explanation is None else {"explanation": last.explanation.as_dict()}
+    return {**last.weights.as_dict(), **explained}
+
+
 def joint_usage(answers: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Token counts of all answers to all prompts. Each prompt is read, and counted, once; of servers all is."""
     joint: Counter[str] = Counter()

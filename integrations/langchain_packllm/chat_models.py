@@ -17,7 +17,7 @@ from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 
 import packllm
-from langchain_packllm.base import PackModel, joint_usage, told_logprobs
+from langchain_packllm.base import PackModel, joint_usage, told_logprobs, told_weights
 from langchain_packllm.errors import typed
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 from langchain_packllm.structured import schema_of, structured_output, tool_of
@@ -321,7 +321,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             total_tokens=last.usage.total_tokens,
         )
         return usage, {
-            "packllm": last.weights.as_dict(),
+            "packllm": told_weights(last),
             "finish_reason": last.finish_reason,
             "model_name": kwargs.get("model", self.model_name),
             "usage": last.usage.as_dict(),

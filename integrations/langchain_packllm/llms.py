@@ -11,7 +11,7 @@ from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 import packllm
-from langchain_packllm.base import OPTIONS, PackModel, joint_usage, told_logprobs
+from langchain_packllm.base import OPTIONS, PackModel, joint_usage, told_logprobs, told_weights
 from langchain_packllm.errors import typed
 
 _FRAMEWORK_WORDS = ("tags", "metadata", "run_name", "run_id")  # keywords of BaseLLM.generate that are no options
@@ -146,7 +146,7 @@ class PackLLM(PackModel, BaseLLM):
         if piece.usage is None:  # adding chunks joins repeated strings and refuses repeated floats
             return GenerationChunk(text=piece.text, generation_info=told or None)
         info = {
-            "packllm": piece.weights.as_dict(),
+            "packllm": told_weights(piece),
             "finish_reason": piece.finish_reason,
             "model_name": self.model_name,
             "usage": piece.usage.as_dict(),

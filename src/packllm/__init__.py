@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VocabularyError,
         WeightsError,
     )
+    from packllm.explanation import Explanation
     from packllm.options import OptionFields, Options
     from packllm.pack import Pack
     from packllm.results import Chunk, Generation, TokenLogprob, Usage
@@ -51,6 +52,7 @@ __all__ = [
     "DataError",
     "Decision",
     "Estimate",
+    "Explanation",
     "ExtraError",
     "Formatted",
     "Generation",
@@ -89,6 +91,7 @@ _HOMES = {
     "decode.decide": ("Decision",),
     "engines.member": ("Member",),
     "engines.memory": ("Estimate", "MemberEstimate", "estimate"),
+    "explanation": ("Explanation",),
     "options": ("OptionFields", "Options"),
     "pack": ("Pack",),
     "results": ("Chunk", "Generation", "TokenLogprob", "Usage"),

@@ -20,6 +20,7 @@ from packllm.chat.messages import with_context
 from packllm.errors import ExtraError, OptionError, PackError, PromptError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
+    from packllm.explanation import Explanation
     from packllm.pack import Pack
     from packllm.weights import Weights
 
@@ -86,6 +87,16 @@ Others = Annotated[
 PriorFile = Annotated[
     Path | None, typer.Option("--prior", help="A file of packllm calibrate: what members are worth on answers.")
 ]
+Explain = Annotated[
+    Path | None,
+    typer.Option(
+        "--explain",
+        metavar="FILE.html",
+        dir_okay=False,
+        writable=True,
+        help="Write a page that shows what each member gave the text and its files, and who carried the answer.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -144,6 +155,7 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. Repeatable.")] = None,
     option: Others = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat templates.")] = False,
+    explain: Explain = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer alone, no table.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -160,15 +172,20 @@ def ask(
     named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, "prior": prior}
     options = _options(weighting, option, named) | ({"chat_template": False} if raw else {})
     text = _with_context(_text(question), file or [])
+    more = _explained(explain, file or [])
     pack = _load(model, options)
     prompt = text if raw else [{"role": "user", "content": text}]
     if as_json:
-        typer.echo(json.dumps(pack.generate(prompt).as_dict()))
+        answer = pack.generate(prompt, **more)
+        _write(answer.explanation, explain)
+        typer.echo(json.dumps(answer.as_dict()))
         return
     last = None
-    for last in pack.stream(prompt):
+    for last in pack.stream(prompt, **more):
         typer.echo(_printable(last.text), nl=False)
     typer.echo()
+    if last is not None:
+        _write(last.explanation, explain)
     if last is not None and not quiet:
         typer.echo()
         _print_weights(last.weights)
@@ -187,6 +204,7 @@ def weigh(
     weighting: WeightingName = None,
     prior: PriorFile = None,
     option: Others = None,
+    explain: Explain = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how well each member predicts a text and what it would count for.
@@ -200,7 +218,9 @@ def weigh(
     packllm weigh --file notes.txt --weighting sim --option tau=1
     """
     options = _options(weighting, option, {"prior": prior})
-    weights = _load(model, options).weigh(_weighed(text, file or []))
+    weighed, more = _weighed(text, file or []), _explained(explain, file or [])
+    weights = _load(model, options).weigh(weighed, **more)
+    _write(weights.explanation, explain)
     if as_json:
         typer.echo(json.dumps(weights.as_dict()))
     else:
@@ -448,6 +468,20 @@ def _with_context(question: str, files: list[Path]) -> str:
     if not question.strip():
         raise PromptError("the question is empty; give at least one word")
     return with_context(question, [_content(file) for file in files])
+
+
+def _explained(page: Path | None, files: list[Path]) -> dict[str, Any]:
+    """What asks for the explanation that --explain wants, with each file as a passage."""
+    if page is None:
+        return {}
+    if not page.parent.is_dir():
+        raise OptionError(f"--explain {str(page)!r}: there is no folder {str(page.parent)!r}; make it first")
+    return {"explain": True, "passages": [text for file in files if (text := _content(file).strip())]}
+
+
+def _write(explanation: Explanation | None, page: Path | None) -> None:
+    if explanation is not None and page is not None:
+        page.write_text(explanation.html(), encoding="utf-8", errors="replace")
 
 
 def _printable(text: str) -> str:

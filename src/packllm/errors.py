@@ -36,11 +36,22 @@ class ContextOverflowError(PromptError):
         limit: its context window in tokens.
         prompt_tokens: tokens of the prompt for that member.
         max_tokens: tokens asked for.
+        passage: of Pack.relevance, the index of the passage that is too long; its prompt is the passage with the
+            instruction, and the tokens asked for are the question.
     """
 
-    def __init__(self, member: str, limit: int, prompt_tokens: int, max_tokens: int) -> None:
-        self.member, self.limit = member, limit
+    def __init__(
+        self, member: str, limit: int, prompt_tokens: int, max_tokens: int, passage: int | None = None
+    ) -> None:
+        self.member, self.limit, self.passage = member, limit, passage
         self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
+        if passage is not None:
+            super().__init__(
+                f"passages[{passage}], {prompt_tokens} tokens with the instruction, and a question of {max_tokens} "
+                f"tokens exceed the context window of {limit} tokens of member {member!r}; split the passage, or leave "
+                f"that member out"
+            )
+            return
         super().__init__(
             f"prompt of {prompt_tokens} tokens plus max_tokens={max_tokens} exceeds the context window of "
             f"{limit} tokens of member {member!r}; shorten the prompt, lower max_tokens, or leave that member out"

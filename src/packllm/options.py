@@ -103,6 +103,13 @@ class OptionFields(BaseModel):
     None: where top_logprobs asks for it. With decoding="lazy" all members then read all tokens."""
     top_logprobs: Count | None = Field(None, ge=0, le=20)
     """How many of the likeliest tokens to tell at each place."""
+    explain: bool | None = None
+    """Whether weigh() and answers have an `explanation` (see Explanation): what members gave each message and marked
+    passage, and who carried each token. None: where `passages` marks some. As with logprobs, lazy decoding then lets
+    all members read all tokens."""
+    passages: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts in the user's part of the prompt that an explanation tells of one by one: the passages that were retrieved,
+    word for word. One that is not there is a PromptError."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end the text; never part of it."""
     weighting: str | dict[str, Number] = "em"
@@ -201,6 +208,16 @@ class Options(OptionFields):
     def tells_logprobs(self) -> bool:
         """Whether log-probabilities of tokens are asked for."""
         return self.top_logprobs is not None if self.logprobs is None else self.logprobs
+
+    @property
+    def explains(self) -> bool:
+        """Whether an explanation is asked for."""
+        return bool(self.passages) if self.explain is None else self.explain
+
+    @property
+    def records(self) -> bool:
+        """Whether log-probabilities of tokens are kept, to be told or explained."""
+        return self.tells_logprobs or self.explains
 
     @property
     def penalises(self) -> bool:

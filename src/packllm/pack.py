@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
+from dataclasses import replace
 from functools import cached_property, partial
 from threading import Event
 from typing import Any, overload
@@ -23,19 +24,20 @@ from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop, Stream
 from packllm.decode.decide import Decision, check_choices, decision
 from packllm.decode.decodings import Decoding
+from packllm.decode.explain import explanation
 from packllm.decode.line import Line
 from packllm.decode.moving import check_moving
 from packllm.decode.race import check_race
+from packllm.decode.relevance import NOT_RATING, asked, asking, check_fits, check_question, question_logprobs, too_long
 from packllm.decode.remote import ServerLine
 from packllm.decode.request import Request
-from packllm.decode.rerank import text_logprobs
-from packllm.decode.score import continuation_logprobs, member_logprobs
-from packllm.decode.tokens import in_one_vocabulary
+from packllm.decode.score import fused_logprobs, member_logprobs
+from packllm.decode.tokens import Slot
 from packllm.engines import memory
 from packllm.engines.load import Loader, as_list, is_spec, without_secrets
 from packllm.engines.member import Author, Member
 from packllm.engines.prefix import PrefixCache
-from packllm.errors import LoadError, OptionError, PackError, PromptError, shown
+from packllm.errors import ContextOverflowError, LoadError, OptionError, PackError, PromptError, shown
 from packllm.options import Options, make_options
 from packllm.progress import bars_if_slow
 from packllm.results import Chunk, Generation
@@ -288,10 +290,13 @@ class Pack:
 
     def weigh(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Weights:
         """What each member would count for on this prompt; nothing is generated. Arguments and errors as stream()."""
-        with closing(self._request([prompt], self.check(**options))) as request:
+        checked = self.check(**options)
+        with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
             request.limits(0)
             request.prefill()
+            if checked.explains:
+                return replace(request.weights[0], explanation=explanation(request, 0))
             return request.weights[0]
 
     def stream(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generator[Chunk, None, None]:
@@ -464,10 +469,71 @@ class Pack:
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
 
-            def scores(lines: dict[int, Line | ServerLine]) -> tuple[list[float], dict[str, list[float]]]:
-                return list(_scores(request, lines, texts, ids)), member_logprobs(lines, texts) if alone else {}
+            def scores(lines: dict[Slot, Line | ServerLine]) -> tuple[list[float], dict[str, list[float]]]:
+                rows = range(len(texts))
+                at_end = {(k, r): line for (k, _), line in lines.items() for r in rows}
+                weights = dict.fromkeys(rows, request.weights[0])
+                fused = fused_logprobs(request, at_end, weights, dict(enumerate(texts)))
+                return fused, member_logprobs({k: line for (k, _), line in lines.items()}, texts) if alone else {}
 
             return *request.whole(scores), request.weights[0]
+
+    def relevance(
+        self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[float]:
+        """How well each passage explains a question: fused log p(question | passage), in nats (UPR, arXiv 2204.07496).
+        Higher is better; a constant that depends on the question alone is in all of them.
+
+        The members read an instruction, then the passage, and rate the question as score() does, under the weights
+        that this prompt gives. `batch_size` passages are read together, the instruction once for all of them; passages
+        that were read lately are not read again for another question (see the option prefix_cache_mb).
+
+        Raises:
+            PromptError: the question or a passage is blank.
+            ContextOverflowError: a passage (see its `passage`) and the question do not fit a member; before anything
+                runs. Others as stream().
+        """
+        groups = self._relevances(question, passages, self.check(**options), Stop(cancel))
+        return _in_order(pair for group in groups for pair in group)
+
+    async def arelevance(
+        self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[float]:
+        """relevance() for asyncio, as astream()."""
+        start = partial(self._relevances, question, passages, self.check(**options), Stop(cancel))
+        async with aclosing(iterate(start)) as groups:
+            return _in_order([pair async for group in groups for pair in group])
+
+    def _relevances(
+        self, question: str, passages: Sequence[str], checked: Options, stop: Stop
+    ) -> Generator[list[tuple[int, float]], None, None]:
+        """(index of a passage, its rating), group by group."""
+        texts, chat = check_question(question, passages), self._wraps("", checked)
+        checked = checked.model_copy(update=NOT_RATING)
+        prompts, text = [asking(passage, chat) for passage in texts], asked(question, chat)
+
+        def opened(group: Sequence[int]) -> Request:
+            try:
+                request = self._request([prompts[at] for at in group], checked)
+            except ContextOverflowError as error:
+                if len(group) == 1:
+                    raise too_long(error, text, self.members, group[0]) from None
+                for at in group:
+                    opened([at])
+                raise
+            check_fits(request, text, group)
+            request.stop = stop
+            return request
+
+        size = 1 if decodings.find(checked.decoding).mapped else checked.batch_size
+        requests = [(group, opened(group)) for group in _grouped(prompts, size)]
+
+        def rated() -> Generator[list[tuple[int, float]], None, None]:
+            for group, request in requests:
+                with closing(request):
+                    yield list(zip(group, question_logprobs(request, text), strict=True))
+
+        return Stream(rated(), stop)
 
     def rerank(
         self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
@@ -539,24 +605,6 @@ class Pack:
         return request
 
 
-def _scores(
-    request: Request, lines: dict[int, Line | ServerLine], texts: Sequence[str], ids: dict[int, list[list[int]]]
-) -> Iterator[float]:
-    """The fused log-likelihood of each text, given as each member's ids too, under these members."""
-    running, weights = list(lines), request.weights[0]
-    if all(request.members[k].kind == "author" for k in running):
-        names = ", ".join(repr(request.members[k].name) for k in running)
-        raise OptionError(f"nobody can judge a text: {names} can only write; give a judge or a token model a weight")
-    if not request.one_vocabulary(running):
-        return text_logprobs(lines, weights, texts)
-    here, _ = in_one_vocabulary(request.token_lines(0))
-    if not request.mapped:
-        return continuation_logprobs(here, weights, ids[running[0]])
-    spoken = [request.members[running[0]].encoder.continuation(text) for text in texts]
-    request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken), default=0)))
-    return continuation_logprobs(here, weights, spoken)
-
-
 def _defaults(options: Mapping[str, Any], beside: Sequence[str] = ()) -> Options:
     """Options that a pack may have."""
     made = make_options(options, beside)
@@ -571,6 +619,11 @@ def _answers(chunks: Iterable[tuple[int, Chunk]]) -> list[Generation]:
     for index, chunk in chunks:
         answers.setdefault(index, []).append(chunk)
     return [Generation.from_chunks(answers[index]) for index in range(len(answers))]
+
+
+def _in_order(pairs: Iterable[tuple[int, float]]) -> list[float]:
+    """The values of (index, value), by index."""
+    return [value for _, value in sorted(pairs)]
 
 
 def _grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:

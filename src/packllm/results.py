@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from packllm.explanation import Explanation
 from packllm.weights.result import Weights
 
 FinishReason = Literal["stop", "length"]
@@ -152,7 +153,7 @@ class Chunk:
     `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
     every chunk: where they move, the first one has those that the answer started from, and the last one what became of
     them. `finish_reason`, `usage`, `timings` and `decoding`, how it was written, are on the last one only. `logprobs`,
-    where the option asks for them, are of the tokens since the last chunk.
+    where the option asks for them, are of the tokens since the last chunk; `explanation`, likewise, is on the last one.
     """
 
     text: str
@@ -163,6 +164,7 @@ class Chunk:
     reasoning: str = ""
     decoding: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class Generation:
             no part of the text.
         logprobs: of each token, where the option asks for them.
         decoding: how it was written, such as "tokens" or "cool"; what decoding="auto" chose.
+        explanation: where the option explain asks for it.
     """
 
     text: str
@@ -189,6 +192,7 @@ class Generation:
     reasoning: str = ""
     decoding: str = "tokens"
     logprobs: tuple[TokenLogprob, ...] | None = None
+    explanation: Explanation | None = None
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> Generation:
@@ -206,6 +210,7 @@ class Generation:
             reasoning,
             last.decoding or "tokens",
             logprobs_of(chunks),
+            last.explanation,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -219,4 +224,5 @@ class Generation:
             "reasoning": self.reasoning,
             "logprobs": None if self.logprobs is None else [token.as_dict() for token in self.logprobs],
             "decoding": self.decoding,
+            "explanation": None if self.explanation is None else self.explanation.as_dict(),
         }

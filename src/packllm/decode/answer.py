@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from packllm.decode.decodings import Decoding
+from packllm.decode.explain import explained
 from packllm.decode.moving import moving
 from packllm.decode.reasoned import apart
 from packllm.decode.request import Request
@@ -18,7 +19,7 @@ from packllm.results import Chunk
 def chunks(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk], None, None]:
     """Prefill, then decode: pieces of text as (row, Chunk), n rows a prompt, until all are finished. What is reasoned
     before the answer of a conversation comes apart from its text. Where weights move, the first piece has those that
-    the answer started from.
+    the answer started from; the last one explains the answer, if asked for.
 
     Closing the iterator frees the caches; at most the step under way is finished.
 
@@ -27,7 +28,8 @@ def chunks(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk],
     """
     begun: set[int] = set()
     with closing(_pieces(request, decoding)) as pieces:
-        for r, chunk in apart(request, pieces):
+        told = apart(request, pieces)
+        for r, chunk in explained(request, told) if request.options.explains else told:
             first = r not in begun and chunk.finish_reason is None
             begun.add(r)
             yield r, replace(chunk, weights=chunk.weights.at_start) if first else chunk

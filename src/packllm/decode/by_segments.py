@@ -94,7 +94,7 @@ class _Team:
             return ServerWriter(line.fork()) if isinstance(line, ServerLine) else Writer(line.fork(), options.stop)
 
         made = request.failures.each(open_at, which, row)
-        top = (options.top_logprobs or 0) if options.tells_logprobs else None
+        top = (options.top_logprobs or 0) if options.records else None
         return Writers(made, row, options.scoring, options.align, request.failures, top)
 
     def stream(self) -> TextStream:

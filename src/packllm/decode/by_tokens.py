@@ -141,7 +141,7 @@ def _answer(request: Request, index: int, row: Row, running: Sequence[int], shar
     top = max(running, key=lambda k: row.weights.values[k])
     vocabulary, prompt = reference.vocabulary, request.usage(index, top)
     ends = reference.end_ids if shared is None else frozenset([shared.end])
-    if options.tells_logprobs:
+    if options.records:
         row.recorder = Recorder(vocabulary, ends, row.weights.names, options.top_logprobs or 0)
         if request.grammar is not None or options.penalises:
             row.sample = row.recorder.watching(row.sample)

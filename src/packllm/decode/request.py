@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
+from packllm.carried import places
 from packllm.chat.prompt import Encoded, Prompt, TooLong
 from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop
@@ -22,9 +24,9 @@ from packllm.decode.race import Race, Slot
 from packllm.decode.remote import ServerLine, reading
 from packllm.decode.tokens import drop_small
 from packllm.engines import base
-from packllm.engines.base import KeepsHidden
+from packllm.engines.base import KeepsHidden, Prefixes, Read
 from packllm.engines.member import Author, Member
-from packllm.engines.prefix import PrefixCache
+from packllm.engines.prefix import Beginnings, PrefixCache, common
 from packllm.engines.server.judge import Asked
 from packllm.engines.server.member import ServerMember
 from packllm.errors import (
@@ -37,10 +39,14 @@ from packllm.errors import (
 from packllm.options import Options
 from packllm.results import Bill, Usage
 from packllm.weights import Weights, find
+from packllm.weights.common import Common, in_common
 from packllm.weights.scoring import weights_of
 from packllm.weights.unscored import check_unscored, joined
 
 DEFAULT_MAX_TOKENS = 256
+
+SHARED = 8
+"""Fewest tokens that are worth a pass of their own, where all prompts of a request begin with them."""
 
 T = TypeVar("T")
 
@@ -63,6 +69,9 @@ class Request:
         lines: by (member index, index of the prompt), at the ends of the prompts; filled in by prefill().
         weights: final weights of each prompt, over all members of the pack; filled in by prefill().
         timings: seconds spent so far: prefill, weighting.
+        evidence: of each prompt, the members that read it and what they gave its text; with `explain`, filled in by
+            prefill().
+        prompts: as given.
         failures: what becomes of a member that fails.
         conversations: whether each prompt is messages, not text.
         biases: what logit_bias adds to tokens, by their spelling.
@@ -78,7 +87,7 @@ class Request:
         prefixes: PrefixCache | None = None,
         mapped: bool = False,
     ) -> None:
-        self.members, self.options, self.mapped = members, options, mapped
+        self.members, self.options, self.mapped, self.prompts = members, options, mapped, list(prompts)
         self.stop, self.admission = Stop(), Admission(None)
         self.candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
@@ -93,6 +102,8 @@ class Request:
         self.encoded: list[dict[int, Encoded]] = [
             {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]
+        for prompt in self.encoded if options.passages else ():
+            places(next(iter(prompt.values())).text, options.passages)
         self.lines: dict[tuple[int, int], Line | ServerLine] = {}
         self._scores: dict[tuple[int, int], Tensor | None] = {}
         self._opened: list[base.Sequence] = []
@@ -100,9 +111,10 @@ class Request:
         names = [member.name for member in members]
         self.failures = Failures(names, self.candidates, options.on_member_error == "drop")
         self.weights: list[Weights] = []
+        self.evidence: list[tuple[Sequence[int], Common]] = []
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
-        self._prefixes = prefixes if options.prefix_cache_mb else None
+        self._prefixes: Prefixes | None = prefixes if options.prefix_cache_mb else None
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
     def _encode(self, member: Author, prompt: Prompt) -> Encoded:
@@ -156,11 +168,34 @@ class Request:
         self.timings["prefill"] = time.perf_counter() - started
         started = time.perf_counter()
         self.weights = self._without_failing(lambda live: [self._weigh(row, live) for row in range(len(self.encoded))])
+        if self.options.explains:
+            self.evidence = [self._evidence(row) for row in range(len(self.encoded))]
         for line in self.lines.values():
             if isinstance(line, Line) and isinstance(engine := line.sequence.engine, KeepsHidden):
                 engine.release_hidden(line.sequence)
         self.timings["weighting"] = time.perf_counter() - started
         self.check_time()
+
+    def share_beginning(self) -> None:
+        """Before prefill(): read once what all prompts begin with, for each to go on from there."""
+        asked = []
+        for k in (k for k in self.candidates if not self._remote(k)):
+            rows = [prompts[k] for prompts in self.encoded]
+            count = min(common(rows[0].ids, row.ids[:-1]) for row in rows)
+            if len(rows) < 2 or count < SHARED:
+                continue
+            member, ids, scored = self._model(k), rows[0].ids[:count], set(rows[0].positions)
+            sequence = member.open()
+            sequence.gate = self.check
+            if isinstance(sequence.engine, KeepsHidden):
+                sequence.engine.keep_hidden(sequence)
+            targets = [token if at in scored else -1 for at, token in enumerate(ids[1:], 1)]
+            asked.append((member.adapter, sequence, Read(sequence, ids, [*targets, -1])))
+        self._opened += [sequence for _, sequence, _ in asked]
+        answers = base.read_together([read for *_, read in asked])
+        found = zip(asked, answers, strict=True)  # whose read fails will fail again, and be told then
+        read = [(adapter, sequence) for (adapter, sequence, _), given in found if not isinstance(given, Exception)]
+        self._prefixes = Beginnings(read, self._prefixes)
 
     def fork(self) -> None:
         """Let each prompt, now that it is read and weighed, be answered n times. From now on all is by row: row r is
@@ -180,6 +215,8 @@ class Request:
         self._cached = {(k, at * n + i): count for (k, at), count in self._cached.items() for i in range(n)}
         self.encoded = [one for one in self.encoded for _ in range(n)]
         self.weights = [one for one in self.weights for _ in range(n)]
+        self.evidence = [one for one in self.evidence for _ in range(n)]
+        self.prompts = [one for one in self.prompts for _ in range(n)]
         self.conversations = [one for one in self.conversations for _ in range(n)]
 
     def check(self) -> None:
@@ -205,10 +242,10 @@ class Request:
         """Members that have read the prompts, ascending."""
         return sorted({k for k, _ in self.lines})
 
-    def _without_failing(self, work: Callable[[Sequence[int]], T], row: int | None = None) -> T:
-        """What `work` gives of the members that are left (that run for a row); again, where one fails in it."""
+    def _without_failing(self, work: Callable[[Sequence[int]], T]) -> T:
+        """What `work` gives of the members that are left; again, where one fails in it."""
         while True:
-            live = self._live() if row is None else self.running(row)
+            live = self._live()
             try:
                 return work(live)
             except MemberError as error:
@@ -219,19 +256,29 @@ class Request:
         for slot in [slot for slot in self.lines if slot[0] in members]:
             self.lines.pop(slot).close()
 
-    def whole(self, work: Callable[[dict[int, Line | ServerLine]], T]) -> T:
-        """What `work` gives of the lines of a single prompt that run; all of it without a member that fails on the way,
-        never half of it.
+    def whole(self, work: Callable[[dict[tuple[int, int], Line | ServerLine]], T]) -> T:
+        """What `work` gives of the lines that run, by (member, index of the prompt); all of it without a member that
+        fails on the way, never half of it.
 
         Raises:
             MemberError: a member fails, and on_member_error is "raise" or it is the last one.
         """
-        return self._without_failing(lambda running: work({k: self.lines[k, 0] for k in running}), row=0)
+        rows = range(len(self.encoded))
+        return self._without_failing(lambda _: work({(k, r): self.lines[k, r] for r in rows for k in self.running(r)}))
 
     def _weigh(self, row: int, live: Sequence[int]) -> Weights:
         live = [k for k in live if (k, row) in self.lines]  # without those that stopped reading
         weights = self._weights_of(row, live, self._options_for(live))
         return drop_small(self._over_all(weights, live), self.options.min_weight)
+
+    def _evidence(self, row: int) -> tuple[Sequence[int], Common]:
+        scored = [k for k in self._live() if (k, row) in self.lines and self._scores[k, row] is not None]
+        if not scored:
+            return (), Common(torch.empty(0, 0), [], None, [], None)
+        members: list[Any] = [self.members[k] for k in scored]
+        return scored, in_common(
+            members, [self._read_as(k, row) for k in scored], [self._scores[k, row] for k in scored]
+        )
 
     def _weights_of(self, row: int, live: Sequence[int], options: Options) -> Weights:
         judged = [k for k in live if self._scores[k, row] is not None or not self._remote(k)]
@@ -259,7 +306,7 @@ class Request:
         members = [self.members[k] for k in which]
         far = [member for member in members if isinstance(member, ServerMember)]
         akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members)
-        shaped = self.grammar is not None or self.options.penalises or self.options.tells_logprobs
+        shaped = self.grammar is not None or self.options.penalises or self.options.records
         plain = self.options.temperature == 0 and not shaped and not self.mapped
         return plain and akin and bool(far) and all(member.tops is not None for member in far)
 
@@ -287,7 +334,8 @@ class Request:
         """Let members read the prompts, racing if `chunk` says so. Those that fail are left out, or raise.
 
         Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out too:
-        one product with the LM head instead of two. Not where they tell which vocabulary is the reference.
+        one product with the LM head instead of two. Not where they tell which vocabulary is the reference, or are
+        explained.
         """
         servers = {
             (k, row): ServerLine(member, prompt, self.options, self.check)
@@ -297,7 +345,7 @@ class Request:
         }
         self._servers |= servers
         keep = isinstance(self.options.weighting, str) and find(self.options.weighting).needs_logits
-        late = keep and (not self.mapped or self.one_vocabulary(self.candidates))
+        late = keep and not self.options.explains and (not self.mapped or self.one_vocabulary(self.candidates))
         asked, unread = {}, set()
         for k in (k for k in which if not self._remote(k)):
             for row, encoded in enumerate(self.encoded):

@@ -15,6 +15,7 @@ from packllm.decode.line import Line, score_rows
 from packllm.decode.remote import ServerLine
 from packllm.decode.segments import Writers
 from packllm.decode.text import TextStream
+from packllm.decode.tokens import Slot
 from packllm.decode.writer import Segment
 from packllm.engines.member import Member
 from packllm.errors import MemberError
@@ -25,8 +26,10 @@ TOGETHER = 8
 """Most texts that a member reads in one forward."""
 
 
-def text_logprobs(lines: Mapping[int, Line | ServerLine], weights: Weights, texts: Sequence[str]) -> Iterator[float]:
-    """log p(text) of each text under members of any vocabularies, fused word by word (METHODS §4).
+def text_logprobs(
+    lines: Mapping[Slot, Line | ServerLine], weights: Mapping[int, Weights], texts: Mapping[int, str]
+) -> Iterator[tuple[int, float]]:
+    """log p(text) of texts, each after a prompt, under members of any vocabularies, fused word by word (METHODS §4).
 
     Each member scores a text with its own tokenizer. The text is cut where a word ends at token boundaries of
     all members, and every word fused: log Σ λ_k p_k(word) in the linear pool, Σ λ_k log p_k(word) in the log pool
@@ -34,34 +37,49 @@ def text_logprobs(lines: Mapping[int, Line | ServerLine], weights: Weights, text
     whose tokenizer does not know the text, or that can only write, is left out, and the others' weights renormalised.
 
     Args:
-        lines: at the end of the prompt, by index of the members that run; they stay there.
-        weights: final weights; those of the running members are used.
-        texts: each at least one character.
+        lines: by (member, row), at the end of the row's prompt, of the members that run; they stay there.
+        weights: final weights of each row; those of the running members are used.
+        texts: of each row, at least one character.
 
     Yields:
-        Nats, one number per text, in order; -infinity for a text that no member's tokenizer knows.
+        (row, nats), in order; -infinity for a text that no member's tokenizer knows.
     """
-    for start in range(0, len(texts), TOGETHER):
-        group = texts[start : start + TOGETHER]
-        here = {k: line for k, line in lines.items() if isinstance(line, Line)}
-        known = {k: _known(line.member, group) for k, line in here.items()}
-        scores = score_rows(here, {k: list(ids.values()) for k, ids in known.items()})
-        read_by: list[dict[int, Scored]] = [{} for _ in group]
-        for k, ids in known.items():
-            for row, given in zip(ids, scores[k], strict=True):
-                read_by[row][k] = spelled(here[k].member, group[row], ids[row], given)
-        for k, line in lines.items():
-            for by, told in zip(read_by, line.spelled(group) if isinstance(line, ServerLine) else (), strict=False):
-                if told is not None:
-                    by[k] = told
-        for text, by in zip(group, read_by, strict=True):
-            yield _fused(text, by, weights)
+    rows = list(texts)
+    for start in range(0, len(rows), TOGETHER):
+        group = rows[start : start + TOGETHER]
+        here = {slot: line for slot, line in lines.items() if isinstance(line, Line) and slot[1] in group}
+        asked = {(k, r): _known(line.member, texts[r]) for (k, r), line in here.items()}
+        known = {slot: ids for slot, ids in asked.items() if ids}
+        scores = score_rows(here, {slot: [ids] for slot, ids in known.items()})
+        read_by: dict[int, dict[int, Scored]] = {r: {} for r in group}
+        for (k, r), ids in known.items():
+            read_by[r][k] = spelled(here[k, r].member, texts[r], ids, scores[k, r][0])
+        for (k, r), told in _spelled_far(lines, {r: texts[r] for r in group}).items():
+            read_by[r][k] = told
+        for r in group:
+            yield r, _fused(texts[r], read_by[r], weights[r])
 
 
-def _known(member: Member, texts: Sequence[str]) -> dict[int, list[int]]:
-    """Texts as a member's ids, by index; none of texts that it cannot spell."""
-    ids = {row: member.encoder.continuation(text) for row, text in enumerate(texts)}
-    return {row: ids[row] for row in ids if ids[row] and member.vocabulary.special.get("unk") not in ids[row]}
+def _known(member: Member, text: str) -> list[int]:
+    """A text as a member's ids; none for one that it cannot spell."""
+    ids = member.encoder.continuation(text)
+    return [] if member.vocabulary.special.get("unk") in ids else ids
+
+
+def _spelled_far(lines: Mapping[Slot, Line | ServerLine], texts: Mapping[int, str]) -> dict[Slot, Scored]:
+    """What members on servers give texts; each is asked once for all that follow one prompt."""
+    by_line: dict[int, list[Slot]] = {}
+    for slot, line in lines.items():
+        if isinstance(line, ServerLine) and slot[1] in texts:
+            by_line.setdefault(id(line), []).append(slot)
+    found: dict[Slot, Scored] = {}
+    for slots in by_line.values():
+        line = lines[slots[0]]
+        assert isinstance(line, ServerLine)
+        for slot, told in zip(slots, line.spelled([texts[r] for _, r in slots]), strict=False):
+            if told is not None:
+                found[slot] = told
+    return found
 
 
 def spelled(member: Member, text: str, ids: list[int], logprobs: Tensor) -> Scored:

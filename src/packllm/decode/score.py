@@ -1,4 +1,4 @@
-"""Fused log-likelihood of given continuations."""
+"""Fused log-likelihood of given texts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from packllm.decode.line import Line, read_lines, score_rows
 from packllm.decode.remote import ServerLine
-from packllm.decode.tokens import fused_row
-from packllm.errors import MemberError
+from packllm.decode.request import Request
+from packllm.decode.rerank import text_logprobs
+from packllm.decode.tokens import Slot, fused_row, in_one_vocabulary
+from packllm.errors import MemberError, OptionError
 from packllm.weights.result import Weights
 
 TOGETHER = 8
@@ -21,22 +23,64 @@ BLOCK_BYTES = 32 * 2**20
 """Most bytes of float32 log-probabilities that one member's block holds."""
 
 
-def continuation_logprobs(
-    lines: dict[int, Line], weights: Weights, continuations: Sequence[Sequence[int]]
-) -> Iterator[float]:
-    """Σ log p(token) of each continuation under the fused members, after their prompt.
+def fused_logprobs(
+    request: Request, lines: Mapping[Slot, Line | ServerLine], weights: Mapping[int, Weights], texts: Mapping[int, str]
+) -> list[float]:
+    """The fused log-likelihood of texts, each after a prompt, in nats: token by token where the members that run share
+    a vocabulary, else by words.
 
     Args:
-        lines: at the end of the prompt, by index of the members that run; they stay there.
-        weights: final weights; those of the running members are used.
-        continuations: token ids, each at least one.
+        lines: by (member, row), at the end of the row's prompt, of the members that run; they stay there.
+        weights, texts: by row.
+
+    Raises:
+        OptionError: a row whose members can only write.
+    """
+    spoken: dict[int, list[int]] = {}
+    by_words: dict[int, str] = {}
+    shared: dict[tuple[int, ...], dict[int, Line]] = {}  # rows may go on from the same lines
+    own: dict[Slot, Line] = {}
+    for r, text in texts.items():
+        running = {k: line for (k, at), line in lines.items() if at == r}
+        if all(line.member.kind == "author" for line in running.values()):
+            names = ", ".join(repr(line.member.name) for line in running.values())
+            raise OptionError(
+                f"nobody can judge a text: {names} can only write; give a judge or a token model a weight"
+            )
+        row = {k: line for k, line in running.items() if isinstance(line, Line)}
+        if len(row) < len(running) or not request.one_vocabulary(list(row)):
+            by_words[r] = text
+            continue
+        same = tuple(map(id, row.values()))
+        if same not in shared:
+            shared[same], _ = in_one_vocabulary(row)
+        own |= {(k, r): line for k, line in shared[same].items()}
+        spoken[r] = request.members[min(row)].encoder.continuation(text)
+    if request.mapped and spoken:
+        request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken.values()))))
+    found = dict(continuation_logprobs(own, weights, spoken)) | dict(text_logprobs(lines, weights, by_words))
+    return [found[r] for r in texts]
+
+
+def continuation_logprobs(
+    lines: Mapping[Slot, Line], weights: Mapping[int, Weights], continuations: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, float]]:
+    """Σ log p(token) of continuations under the fused members, each after a prompt.
+
+    Args:
+        lines: by (member, row), at the end of the row's prompt, of the members that run; they stay there.
+        weights: final weights of each row; those of the running members are used.
+        continuations: token ids of each row, at least one.
 
     Yields:
-        Nats, one number per continuation, in order.
+        (row, nats), in order.
     """
-    one = _mixed if weights.pool == "linear" else _multiplied
-    for start in range(0, len(continuations), TOGETHER):
-        yield from one(lines, weights, continuations[start : start + TOGETHER])
+    rows = list(continuations)
+    for start in range(0, len(rows), TOGETHER):
+        for pool, one in (("linear", _mixed), ("log", _multiplied)):
+            group = {r: continuations[r] for r in rows[start : start + TOGETHER] if weights[r].pool == pool}
+            if group:
+                yield from one({slot: line for slot, line in lines.items() if slot[1] in group}, weights, group).items()
 
 
 def member_logprobs(lines: Mapping[int, Line | ServerLine], texts: Sequence[str]) -> dict[str, list[float]]:
@@ -57,29 +101,40 @@ def member_logprobs(lines: Mapping[int, Line | ServerLine], texts: Sequence[str]
     return told
 
 
-def _mixed(lines: dict[int, Line], weights: Weights, rows: Sequence[Sequence[int]]) -> list[float]:
+def _mixed(
+    lines: Mapping[Slot, Line], weights: Mapping[int, Weights], rows: Mapping[int, Sequence[int]]
+) -> dict[int, float]:
     """In the linear pool what each member gives the tokens themselves is enough (Eq. 8)."""
-    given = score_rows(lines, dict.fromkeys(lines, rows))
-    scale = torch.tensor([weights.values[k] for k in lines], dtype=torch.float64).log()[:, None]
-    return [float((torch.stack([given[k][r] for k in lines]) + scale).logsumexp(0).sum()) for r in range(len(rows))]
+    given = score_rows(lines, {slot: [rows[slot[1]]] for slot in lines})
+    totals = {}
+    for r in rows:
+        running = [k for k, row in lines if row == r]
+        scale = torch.tensor([weights[r].values[k] for k in running], dtype=torch.float64).log()[:, None]
+        totals[r] = float((torch.stack([given[k, r][0] for k in running]) + scale).logsumexp(0).sum())
+    return totals
 
 
-def _multiplied(lines: dict[int, Line], weights: Weights, rows: Sequence[Sequence[int]]) -> list[float]:
+def _multiplied(
+    lines: Mapping[Slot, Line], weights: Mapping[int, Weights], rows: Mapping[int, Sequence[int]]
+) -> dict[int, float]:
     """The logarithmic pool is normalised over the vocabulary (Eq. 1)."""
-    first = fused_row({k: line.here for k, line in lines.items()}, weights)
-    totals = [float(first[ids[0]]) for ids in rows]
-    forks = {(k, r): line.fork() for k, line in lines.items() for r in range(len(rows))}
+    running = {r: [k for k, row in lines if row == r] for r in rows}
+    totals = {}
+    for r, ids in rows.items():
+        first = fused_row({k: lines[k, r].here for k in running[r]}, weights[r])
+        totals[r] = float(first[ids[0]])
+    forks = {slot: line.fork() for slot, line in lines.items()}
     step = max(1, BLOCK_BYTES // (4 * len(first) * len(rows)))
     try:
-        for at in range(0, max(map(len, rows)) - 1, step):
+        for at in range(0, max(map(len, rows.values())) - 1, step):
             blocks = {(k, r): rows[r][at : min(at + step, len(rows[r]) - 1)] for k, r in forks if len(rows[r]) - 1 > at}
-            answers: dict[tuple[int, int], Tensor] = {}
+            answers: dict[Slot, Tensor] = {}
             for slot, answer in read_lines(forks, blocks).items():
                 if isinstance(answer, MemberError):
                     raise answer
                 answers[slot] = answer
             for r in {r for _, r in blocks}:
-                fused = fused_row({k: answers[k, r] for k in lines}, weights)
+                fused = fused_row({k: answers[k, r] for k in running[r]}, weights[r])
                 targets = torch.tensor(rows[r][at + 1 : at + 1 + len(fused)], device=fused.device)
                 totals[r] += float(fused.gather(-1, targets[:, None]).double().sum())
     finally:

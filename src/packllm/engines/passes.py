@@ -297,7 +297,7 @@ class Passes(Packs, Generic[S]):
             kept: Any = found[0].fork()
             count = min(found[1], len(job.read.ids) - (part.targets is None))
             given, count = self._scores_kept(kept, job, count)
-            if kept.cache is None or count < prefix.MINIMUM or (not self.rewinds and count != len(kept.ids)):
+            if kept.cache is None or not count or (not self.rewinds and count != len(kept.ids)):
                 count = 0
             else:
                 kept.crop(count)

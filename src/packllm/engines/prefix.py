@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
-from packllm.engines.base import Engine, Sequence
+from packllm.engines.base import Engine, Prefixes, Sequence
 
 MINIMUM = 64
 """Fewest tokens that are worth keeping, and worth a copy of their own beside a prompt that begins alike."""
@@ -109,6 +109,35 @@ class PrefixCache:
         """Let go of everything, and keep nothing from now on."""
         self._closed = True
         self.clear()
+
+
+class Beginnings:
+    """What all prompts of one request begin with, read once, beside what is kept of earlier requests: Prefixes.
+
+    Args:
+        read: (adapter, sequence), one of each member that has read its beginning.
+        kept: of earlier requests; None: nothing is.
+    """
+
+    def __init__(self, read: List[tuple[int | None, Sequence]], kept: Prefixes | None) -> None:
+        self._read, self._kept = read, kept
+
+    def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
+        found = None if self._kept is None else self._kept.longest(engine, adapter, ids)
+        for own, sequence in self._read:
+            if own == adapter and sequence.engine is engine and (found is None or found[1] < len(sequence.ids)):
+                return sequence, common(sequence.ids, ids)
+        return found
+
+    def note(self, tokens: int) -> None:
+        if self._kept is not None:
+            self._kept.note(tokens)
+
+    def keep(self, adapter: int | None, sequence: Sequence, nbytes: int) -> None:
+        if self._kept is None:
+            sequence.close()
+        else:
+            self._kept.keep(adapter, sequence, nbytes)
 
 
 def common(ours: List[int], theirs: List[int]) -> int:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from packllm.explanation import Explanation
+
 Pool = Literal["linear", "log"]
 Unit = Literal["token", "byte", "word"]
 
@@ -28,6 +30,7 @@ class Weights:
         scored: number of units the NLLs are means of.
         start: what `values` were when the answer began, where they have moved since.
         path: what they were at the start of every 16 tokens of the answer, where they move and that was asked for.
+        explanation: of Pack.weigh with `explain`: what members gave each message and passage. Answers have their own.
     """
 
     values: tuple[float, ...]
@@ -41,6 +44,7 @@ class Weights:
     scored: int = 0
     start: tuple[float, ...] | None = None
     path: tuple[tuple[float, ...], ...] | None = None
+    explanation: Explanation | None = None
 
     @property
     def at_start(self) -> Weights:
@@ -88,4 +92,5 @@ class Weights:
             "note": self.note,
             "start": None if self.start is None else list(self.start),
             "path": None if self.path is None else [list(row) for row in self.path],
+            **({} if self.explanation is None else {"explanation": self.explanation.as_dict()}),
         }

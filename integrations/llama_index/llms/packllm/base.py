@@ -270,7 +270,10 @@ def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMe
 def _raw(generation: Generation) -> dict[str, Any]:
     """JSON-safe; `usage` is where LlamaIndex's TokenCountingHandler looks, `packllm` is all there is to know of it."""
     raw = generation.as_dict()
-    return {**raw, "packllm": {**raw["weights"], "usage": raw["usage"], "timings": raw["timings"]}}
+    told = {**raw["weights"], "usage": raw["usage"], "timings": raw["timings"]}
+    if generation.explanation is not None:
+        told["explanation"] = raw["explanation"]
+    return {**raw, "packllm": told}
 
 
 def _whole(reply: Reply[Response], generation: Generation) -> Response:

@@ -1,0 +1,58 @@
+"""PackReranker: a packllm.Pack that puts retrieved documents in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from pydantic import ConfigDict, Field
+
+import packllm
+from langchain_packllm.errors import typed
+
+
+class PackReranker(BaseDocumentCompressor):
+    """Several local language models that rate documents as one, by how well each explains the question (see
+    packllm.Pack.relevance).
+
+    The best documents come first, each with its rating in ``metadata["relevance_score"]``: log p(question | document)
+    in nats. For ``ContextualCompressionRetriever(base_compressor=PackReranker(pack=pack), base_retriever=...)``.
+
+    Raises:
+        PromptError: at the call, a blank question or a document without text.
+        ContextOverflowError: at the call, a document that is too long for a member.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    pack: packllm.Pack = Field(exclude=True, repr=False)
+    """The pack that rates."""
+    top_n: int | None = Field(default=None, ge=1)
+    """How many documents to give back; None: all."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the pack's for each rating."""
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """The top_n documents, the best first; of equals the earlier ones."""
+        with typed():
+            scores = self.pack.relevance(query, [one.page_content for one in documents], **self.options)
+        return self._best(documents, scores)
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """As compress_documents; never blocks the loop."""
+        with typed():
+            scores = await self.pack.arelevance(query, [one.page_content for one in documents], **self.options)
+        return self._best(documents, scores)
+
+    def _best(self, documents: Sequence[Document], scores: Sequence[float]) -> list[Document]:
+        order = sorted(range(len(documents)), key=lambda at: -scores[at])[: self.top_n]
+        return [
+            documents[at].model_copy(update={"metadata": {**documents[at].metadata, "relevance_score": scores[at]}})
+            for at in order
+        ]

@@ -1,0 +1,71 @@
+"""How well passages explain a question: fused log p(question | passage) (UPR, arXiv 2204.07496)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from packllm.chat.messages import Prompt
+from packllm.decode.line import Line
+from packllm.decode.request import Request
+from packllm.decode.score import fused_logprobs
+from packllm.decode.tokens import Slot
+from packllm.engines.member import Member
+from packllm.errors import ContextOverflowError, PromptError, shown
+
+INSTRUCTION = "Write a question that the following passage answers."
+NOT_RATING = {"score_on": None, "tools": (), "tool_choice": None, "json_schema": None, "explain": None, "passages": ()}
+"""Options of answers that a pack may have as defaults, and ratings leave out."""
+
+
+def check_question(question: Any, passages: Any) -> list[str]:
+    """The passages; PromptError for a question or a passage that is no text or blank."""
+    if not isinstance(question, str) or not question.strip():
+        raise PromptError(f"question={shown(question)}: give a text with at least one word")
+    if isinstance(passages, str | bytes) or not isinstance(passages, Sequence):
+        raise PromptError(f"passages must be a list of texts, not {shown(passages)}")
+    for at, passage in enumerate(passages):
+        if not isinstance(passage, str) or not passage.strip():
+            raise PromptError(f"passages[{at}]={shown(passage)} has no text; leave it out")
+    return list(passages)
+
+
+def asking(passage: str, chat: bool) -> Prompt:
+    """The prompt that a question to a passage follows. All begin with the instruction, which is read once."""
+    told = f"{INSTRUCTION}\n\nPassage: {passage.strip()}"
+    return [{"role": "user", "content": told}] if chat else f"{told}\n\nQuestion:"
+
+
+def asked(question: str, chat: bool) -> str:
+    """The question as it follows that prompt."""
+    return question.strip() if chat else f" {question.strip()}"
+
+
+def too_long(error: ContextOverflowError, question: str, members: Sequence[Member], at: int) -> ContextOverflowError:
+    """The error of a prompt as that of the passage in it."""
+    count = next(len(m.encoder.continuation(question)) for m in members if m.name == error.member)
+    return ContextOverflowError(error.member, error.limit, error.prompt_tokens, count, at)
+
+
+def check_fits(request: Request, question: str, at: Sequence[int]) -> None:
+    """ContextOverflowError that names a passage (their places are `at`) which does not fit with its question."""
+    for place, encoded in zip(at, request.encoded, strict=True):
+        for k, prompt in encoded.items():
+            member, window = request.members[k], request.members[k].context_window
+            count = len(member.encoder.continuation(question))
+            if window is not None and len(prompt.ids) + count > window:
+                raise ContextOverflowError(member.name, window, len(prompt.ids), count, place)
+
+
+def question_logprobs(request: Request, question: str) -> list[float]:
+    """log p of a question after each prompt of a request, in nats."""
+    request.share_beginning()
+    request.prefill()
+    rows = range(len(request.encoded))
+
+    def scores(lines: dict[Slot, Line]) -> list[float]:
+        return fused_logprobs(
+            request, lines, dict(zip(rows, request.weights, strict=True)), dict.fromkeys(rows, question)
+        )
+
+    return request.whole(scores)
