@@ -27,6 +27,12 @@ CALLS = {
     "packllm.Pack.agenerate": f"prompt cancel {OPTIONS}",
     "packllm.Pack.score": f"prompt continuations cancel {OPTIONS}",
     "packllm.Pack.rerank": f"prompt candidates cancel {OPTIONS}",
+    "packllm.Pack.relevance": f"question passages cancel {OPTIONS}",
+    "packllm.Pack.arelevance": f"question passages cancel {OPTIONS}",
+    "packllm.Explanation": "names weights unit messages passages tokens",
+    "packllm.Explanation.html": "",
+    "packllm.Explanation.plot": "",
+    "packllm.Explanation.as_dict": "",
     "packllm.Pack.count_tokens": f"prompt {OPTIONS}",
     "packllm.Pack.tokenize": "text",
     "packllm.Pack.check": OPTIONS,
@@ -48,7 +54,9 @@ CALLS = {
     "packllm.engines.base.Read": "sequence ids want",
     "langchain_packllm.PackLLM": f"models pack {OPTIONS}",
     "langchain_packllm.ChatPackLLM": f"models pack {OPTIONS}",
+    "langchain_packllm.PackReranker": "pack top_n options",
     "llama_index.llms.packllm.PackLLM": f"models pack {OPTIONS}",
+    "llama_index.postprocessor.packllm.PackRerank": "pack top_n options",
 }
 """Dotted name: names of arguments. What takes any keyword (**options) takes what Options has."""
 
