@@ -54,9 +54,7 @@ CALLS = {
     "packllm.engines.base.Read": "sequence ids want",
     "langchain_packllm.PackLLM": f"models pack {OPTIONS}",
     "langchain_packllm.ChatPackLLM": f"models pack {OPTIONS}",
-    "langchain_packllm.PackReranker": "pack top_n options",
     "llama_index.llms.packllm.PackLLM": f"models pack {OPTIONS}",
-    "llama_index.postprocessor.packllm.PackRerank": "pack top_n options",
 }
 """Dotted name: names of arguments. What takes any keyword (**options) takes what Options has."""
 

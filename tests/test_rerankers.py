@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 from conftest import TextPack
 
-from packllm import ContextOverflowError, PromptError
+from packllm import ContextOverflowError, Pack, PromptError
 
 QUESTION = "What is the capital of France?"
 PASSAGES = [
@@ -83,3 +85,12 @@ def test_llama_index_nodes(rated):
     with pytest.raises(PromptError, match=r"passages\[1\]"):
         reranker.postprocess_nodes([nodes[0], NodeWithScore(node=ImageNode(image="aGk="))], query_str=QUESTION)
     assert "pack" not in reranker.to_dict()
+
+
+def test_the_documented_program_runs(members, monkeypatch, capsys):
+    pytest.importorskip("langchain_packllm")
+    page = (Path(__file__).parents[1] / "docs" / "rerank.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.setattr(Pack, "starter", classmethod(lambda cls: Pack(members)))
+    exec(compile(program, "rerank.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 1
