@@ -16,6 +16,7 @@ from serving import CORPUS, Broken, Served, english
 
 import packllm
 from packllm import AnswerTimeout, CancelledError, LoadError, MemberError, OptionError, Pack, PackError, VocabularyError
+from packllm.decode.relevance import asked, asking
 from packllm.engines.server import http
 from packllm.engines.server.address import Address
 from packllm.engines.server.answers import aligned
@@ -651,3 +652,28 @@ def test_memory_and_prior_of_a_pack_with_a_server(serve, minds):
     assert pack.weigh(QUESTION, prior={"near": 0.7, "far": 0.3}).values == pytest.approx((0.7, 0.3))
     two = pack.generate_batch([QUESTION], n=2, temperature=1.0, seed=1, max_tokens=6)[0]
     assert [one.usage.servers["far"]["requests"] > 0 for one in two] == [True, True]
+
+
+def test_passages_are_rated_and_explained_with_servers(serve, minds):
+    passages = [CORPUS[0], CORPUS[2]]
+    mixed, both = Pack.load([minds[0], serve().spec()], max_tokens=8), {"near": 0.5, "far": 0.5}
+    chat = mixed.has_chat_template
+    expected = [mixed.score(asking(one, chat), [asked(QUESTION, chat)], weighting=both)[0] for one in passages]
+    assert mixed.relevance(QUESTION, passages, weighting=both) == pytest.approx(expected, rel=1e-4)
+    prompt = " ".join([*passages, QUESTION])
+    answer = mixed.generate(prompt, passages=passages, min_weight=0.0)
+    told = answer.explanation
+    assert told.unit == "word"
+    assert "".join(token.text for token in told.tokens) == answer.text
+    for one in told.passages:
+        assert set(one.perplexity) == {"near", "far"}
+        assert all(value > 1 for value in one.perplexity.values())
+        assert sum(one.share.values()) == pytest.approx(1)
+    author = Pack.load([minds[0], serve(author=True).spec()], weighting="uniform", max_tokens=8)
+    (message,) = author.generate(prompt, explain=True).explanation.messages
+    assert message.perplexity["far"] is None
+    assert message.share == {"near": 1.0, "far": 0.0}
+    alone = Pack.load([serve(author=True).spec()], weighting="uniform", max_tokens=8)
+    assert alone.generate(prompt, explain=True).explanation.messages[0].share == {}
+    with pytest.raises(OptionError, match="nobody can judge"):
+        alone.relevance(QUESTION, passages)

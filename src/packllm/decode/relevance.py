@@ -7,10 +7,11 @@ from typing import Any
 
 from packllm.chat.messages import Prompt
 from packllm.decode.line import Line
+from packllm.decode.remote import ServerLine
 from packllm.decode.request import Request
 from packllm.decode.score import fused_logprobs
 from packllm.decode.tokens import Slot
-from packllm.engines.member import Member
+from packllm.engines.member import Author
 from packllm.errors import ContextOverflowError, PromptError, shown
 
 INSTRUCTION = "Write a question that the following passage answers."
@@ -41,7 +42,7 @@ def asked(question: str, chat: bool) -> str:
     return question.strip() if chat else f" {question.strip()}"
 
 
-def too_long(error: ContextOverflowError, question: str, members: Sequence[Member], at: int) -> ContextOverflowError:
+def too_long(error: ContextOverflowError, question: str, members: Sequence[Author], at: int) -> ContextOverflowError:
     """The error of a prompt as that of the passage in it."""
     count = next(len(m.encoder.continuation(question)) for m in members if m.name == error.member)
     return ContextOverflowError(error.member, error.limit, error.prompt_tokens, count, at)
@@ -63,7 +64,7 @@ def question_logprobs(request: Request, question: str) -> list[float]:
     request.prefill()
     rows = range(len(request.encoded))
 
-    def scores(lines: dict[Slot, Line]) -> list[float]:
+    def scores(lines: dict[Slot, Line | ServerLine]) -> list[float]:
         return fused_logprobs(
             request, lines, dict(zip(rows, request.weights, strict=True)), dict.fromkeys(rows, question)
         )
