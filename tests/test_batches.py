@@ -17,7 +17,7 @@ from lines import lines
 from packllm import Generation, Member
 from packllm.decode.line import read_lines
 from packllm.engines.load import Loader
-from packllm.pack import _grouped
+from packllm.ratings import grouped
 
 LONG = "The court shall order relief under chapter 7 unless the debtor objects within 30 days of the notice. " * 3
 PROMPTS = [
@@ -127,10 +127,10 @@ def test_rows_that_finish_leave_the_batch(make_member):
 
 def test_prompts_of_one_length_are_padded_little(make_pack):
     prompts = [LONG[: 10 + 30 * (at % 5)] for at in range(20)]
-    groups = _grouped(prompts, 4)
+    groups = grouped(prompts, 4)
     assert sorted(at for group in groups for at in group) == list(range(20))
     assert all(len({len(prompts[at]) for at in group}) == 1 for group in groups)
-    assert _grouped(prompts[:4], 4) == [[0, 1, 2, 3]]
+    assert grouped(prompts[:4], 4) == [[0, 1, 2, 3]]
     pack = make_pack(max_tokens=3)
     texts = [""] * 20
     for index, chunk in pack.stream_batch(prompts, batch_size=4):

@@ -1,0 +1,177 @@
+"""What a pack makes of texts that are there already: their likelihood, a choice among labels, passages in order."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import aclosing, closing
+from functools import partial
+from threading import Event
+from typing import Any
+
+from packllm.asynchronous import iterate
+from packllm.chat.prompt import Prompt, check
+from packllm.decode import decodings
+from packllm.decode.cancel import Stop, Stream
+from packllm.decode.decide import Decision, check_choices, decision
+from packllm.decode.line import Line
+from packllm.decode.relevance import NOT_RATING, asked, asking, check_fits, check_question, question_logprobs, too_long
+from packllm.decode.remote import ServerLine
+from packllm.decode.request import Request
+from packllm.decode.score import fused_logprobs, member_logprobs
+from packllm.decode.tokens import Slot
+from packllm.errors import ContextOverflowError, PromptError, shown
+from packllm.members import Members
+from packllm.options import Options
+from packllm.weights import Weights
+
+
+class Ratings(Members):
+    """Members that rate texts together. See Pack."""
+
+    def score(
+        self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[float]:
+        """Fused log-likelihood of each continuation, in nats: token by token where the members share a vocabulary,
+        else by the words that end at token boundaries of all of them.
+
+        Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
+        own ids: no token crosses the boundary. A prompt given as text is taken as it is, unless chat_template=True.
+        All are scored by the same members: where one fails and is done without, all are scored again. Other arguments
+        and errors as stream().
+        """
+        texts = continuations if isinstance(continuations, list | tuple) else ()
+        if not isinstance(continuations, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+            raise PromptError(f"continuations must be a list of non-empty strings, not {shown(continuations)}")
+        for text in continuations:
+            check(text, chat_template=False)
+        checked = self.check(**options)
+        if checked.chat_template is None:
+            checked = checked.model_copy(update={"chat_template": False})
+        return self._scored(prompt, continuations, checked, cancel, alone=False)[0]
+
+    def decide(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        calibrated: bool = False,
+        cancel: Event | None = None,
+        **options: Any,
+    ) -> Decision:
+        """Which of several labels the pack would answer a prompt with, and how sure it and its members are.
+
+        Args:
+            choices: two or more labels, of any length in tokens, as they would follow the prompt.
+            calibrated: divide each label's likelihood by the one it has after an empty prompt ("N/A"), so that a label
+                that is likely anywhere has no advantage.
+
+        Raises:
+            OptionError: labels that are empty or equal. Others as stream().
+        """
+        labels, checked = check_choices(choices), self.check(**options)
+        fused, members, weights = self._scored(prompt, labels, checked, cancel)
+        if not calibrated:
+            return decision(labels, fused, members, weights)
+        shares = {name: value for name, value in zip(weights.names, weights.values, strict=True) if value}
+        same = checked.override({"weighting": shares, "pool": weights.pool, "score_on": None})
+        nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
+        return decision(labels, fused, members, weights, self._scored(nothing, labels, same, cancel, alone=False)[0])
+
+    def _scored(
+        self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
+    ) -> tuple[list[float], dict[str, list[float]], Weights]:
+        """log p of each text after a prompt: fused, and (alone) by each member that runs; and the weights."""
+        with closing(self._request([prompt], checked)) as request:
+            request.stop = Stop(cancel)
+            ids = {k: [request.members[k].encoder.continuation(text) for text in texts] for k in request.encoded[0]}
+            request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
+            request.prefill()
+
+            def scores(lines: dict[Slot, Line | ServerLine]) -> tuple[list[float], dict[str, list[float]]]:
+                rows = range(len(texts))
+                at_end = {(k, r): line for (k, _), line in lines.items() for r in rows}
+                weights = dict.fromkeys(rows, request.weights[0])
+                fused = fused_logprobs(request, at_end, weights, dict(enumerate(texts)))
+                return fused, member_logprobs({k: line for (k, _), line in lines.items()}, texts) if alone else {}
+
+            return *request.whole(scores), request.weights[0]
+
+    def relevance(
+        self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[float]:
+        """How well each passage explains a question: fused log p(question | passage), in nats (UPR, arXiv 2204.07496).
+        Higher is better; a constant that depends on the question alone is in all of them.
+
+        The members read an instruction, then the passage, and rate the question as score() does, under the weights
+        that this prompt gives. `batch_size` passages are read together, the instruction once for all of them; passages
+        that were read lately are not read again for another question (see the option prefix_cache_mb).
+
+        Raises:
+            PromptError: the question or a passage is blank.
+            ContextOverflowError: a passage (see its `passage`) and the question do not fit a member; before anything
+                runs. Others as stream().
+        """
+        groups = self._relevances(question, passages, self.check(**options), Stop(cancel))
+        return _in_order(pair for group in groups for pair in group)
+
+    async def arelevance(
+        self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[float]:
+        """relevance() for asyncio, as astream()."""
+        start = partial(self._relevances, question, passages, self.check(**options), Stop(cancel))
+        async with aclosing(iterate(start)) as groups:
+            return _in_order([pair async for group in groups for pair in group])
+
+    def _relevances(
+        self, question: str, passages: Sequence[str], checked: Options, stop: Stop
+    ) -> Generator[list[tuple[int, float]], None, None]:
+        """(index of a passage, its rating), group by group."""
+        texts, chat = check_question(question, passages), self._wraps("", checked)
+        checked = checked.model_copy(update=NOT_RATING)
+        prompts, text = [asking(passage, chat) for passage in texts], asked(question, chat)
+
+        def opened(group: Sequence[int]) -> Request:
+            try:
+                request = self._request([prompts[at] for at in group], checked)
+            except ContextOverflowError as error:
+                if len(group) == 1:
+                    raise too_long(error, text, self.members, group[0]) from None
+                for at in group:
+                    opened([at])
+                raise
+            check_fits(request, text, group)
+            request.stop = stop
+            return request
+
+        size = 1 if decodings.find(checked.decoding).mapped else checked.batch_size
+        requests = [(group, opened(group)) for group in grouped(prompts, size)]
+
+        def rated() -> Generator[list[tuple[int, float]], None, None]:
+            for group, request in requests:
+                with closing(request):
+                    yield list(zip(group, question_logprobs(request, text), strict=True))
+
+        return Stream(rated(), stop)
+
+    def rerank(
+        self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
+    ) -> list[tuple[str, float]]:
+        """Candidates with their fused log-likelihood in nats per byte, best first; ties keep their order.
+        Arguments and errors as score()."""
+        scores = self.score(prompt, candidates, cancel=cancel, **options)
+        rated = [(text, score / len(text.encode())) for text, score in zip(candidates, scores, strict=True)]
+        return sorted(rated, key=lambda pair: -pair[1])
+
+
+def _in_order(pairs: Iterable[tuple[int, float]]) -> list[float]:
+    """The values of (index, value), by index."""
+    return [value for _, value in sorted(pairs)]
+
+
+def grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Indices of the prompts that are decoded together: of more than fit, those of about one length, so that little
+    is padded."""
+    order = list(range(len(prompts)))
+    if len(order) > size:
+        order.sort(key=lambda at: len(str(prompts[at])))
+    return [order[at : at + size] for at in range(0, len(order), size)]
