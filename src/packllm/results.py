@@ -152,7 +152,8 @@ class Chunk:
     `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
     every chunk: where they move, the first one has those that the answer started from, and the last one what became of
     them. `finish_reason`, `usage`, `timings` and `decoding`, how it was written, are on the last one only. `logprobs`,
-    where the option asks for them, are of the tokens since the last chunk.
+    where the option asks for them, are of the tokens since the last chunk, and `end`, on the last one, is of the token
+    that ended the answer, where one did.
     """
 
     text: str
@@ -163,6 +164,7 @@ class Chunk:
     reasoning: str = ""
     decoding: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    end: TokenLogprob | None = None
 
 
 @dataclass(frozen=True)

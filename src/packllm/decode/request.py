@@ -102,7 +102,7 @@ class Request:
         self.weights: list[Weights] = []
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
-        self._prefixes = prefixes if options.prefix_cache_mb else None
+        self._prefixes = prefixes.salted(options.cache_salt) if prefixes and options.prefix_cache_mb else None
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
     def _encode(self, member: Author, prompt: Prompt) -> Encoded:
