@@ -1,4 +1,4 @@
-"""packllm ask | weigh | check | eval | bench | distill | align | calibrate: the pack on the command line."""
+"""packllm ask | weigh | check | serve | eval | bench | distill | align | calibrate: the pack on the command line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help shoul
     from packllm.pack import Pack
     from packllm.weights import Weights
 
+ELSEWHERE = {"eval": ("packllm_eval.command", "eval"), "serve": ("packllm.serve.command", "serve")}
+"""Modules of commands, each with the extra that it needs."""
+
 BAR = 20  # characters of a weight of 1
 
 
 class Commands(typer.core.TyperGroup):
-    """Commands whose expected errors are one red line on stderr and exit code 2. Those of `eval` are in a package of
-    their own, which is imported when they are called."""
+    """Commands whose expected errors are one red line on stderr and exit code 2. Those of ELSEWHERE are imported when
+    they are called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[:1] == ["eval"]:
-            return "eval", typer.main.get_command(_evaluation("command").app), args[1:]
+        if args and args[0] in ELSEWHERE:
+            return args[0], typer.main.get_command(_elsewhere(*ELSEWHERE[args[0]]).app), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -105,10 +108,15 @@ def evaluate() -> None:
     """Compare the pack with its members and with rivals on your own files."""
 
 
-def _evaluation(part: str, extra: str = "eval") -> Any:
-    """A module of the evaluation package; ExtraError where it is not installed, or something it needs."""
+@app.command()
+def serve() -> None:
+    """Serve the pack behind OpenAI's protocol."""
+
+
+def _elsewhere(module: str, extra: str) -> Any:
+    """A module of another package; ExtraError where it is not installed, or something it needs."""
     try:
-        return importlib.import_module(f"packllm_eval.{part}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ExtraError("this command", str(error.name).partition(".")[0], extra) from error
 
@@ -319,7 +327,7 @@ def bench(
     packllm bench --model ./base --tokens 256 --repeat 5 | tail -n 1
     """
     _quieten()
-    benchmark = _evaluation("bench")
+    benchmark = _elsewhere("packllm_eval.bench", "eval")
     report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick, only=only or ())
     benchmark.show(report, Console())
     typer.echo(json.dumps(report.as_dict()))
@@ -366,7 +374,7 @@ def distill(
 
     packllm distill a.txt b.txt -m ./base -m ./base+./law --student base --out one && packllm ask "Who?" -m one
     """
-    distilling = _evaluation("distill.command", "distill")
+    distilling = _elsewhere("packllm_eval.distill.command", "distill")
     training = distilling.Training(full, rank, epochs, batch_size, rate, seed)
     texts, others = distilling.texts(files, held_out or [], documents, compared, seed)
     pack = _load(model, _options(weighting, option, {}))

@@ -192,6 +192,9 @@ class OptionFields(BaseModel):
     prefix_cache_mb: Count = Field(1024, ge=0)
     """Most MiB of keys and values of recent prompts that the pack keeps, so that the next prompt over the same
     context or conversation reads only what is new; a property of the pack. 0, also of a request: keep and use none."""
+    cache_salt: str | None = Field(None, min_length=1)
+    """Whose request it is: what is kept of recent prompts is used for those of the same salt alone, so that neither the
+    time of an answer nor cached_tokens tells one user what another asked. None is a salt of its own."""
 
 
 class Options(OptionFields):

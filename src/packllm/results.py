@@ -153,7 +153,8 @@ class Chunk:
     `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
     every chunk: where they move, the first one has those that the answer started from, and the last one what became of
     them. `finish_reason`, `usage`, `timings` and `decoding`, how it was written, are on the last one only. `logprobs`,
-    where the option asks for them, are of the tokens since the last chunk; `explanation`, likewise, is on the last one.
+    where the option asks for them, are of the tokens since the last chunk. On the last one there are
+    `explanation`, where it is asked for, and `end`, of the token that ended the answer, where one did.
     """
 
     text: str
@@ -165,6 +166,7 @@ class Chunk:
     decoding: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     explanation: Explanation | None = None
+    end: TokenLogprob | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from packllm.align.vocabulary import Vocabulary, tokenizer_json
-from packllm.chat.formatted import Formatted
+from packllm.chat.formatted import Formatted, Tokens
 from packllm.chat.messages import ROLES, Message, Prompt, check, check_unicode
 from packllm.chat.rendering import PLAIN_TEMPLATE, Renderer, cut
 from packllm.chat.traced import ASTRAY, TEMPLATE, Traced, content, runs_of
@@ -162,6 +162,9 @@ class Encoder:
             check_unicode(text)
             words = {i: m.get("content") or "" for i, m in enumerate(prompt) if m["role"] == "user"}
         scored = places(words, score_on)
+        if isinstance(prompt, Tokens) and (given := prompt.ids_in(self.vocabulary)) is not None:
+            spans = _spans(scored, [(0, 0, 0, len(prompt))])
+            return Encoded(list(given), scored_text(words, scored), *_positions(prompt.offsets, spans, 0))
         written, runs = self._written(text)
         if prefix and any(written.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
             prefix = []

@@ -131,7 +131,9 @@ def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple
         rows[r].done = reason is not None
         if reason is not None:
             usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent(), logprobs=rows[r].told())
+            logprobs, recorder = rows[r].told(), rows[r].recorder
+            end = None if recorder is None else recorder.end
+            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent(), logprobs=logprobs, end=end)
         elif text:
             yield r, Chunk(text, rows[r].weights, logprobs=rows[r].told())
 

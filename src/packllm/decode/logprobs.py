@@ -20,13 +20,17 @@ class Recorder:
 
     Args:
         vocabulary: what the tokens mean.
-        ends: ids that end an answer, which are not kept.
+        ends: ids that end an answer; the one that does is kept apart.
         names: of the members, by index.
         top: how many alternatives to keep for each token.
+
+    Attributes:
+        end: of the token that ended the answer.
     """
 
     def __init__(self, vocabulary: Vocabulary, ends: Collection[int], names: Sequence[str], top: int) -> None:
         self._vocabulary, self._ends, self._names, self._top = vocabulary, ends, names, top
+        self.end: TokenLogprob | None = None
         self._kept: list[TokenLogprob] = []
         self._seen: Tensor | None = None
 
@@ -49,8 +53,6 @@ class Recorder:
             parts: by index of the member, (V_k,) its log-probabilities.
         """
         seen, self._seen = fused if self._seen is None else self._seen, None
-        if token in self._ends:
-            return
         logprobs = seen.log_softmax(-1)
         best, ids = torch.topk(logprobs, min(self._top, len(logprobs)))
         top = [i for i, value in zip(ids.tolist(), best.tolist(), strict=True) if value > _RULED_OUT]
@@ -61,7 +63,11 @@ class Recorder:
             self._told(i, given[at], {name: values[at] for name, values in members.items()})
             for at, i in enumerate(asked)
         ]
-        self._kept.append(replace(told[0], top_logprobs=tuple(told[1:])))
+        noted = replace(told[0], top_logprobs=tuple(told[1:]))
+        if token in self._ends:
+            self.end = noted
+        else:
+            self._kept.append(noted)
 
     def _told(self, token: int, logprob: float, members: dict[str, float]) -> TokenLogprob:
         spelled, text = b"", b""

@@ -114,7 +114,8 @@ class Request:
         self.evidence: list[tuple[Sequence[int], Common]] = []
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
-        self._prefixes: Prefixes | None = prefixes if options.prefix_cache_mb else None
+        salted = prefixes.salted(options.cache_salt) if prefixes and options.prefix_cache_mb else None
+        self._prefixes: Prefixes | None = salted
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
     def _encode(self, member: Author, prompt: Prompt) -> Encoded:

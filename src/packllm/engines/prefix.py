@@ -15,11 +15,12 @@ MINIMUM = 64
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A sequence that nothing is read into any more, and the bytes that it holds."""
+    """A sequence that nothing is read into any more, the bytes that it holds, and whose it is."""
 
     adapter: int | None
     sequence: Sequence
     nbytes: int
+    salt: str | None
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,19 @@ class PrefixCache:
         self._hits = self._misses = self._tokens = self._evicted = 0
         self._closed = False
 
-    def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
-        """The kept sequence of these weights that begins most like `ids`, and how many first ids are the same; where an
-        engine cannot go back, `ids` go on from its end."""
+    def salted(self, salt: str | None) -> Salted:
+        """The prompts that were kept under this salt, and no others."""
+        return Salted(self, salt)
+
+    def longest(
+        self, engine: Engine, adapter: int | None, ids: List[int], salt: str | None = None
+    ) -> tuple[Sequence, int] | None:
+        """The kept sequence of these weights, under this salt, that begins most like `ids`, and how many first ids are
+        the same; where an engine cannot go back, `ids` go on from its end."""
         with self._lock:
             same = []
             for at, kept in enumerate(self._kept):
-                count = common(kept.sequence.ids, ids) if _of(kept, engine, adapter) else 0
+                count = common(kept.sequence.ids, ids) if _of(kept, engine, adapter, salt) else 0
                 if engine.rewinds or count == len(kept.sequence.ids):
                     same.append((count, at))
             count, at = max(same, default=(0, 0))
@@ -78,12 +85,12 @@ class PrefixCache:
             self._misses += tokens == 0
             self._tokens += tokens
 
-    def keep(self, adapter: int | None, sequence: Sequence, nbytes: int) -> None:
+    def keep(self, adapter: int | None, sequence: Sequence, nbytes: int, salt: str | None = None) -> None:
         """Keep a sequence, which nobody else uses; it is closed when its time has come."""
         gone = [sequence]
         with self._lock:
             if not self._closed and nbytes <= self.limit:
-                new = Kept(adapter, sequence, nbytes)
+                new = Kept(adapter, sequence, nbytes, salt)
                 gone = [old.sequence for old in self._kept if _covers(new, old)]
                 self._kept = [*(old for old in self._kept if not _covers(new, old)), new]
                 while sum(kept.nbytes for kept in self._kept) > self.limit:
@@ -140,18 +147,35 @@ class Beginnings:
             self._kept.keep(adapter, sequence, nbytes)
 
 
+@dataclass(frozen=True)
+class Salted:
+    """The part of a cache that one salt's requests share: base.Prefixes."""
+
+    cache: PrefixCache
+    salt: str | None
+
+    def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
+        return self.cache.longest(engine, adapter, ids, self.salt)
+
+    def note(self, tokens: int) -> None:
+        self.cache.note(tokens)
+
+    def keep(self, adapter: int | None, sequence: Sequence, nbytes: int) -> None:
+        self.cache.keep(adapter, sequence, nbytes, self.salt)
+
+
 def common(ours: List[int], theirs: List[int]) -> int:
     """How many first ids are the same."""
     most = min(len(ours), len(theirs))
     return bisect_left(range(1, most + 1), True, key=lambda count: ours[:count] != theirs[:count])
 
 
-def _of(kept: Kept, engine: Engine, adapter: int | None) -> bool:
-    return kept.sequence.engine is engine and kept.adapter == adapter
+def _of(kept: Kept, engine: Engine, adapter: int | None, salt: str | None) -> bool:
+    return kept.sequence.engine is engine and kept.adapter == adapter and kept.salt == salt
 
 
 def _covers(new: Kept, old: Kept) -> bool:
     """Whether the older one is of no use beside the newer: all but its last few tokens begin that too."""
-    if not _of(old, new.sequence.engine, new.adapter) or not new.sequence.engine.rewinds:
+    if not _of(old, new.sequence.engine, new.adapter, new.salt) or not new.sequence.engine.rewinds:
         return False
     return common(new.sequence.ids, old.sequence.ids) > len(old.sequence.ids) - MINIMUM

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of a pack (extra `serve`): app.py has the routes, command.py `packllm serve`."""

@@ -1,0 +1,63 @@
+"""How many requests run at once, how many wait, and who is sent away."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from packllm.serve.errors import ServeError
+
+
+class Places:
+    """Places for requests that run; those beyond wait in order.
+
+    Args:
+        most: requests that run at once; their reads share the members' passes.
+        queue: requests that may wait.
+
+    Attributes:
+        running, waiting: requests, now.
+    """
+
+    def __init__(self, most: int, queue: int) -> None:
+        self.most, self.queue = most, queue
+        self.running = self.waiting = 0
+        self._free = asyncio.Semaphore(most)
+        self._took: deque[float] = deque([1.0], maxlen=32)  # seconds of the last ones
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A place, while this is open.
+
+        Raises:
+            ServeError: 429, as many wait as may.
+        """
+        if self._free.locked() and self.waiting >= self.queue:
+            raise ServeError(
+                429,
+                f"{self.running} requests run and {self.waiting} wait; come again later",
+                "queue_full",
+                retry_after=str(self._later()),
+            )
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._took.append(time.monotonic() - started)
+            self.running -= 1
+            self._free.release()
+
+    def _later(self) -> int:
+        """Seconds after which there should be room."""
+        mean = sum(self._took) / len(self._took)
+        return min(60, max(1, math.ceil(mean * (self.waiting + 1) / self.most)))

@@ -1,0 +1,100 @@
+"""What the endpoints for text have in common: answers as they grow, and what is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from threading import Event
+from typing import Any, TypeVar
+
+from packllm.chat.messages import Prompt
+from packllm.pack import Pack
+from packllm.results import Chunk, TokenLogprob, Usage
+from packllm.serve.metrics import Metrics
+from packllm.weights import Weights
+
+T = TypeVar("T")
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+class Told:
+    """What is told of one answer beside its text, as it grows.
+
+    Attributes:
+        usage: once it is whole.
+    """
+
+    def __init__(self) -> None:
+        self.start: Weights | None = None
+        self._now: Weights | None = None
+        self.usage: Usage | None = None
+
+    def feed(self, chunk: Chunk) -> dict[str, Any] | None:
+        """What a chunk tells that was not told: weights at the start, where they moved, and at the end, all."""
+        moved = chunk.weights is not self._now and chunk.weights != self._now
+        self._now = chunk.weights
+        if self.start is None:
+            self.start = chunk.weights
+        if chunk.finish_reason is not None:
+            self.usage = chunk.usage
+            weights = {"start": self.start.as_dict(), "end": chunk.weights.as_dict()}
+            return {"weights": weights, "timings": chunk.timings}
+        if not moved:
+            return None
+        name = "start" if chunk.weights is self.start else "now"
+        return {"weights": {name: chunk.weights.as_dict()}}
+
+
+async def answers(
+    pack: Pack, prompts: Sequence[Prompt], options: dict[str, Any], n: int | None, metrics: Metrics
+) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Pack.astream_batch, counted."""
+    count: dict[str, Any] = {} if n is None else {"n": n}
+    started = metrics.now()
+    first: dict[int, float] = {}
+    async with aclosing(pack.astream_batch(prompts, **options, **count)) as chunks:
+        async for index, chunk in chunks:
+            if index not in first:
+                first[index] = metrics.first(started)
+            if chunk.finish_reason is not None:
+                metrics.answered(chunk, first[index])
+            yield index, chunk
+
+
+def usage_of(usages: Iterable[Usage | None], n: int = 1) -> dict[str, Any]:
+    """OpenAI's counts of several answers, n to each prompt, which counts once."""
+    found = [usage for usage in usages if usage is not None]
+    prompt = sum(usage.prompt_tokens for usage in found[::n])
+    cached = sum(usage.cached_tokens for usage in found[::n])
+    completion = sum(usage.completion_tokens for usage in found)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in found),
+            "rejected_prediction_tokens": sum(usage.drafted_tokens - usage.accepted_tokens for usage in found),
+        },
+    }
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    """As /v1/chat/completions has them."""
+    return None if tokens is None else {"content": [token.as_dict() for token in tokens], "refusal": None}
+
+
+async def in_thread(work: Callable[[Event], T]) -> T:
+    """What blocking work gives, in a thread of its own; the event is set where nobody waits any more."""
+    cancel, thread = Event(), ThreadPoolExecutor(1, "packllm")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, work, cancel)
+    finally:
+        cancel.set()
+        thread.shutdown(wait=False)

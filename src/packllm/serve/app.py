@@ -1,0 +1,186 @@
+"""The app: routes, and what stands before all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.resources import files
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from packllm import __version__
+from packllm.pack import Pack
+from packllm.serve import chat, completions, responses, scores, tokens
+from packllm.serve.admission import Places
+from packllm.serve.doors import Doors
+from packllm.serve.errors import ServeError, dumps, response_of
+from packllm.serve.metrics import Metrics
+from packllm.serve.models import Models, Served
+from packllm.serve.protocol import (
+    PACK,
+    Body,
+    Chat,
+    Completion,
+    Decide,
+    Detokenize,
+    Rerank,
+    Responses,
+    Sampled,
+    Score,
+    Tokenize,
+)
+from packllm.serve.reply import Events, Reply, named
+from packllm.serve.settings import Settings
+
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+logger = logging.getLogger("packllm.serve")
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        pack: what answers; None: it comes later, see ready().
+    """
+
+    def __init__(self, pack: Pack | None, settings: Settings) -> None:
+        self.settings = settings
+        self.places = Places(settings.running, settings.queue)
+        self.metrics = Metrics(self.places)
+        self._models: Models | None = None
+        if pack is not None:
+            self.ready(pack)
+
+    def ready(self, pack: Pack) -> None:
+        """From now on requests are answered."""
+        self.metrics.watch(pack)
+        self._models = Models(pack)
+
+    @property
+    def models(self) -> Models:
+        """
+        Raises:
+            ServeError: 503, they are being loaded.
+        """
+        if self._models is None:
+            raise ServeError(503, "the models are being loaded; come again soon", "loading", retry_after="2")
+        return self._models
+
+    def reply(self, body: Body, work: Callable[[Served], Events]) -> Reply:
+        """What a model makes of a request, once it has a place."""
+        served = self.models.find(body.model)
+        if self.settings.log_prompts:
+            logger.info("%s", body.model_dump_json(exclude_unset=True))
+        seconds = min(self.settings.timeout, body.timeout or self.settings.timeout)
+        if isinstance(body, Responses):
+            return Reply(self.places, work(served), body.stream, seconds, frame=named, end=b"")
+        return Reply(self.places, work(served), isinstance(body, Sampled) and body.stream, seconds)
+
+    def limit(self, count: int, what: str) -> None:
+        """ServeError where one request asks for more than it may."""
+        if count > self.settings.texts:
+            raise ServeError(400, f"{count} {what} in one request; at most {self.settings.texts} are taken", "too_many")
+
+
+def create_app(pack: Pack | None = None, settings: Settings | None = None) -> FastAPI:
+    """An ASGI app that serves a pack.
+
+    Args:
+        pack: what answers; None: it is loaded elsewhere and given to app.state.server.ready(). Requests before that
+            are answered with 503.
+        settings: how.
+    """
+    settings = settings or Settings()
+    app = FastAPI(title="packllm", version=__version__, docs_url=None, redoc_url=None)
+    server = app.state.server = Server(pack, settings)
+    app.add_middleware(Doors, settings=settings, metrics=server.metrics)
+    if settings.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
+    for kind in (HTTPException, RequestValidationError):  # FastAPI tells of these in a form of its own
+        app.add_exception_handler(kind, lambda _, error: response_of(error))
+    _add_routes(app, server)
+    return app
+
+
+def _add_routes(app: FastAPI, server: Server) -> None:
+    page = (files("packllm.serve") / "page.html").read_bytes()
+
+    @app.get("/")
+    def chat_page() -> Response:
+        return Response(page, media_type="text/html", headers={"content-security-policy": _PAGE_POLICY})
+
+    @app.get("/health")
+    def health() -> Response:
+        return _json({"status": "ok", "models": [served.name for served in server.models]})
+
+    @app.get("/version")
+    def version() -> Response:
+        return _json({"version": __version__})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    def models() -> Response:
+        found = server.models
+        return _json({"object": "list", "data": [served.as_dict(found.created) for served in found]})
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> Response:
+        return _json(server.models.find(name).as_dict(server.models.created))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: Chat) -> Response:
+        server.limit(body.n or 1, "answers (n)")
+        return server.reply(body, lambda served: chat.completion(served, body, server.metrics))
+
+    @app.post("/v1/completions")
+    async def text_completions(body: Completion) -> Response:
+        server.limit(len(body.prompts) * (body.n or 1), "answers (prompts times n)")
+        return server.reply(body, lambda served: completions.completion(served, body, server.metrics))
+
+    @app.post("/v1/responses")
+    async def make_response(body: Responses) -> Response:
+        return server.reply(body, lambda served: responses.response(served, body, server.metrics))
+
+    @app.post("/v1/score")
+    @app.post("/score")
+    async def score(body: Score) -> Response:
+        server.limit(max(len(body.texts(body.text_1)), len(body.texts(body.text_2))), "texts")
+        return server.reply(body, lambda served: scores.score(served, body))
+
+    @app.post("/v1/rerank")
+    @app.post("/rerank")
+    async def rerank(body: Rerank) -> Response:
+        server.limit(len(body.documents), "documents")
+        return server.reply(body, lambda served: scores.rerank(served, body))
+
+    @app.post("/v1/decisions")
+    async def decide(body: Decide) -> Response:
+        server.limit(len(body.choices), "choices")
+        return server.reply(body, lambda served: scores.decide(served, body))
+
+    @app.post("/tokenize")
+    def tokenize(body: Tokenize) -> Response:
+        return _json(tokens.tokenize(server.models.find(body.model), body))
+
+    @app.post("/detokenize")
+    def detokenize(body: Detokenize) -> Response:
+        return _json(tokens.detokenize(server.models.find(body.model), body))
+
+    @app.get("/tokenizer_info")
+    def tokenizer_info() -> Response:
+        return _json(tokens.info(server.models.find(PACK)))
+
+
+def _json(value: object) -> Response:
+    return Response(dumps(value), media_type="application/json")

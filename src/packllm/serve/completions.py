@@ -1,0 +1,154 @@
+"""POST /v1/completions: texts that are continued as they are."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from packllm.chat.formatted import Tokens
+from packllm.chat.messages import Prompt
+from packllm.results import Chunk, TokenLogprob
+from packllm.serve.answers import Told, answers, in_thread, new_id, usage_of
+from packllm.serve.metrics import Metrics
+from packllm.serve.models import Served
+from packllm.serve.protocol import Completion
+from packllm.serve.reading import Reading, read
+from packllm.serve.reply import Events
+
+
+class Text:
+    """One completion as it grows.
+
+    Args:
+        body: what was asked.
+        before: the prompt, where it is echoed.
+        reading: the prompt's tokens, where they are asked for.
+    """
+
+    def __init__(self, body: Completion, before: str, reading: Reading | None) -> None:
+        self._body, self._reading = body, reading
+        self.told = Told()
+        self._offset = len(before)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending = before
+        self._pieces: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
+        self._first = reading if body.echo else None
+
+    def feed(self, chunk: Chunk) -> tuple[str, dict[str, Any] | None]:
+        """A chunk's piece of text with its log-probabilities."""
+        text, self._pending = self._pending + chunk.text, ""
+        self._pieces.append(text)
+        if self._body.logprobs is None:
+            return text, None
+        tokens = [*(chunk.logprobs or ()), *([chunk.end] if chunk.end else ())]
+        logprobs = self._listed(tokens)
+        self._logprobs.append(logprobs)
+        return text, logprobs
+
+    def _listed(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """OpenAI's four lists, with those of the prompt before the first."""
+        spelled, top = self._body.spelled, self._body.logprobs or 0
+        names: list[str] = []
+        given: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        reading, self._first = self._first, None
+        if reading is not None:
+            for text, i, one, at in zip(reading.texts, reading.ids, reading.told, reading.offsets, strict=True):
+                names.append(spelled(text, i))
+                given.append(None if one is None else one.as_dict()["logprob"])
+                tops.append(None if one is None else _tops(one, top, spelled))
+                offsets.append(at)
+        for token in tokens:
+            names.append(spelled(token.token, token.id))
+            given.append(token.as_dict()["logprob"])
+            tops.append(_tops(token, top, spelled))
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(bytes(token.bytes)))
+        return {"tokens": names, "token_logprobs": given, "top_logprobs": tops, "text_offset": offsets}
+
+    def as_dict(self, index: int, reason: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs:
+            logprobs = {name: [one for each in self._logprobs for one in each[name]] for name in self._logprobs[0]}
+        choice = {"index": index, "text": "".join(self._pieces), "logprobs": logprobs, "finish_reason": reason}
+        if self._body.prompt_logprobs is not None and self._reading is not None:
+            choice["prompt_logprobs"] = _as_vllm(self._reading, self._body.prompt_logprobs)
+        return choice
+
+
+async def completion(served: Served, body: Completion, metrics: Metrics) -> Events:
+    """The events of the answers: one that is all of them, or those of a stream."""
+    pack, n = served.pack, body.n or 1
+    options = {**body.options(), "chat_template": False}
+    prompts = [_prompt(served, given) for given in body.prompts]
+    head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": served.name}
+    head["system_fingerprint"] = served.fingerprint
+    readings: list[Reading | None] = [None] * len(prompts)
+    if body.prompt_logprobs is not None or body.max_tokens == 0 or (body.echo and body.logprobs is not None):
+        top = max(body.prompt_logprobs or 0, body.logprobs or 0)
+        checked = pack.check(**{**options, "max_tokens": None, "logprobs": None, "top_logprobs": top})
+        readings = [await in_thread(partial(read, pack, prompt, checked, top)) for prompt in prompts]
+    before = [str(prompt) if body.echo else "" for prompt in prompts]
+    texts = [Text(body, before[at], readings[at]) for at in range(len(prompts)) for _ in range(n)]
+    whole: list[dict[str, Any]] = [{} for _ in texts]
+    pairs = (
+        answers(pack, prompts, options, None if n == 1 else n, metrics) if body.max_tokens != 0 else _none(readings, n)
+    )
+    async with aclosing(pairs) as chunks:
+        async for index, chunk in chunks:
+            text, logprobs = texts[index].feed(chunk)
+            extra, reason = texts[index].told.feed(chunk), chunk.finish_reason
+            if reason is not None:
+                whole[index] = texts[index].as_dict(index, reason) | {"packllm": extra}
+            if body.stream:
+                choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+                event = {**head, "choices": [choice]}
+                yield event | {"packllm": extra} if extra else event
+    usage = usage_of((text.told.usage for text in texts), n)
+    if not body.stream:
+        yield {**head, "choices": whole, "usage": usage, "packllm": whole[0]["packllm"]}
+    elif body.usage_at_end:
+        yield {**head, "choices": [], "usage": usage}
+
+
+async def _none(readings: Sequence[Reading | None], n: int) -> Any:
+    """Answers of no tokens, to prompts that are only read."""
+    for at, reading in enumerate(readings):
+        assert reading is not None
+        for i in range(n):
+            yield at * n + i, Chunk("", reading.weights, "length", reading.usage, {})
+
+
+def _prompt(served: Served, given: str | list[int]) -> Prompt:
+    return given if isinstance(given, str) else Tokens.of(given, served.pack.members[0].vocabulary)
+
+
+def _tops(token: TokenLogprob, count: int, spelled: Any) -> dict[str, float]:
+    """The likeliest tokens by name, and the one that was chosen. Of several that are shown alike (parts of a
+    character), the likeliest counts."""
+    found: dict[str, float] = {}
+    for one in [*token.top_logprobs[:count], token]:
+        found.setdefault(spelled(one.token, one.id), one.as_dict()["logprob"])
+    return found
+
+
+def _as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
+    """vLLM's list: of each token a dict by id, of itself first, then of the likeliest."""
+    listed: list[dict[str, Any] | None] = []
+    for token, rank in zip(reading.told, reading.ranks, strict=True):
+        if token is None:
+            listed.append(None)
+            continue
+        ranked = [(token, rank), *((one, at + 1) for at, one in enumerate(token.top_logprobs[:count]))]
+        entry: dict[str, Any] = {}
+        for one, place in ranked:
+            told = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
+            entry.setdefault(str(one.id), told)
+        listed.append(entry)
+    return listed

@@ -1,0 +1,328 @@
+"""What clients send (OpenAI's fields, some that vLLM adds, and `packllm`), and the options of a pack that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from packllm.errors import OptionError, guess, shown
+from packllm.options import Options
+
+PACK = "pack"
+"""The model that is all members together."""
+
+SERVERS_OWN = frozenset({"fitted", "max_cache_mb", "prefix_cache_mb", "batch_size"})
+"""Options that name files of the server or are the pack's: no request's."""
+
+SAID_ELSEWHERE = frozenset({"n", "tools", "tool_choice", "json_schema", "logprobs", "top_logprobs", "timeout"})
+"""Options that OpenAI has fields for."""
+
+REFUSED = {
+    "audio": "the members write text only",
+    "functions": "give tools instead",
+    "function_call": "give tool_choice instead",
+    "web_search_options": "there is no search here",
+    "suffix": "the members continue texts, and fill in none",
+    "use_beam_search": "answers are drawn, or greedy; give n for several",
+    "prompt_logprobs": "they are of /v1/completions",
+    "echo": "it is of /v1/completions",
+    "continue_final_message": "an answer begins anew; put its beginning into the question",
+    "grammar": "give response_format with a JSON schema",
+    "guided_json": "give response_format with a JSON schema",
+    "guided_regex": "give response_format with a JSON schema",
+    "guided_choice": "give response_format with a JSON schema that has an enum, or ask /v1/score",
+    "guided_grammar": "give response_format with a JSON schema",
+    "structured_outputs": "give response_format with a JSON schema",
+    "lora_adapter": "each member is a model of its own: give its name as model",
+}
+"""Fields of others that would change the answer and cannot: refused, not ignored."""
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Body(BaseModel):
+    """What all requests have. Fields that change no answer (user, metadata, store, ...) are ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = PACK
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    timeout: Seconds | None = None
+    packllm: dict[str, Any] = {}
+    """Further options of the pack: weighting, pool, tau, ..."""
+
+    def options(self) -> dict[str, Any]:
+        """Options of the pack that these fields are.
+
+        Raises:
+            OptionError: a field that no request may have.
+        """
+        for name in self.model_extra or ():
+            if name in REFUSED and self.model_extra and self.model_extra[name] not in (None, False, [], {}):
+                raise OptionError(f"{name}={shown(self.model_extra[name])} is not taken: {REFUSED[name]}")
+        for name in self.packllm:
+            if name not in Options.model_fields:
+                valid = sorted(Options.model_fields.keys() - SERVERS_OWN - SAID_ELSEWHERE)
+                raise OptionError(
+                    f"packllm={{{shown(name)}: ...}} is no option{guess(name, valid)} Valid options: {', '.join(valid)}"
+                )
+            if name in SERVERS_OWN or (name == "prior" and isinstance(self.packllm[name], str)):
+                raise OptionError(f"packllm={{{name!r}: ...}} is the server's own; whoever starts it sets it")
+            if name in SAID_ELSEWHERE:
+                raise OptionError(f"packllm={{{name!r}: ...}} has a field of its own in the request; give that")
+        salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
+        return {**self.packllm, **salt}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampled(Body):
+    """What all requests for text have."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    best_of: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        if self.best_of not in (None, 1):
+            raise OptionError(f"best_of={self.best_of} is not taken; give n, and choose among the answers")
+        passed = "max_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty stop"
+        for name in passed.split():
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
+        if self.top_k is not None and self.top_k > 0:  # 0 and -1 are all tokens, for vLLM and llama-server
+            options["top_k"] = self.top_k
+        if self.logit_bias:
+            options["logit_bias"] = self.logit_bias
+        if self.seed is not None:
+            options["seed"] = self.seed % 2**64  # OpenAI's are signed
+        return options
+
+    @property
+    def usage_at_end(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Chat(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        if self.max_completion_tokens is not None:
+            options["max_tokens"] = self.max_completion_tokens
+        if self.tools:
+            options["tools"] = self.tools
+        choice = self._choice()
+        if choice is not None and (self.tools or choice not in ("auto", "none")):
+            options["tool_choice"] = choice
+        if (schema := schema_of(self.response_format)) is not None:
+            options["json_schema"] = schema
+        if self.top_logprobs is not None and not self.logprobs:
+            raise OptionError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
+        if self.logprobs:
+            options |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        variables = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        if variables | (self.chat_template_kwargs or {}):
+            options["chat_template_kwargs"] = variables | (self.chat_template_kwargs or {})
+        return options
+
+    def _choice(self) -> str | None:
+        """OpenAI's tool_choice as the pack's: auto, none, any, or a tool's name."""
+        if not isinstance(self.tool_choice, dict):
+            return "any" if self.tool_choice == "required" else self.tool_choice
+        function = self.tool_choice.get("function", self.tool_choice)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise OptionError(
+                f"tool_choice={shown(self.tool_choice)} names no tool; give auto, none, required or "
+                f'{{"type": "function", "function": {{"name": ...}}}}'
+            )
+        return name
+
+
+class Completion(Sampled):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[StrictInt] | list[str] | list[list[StrictInt]], Field(min_length=1)]
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    return_tokens_as_token_ids: bool = False
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Texts and token ids, one for each prompt."""
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return [*self.prompt]
+        return [self.prompt]
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        if self.max_tokens == 0:
+            if not self.echo and self.prompt_logprobs is None:
+                raise OptionError("max_tokens=0 needs echo or prompt_logprobs: nothing else is left to tell")
+            del options["max_tokens"]
+        if self.stream and self.prompt_logprobs is not None:
+            raise OptionError(f"prompt_logprobs={self.prompt_logprobs} are not streamed; leave out stream")
+        if self.logprobs is not None:
+            options |= {"logprobs": True, "top_logprobs": self.logprobs}
+        return options
+
+    def spelled(self, token: str, token_id: int | None) -> str:
+        """What a token is called in the answer."""
+        return f"token_id:{token_id}" if self.return_tokens_as_token_ids and token_id is not None else token
+
+
+class Score(Body):
+    """POST /v1/score: how likely each text_2 follows a text_1, in nats."""
+
+    text_1: str | Annotated[list[str], Field(min_length=1)]
+    text_2: str | Annotated[list[str], Field(min_length=1)]
+
+    @staticmethod
+    def texts(given: str | list[str]) -> list[str]:
+        return [given] if isinstance(given, str) else given
+
+
+class Document(BaseModel):
+    text: str
+
+
+class Rerank(Body):
+    """POST /v1/rerank."""
+
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = True
+
+    @property
+    def documents_as_texts(self) -> list[str]:
+        return [one if isinstance(one, str) else one.text for one in self.documents]
+
+
+class Decide(Body):
+    """POST /v1/decisions: which of several labels the pack would answer with."""
+
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    choices: list[str]
+    calibrated: bool = False
+
+
+class Tokenize(Body):
+    """POST /tokenize: of a text, or of messages as the first member reads them."""
+
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class Detokenize(Body):
+    """POST /detokenize."""
+
+    tokens: list[StrictInt]
+
+
+class Responses(Body):
+    """POST /v1/responses."""
+
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    stream: bool = False
+
+    def options(self) -> dict[str, Any]:
+        for name in ("previous_response_id", "conversation", "background", "prompt"):
+            if self.model_extra and self.model_extra.get(name):
+                raise OptionError(f"{name}={shown(self.model_extra[name])} is not taken: no response is stored here")
+        told = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
+        chat = Chat(
+            model=self.model,
+            messages=[{}],
+            cache_salt=self.cache_salt,
+            packllm=self.packllm,
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            logprobs=told or None,
+            top_logprobs=self.top_logprobs if told else None,
+            tools=None if self.tools is None else [_nested(tool) for tool in self.tools],
+            tool_choice=self.tool_choice,
+            response_format=(self.text or {}).get("format"),
+            reasoning_effort=(self.reasoning or {}).get("effort"),
+        )
+        return {**super().options(), **chat.options()}
+
+
+def _nested(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool of /v1/responses as a chat's.
+
+    Raises:
+        OptionError: it is none that a client runs.
+    """
+    if tool.get("type") != "function":
+        raise OptionError(f"tools: {shown(tool)} is no function; there are no tools of the server's own")
+    if "function" in tool:
+        return tool
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def schema_of(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The JSON schema of a response_format; None: any text."""
+    kind = "text" if given is None else given.get("type")
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    inner = given.get("json_schema", given)  # /v1/responses has it flat
+    schema = inner.get("schema") if kind == "json_schema" and isinstance(inner, Mapping) else None
+    if not isinstance(schema, dict):
+        raise OptionError(
+            f"response_format={shown(given)}: give text, json_object, or "
+            f'{{"type": "json_schema", "json_schema": {{"name": ..., "schema": ...}}}}'
+        )
+    return schema

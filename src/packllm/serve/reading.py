@@ -1,0 +1,137 @@
+"""What a pack gives each token of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from packllm.chat.formatted import Tokens
+from packllm.chat.messages import Prompt
+from packllm.decode.cancel import Stop
+from packllm.decode.line import Line
+from packllm.decode.logprobs import Recorder
+from packllm.decode.request import Request
+from packllm.decode.score import BLOCK_BYTES
+from packllm.decode.tokens import fused_row, in_one_vocabulary
+from packllm.engines.base import Read, Sequence, read_together
+from packllm.errors import VocabularyError
+from packllm.options import Options
+from packllm.pack import Pack
+from packllm.results import TokenLogprob, Usage
+from packllm.weights import Weights
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt as the pack reads it.
+
+    Attributes:
+        texts: what each token spells.
+        offsets: where in the prompt's text each begins.
+        ids: in the first member's vocabulary.
+        told: what each token is given after those before it; None where a member has none before it.
+        ranks: how many tokens are likelier there, and 1.
+        weights: of the prompt, under which all of it is fused.
+    """
+
+    texts: list[str]
+    offsets: list[int]
+    ids: list[int]
+    told: list[TokenLogprob | None]
+    ranks: list[int]
+    weights: Weights
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.ids), 0)
+
+
+def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) -> Reading:
+    """Read a prompt for its weights, and once more for all its tokens.
+
+    Args:
+        top: how many of the likeliest tokens to tell at each place.
+
+    Raises:
+        VocabularyError: the members share no tokens. Others as Pack.stream().
+    """
+    with closing(pack._request([prompt], options)) as request:
+        request.stop = Stop(cancel)
+        request.limits(0)
+        request.prefill()
+        texts, ids, told, ranks = request.whole(lambda lines: _told(request, [k for k, _ in lines], top))
+        text = Tokens.of(ids, pack.members[0].vocabulary) if not isinstance(prompt, Tokens) else prompt
+        return Reading(texts, [start for start, _ in text.offsets], ids, told, ranks, request.weights[0])
+
+
+def _told(
+    request: Request, running: Sequence[int], top: int
+) -> tuple[list[str], list[int], list[TokenLogprob | None], list[int]]:
+    here = request.token_lines(0)
+    if len(here) < len(running) or not request.one_vocabulary(running):
+        raise VocabularyError(
+            "log-probabilities of a prompt's tokens need members that share a vocabulary, and none on servers; ask one "
+            "of them by its name"
+        )
+    speaking, _ = in_one_vocabulary(here)
+    own = {k: request.encoded[0][k].ids for k in running}
+    reference = request.members[running[0]]
+    vocabulary, ids, weights = reference.vocabulary, own[running[0]], request.weights[0]
+    shared = _alike({k: [request.members[k].vocabulary.tokens[i] for i in row] for k, row in own.items()})
+    recorder = Recorder(vocabulary, (), weights.names, top)
+    ranks = [0] * len(ids)
+    first = max(1, len(ids) - min(shared, *(len(row) - 1 for row in own.values())))
+    sequences = {k: line.member.open() for k, line in here.items()}
+    try:
+        for sequence in sequences.values():
+            sequence.gate = request.check
+        step = max(1, BLOCK_BYTES // (4 * reference.vocabulary_size))
+        # Whoever has a token more in front of the text (BOS) reads that first.
+        rows = {k: own[k][: len(own[k]) - len(ids) + first - 1] for k in running}
+        _read({k: sequences[k] for k in running if rows[k]}, rows, here, "none")
+        for at in range(first - 1, len(ids) - 1, step):
+            stop = min(at + step, len(ids) - 1)
+            blocks = {k: own[k][len(own[k]) - len(ids) + at : len(own[k]) - len(ids) + stop] for k in running}
+            parts = _read(sequences, blocks, speaking, "all")
+            fused = fused_row(parts, weights)
+            for place, target in enumerate(ids[at + 1 : stop + 1]):
+                recorder.note(target, fused[place], {k: part[place] for k, part in parts.items()})
+                ranks[at + 1 + place] = int((fused[place] > fused[place, target]).sum()) + 1
+    finally:
+        for sequence in sequences.values():
+            sequence.close()
+    told: list[TokenLogprob | None] = [*[None] * first, *recorder.take()]
+    return [vocabulary.tokens[i].decode(errors="replace") for i in ids], ids, told, ranks
+
+
+def _read(
+    sequences: Mapping[int, Sequence], blocks: Mapping[int, list[int]], lines: Mapping[int, Line], want: str
+) -> dict[int, Tensor]:
+    """Rows (n, V) after the ids of each member's block, in shared ids.
+
+    Raises:
+        MemberError: one fails.
+    """
+    reads = [Read(sequence, blocks[k], want) for k, sequence in sequences.items()]  # type: ignore[arg-type]
+    found: dict[int, Tensor] = {}
+    for k, answer in zip(sequences, read_together(reads), strict=True):
+        if isinstance(answer, Exception):
+            raise lines[k].member.failed(answer)
+        found[k] = lines[k].told(answer) if want == "all" else torch.empty(0)
+    return found
+
+
+def _alike(spelled: Mapping[int, list[bytes]]) -> int:
+    """How many last tokens all members have in common."""
+    rows = list(spelled.values())
+    count = 0
+    for column in zip(*(reversed(row) for row in rows), strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count

@@ -1,0 +1,110 @@
+"""One answer on its way to a client: it waits for its place, and ends when its time is up or nobody listens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from packllm.serve.admission import Places
+from packllm.serve.errors import dumps, told
+
+Events = AsyncGenerator[dict[str, Any], None]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def data_only(event: dict[str, Any]) -> bytes:
+    """An event of a stream as OpenAI's chats have it."""
+    return b"data: " + dumps(event) + b"\n\n"
+
+
+def named(event: dict[str, Any]) -> bytes:
+    """An event as /v1/responses has it: its type before its data."""
+    if "error" in event:
+        event = {**event["error"], "type": "error"}
+    return b"event: " + str(event["type"]).encode() + b"\n" + data_only(event)
+
+
+class Reply(Response):
+    """What events come to: a JSON body, which is the only event, or a stream of server-sent events.
+
+    The first event is made before anything is sent, so that what goes wrong until then has a status of its own. A
+    client that goes away ends the work before its next pass.
+
+    Args:
+        places: where it waits for its turn.
+        events: the work.
+        stream: whether they are sent as a stream.
+        seconds: that it may take, with the time that it waits.
+        frame: how an event of a stream is written.
+        end: what ends a stream.
+    """
+
+    def __init__(
+        self,
+        places: Places,
+        events: Events,
+        stream: bool = False,
+        seconds: float | None = None,
+        frame: Callable[[dict[str, Any]], bytes] = data_only,
+        end: bytes = DONE,
+    ) -> None:
+        super().__init__(media_type="text/event-stream" if stream else "application/json")
+        self._places, self._events, self._stream, self._seconds = places, events, stream, seconds
+        self._frame, self._end = frame, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._run(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await work
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await work
+
+    async def _run(self, send: Send) -> None:
+        started = False
+        async with aclosing(self._events) as events:
+            try:
+                async with asyncio.timeout(self._seconds), self._places.place():
+                    async for event in events:
+                        if not started:
+                            started = True
+                            await self._start(send, None if self._stream else dumps(event))
+                        if self._stream:
+                            await send(_body(self._frame(event)))
+            except Exception as error:
+                if not started or not self._stream:
+                    raise
+                await send(_body(self._frame(told(error)[1])))
+        if self._stream:
+            await send(_body(self._end, last=True))
+
+    async def _start(self, send: Send, body: bytes | None) -> None:
+        headers = [(b"content-type", self.media_type.encode())] if self.media_type else []
+        headers.append((b"cache-control", b"no-store"))
+        if body is None:
+            headers.append((b"x-accel-buffering", b"no"))  # or proxies would hold a stream back
+        else:
+            headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        if body is not None:
+            await send(_body(body, last=True))
+
+
+def _body(body: bytes, last: bool = False) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": not last}
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

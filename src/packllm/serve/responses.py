@@ -1,0 +1,233 @@
+"""POST /v1/responses: OpenAI's newer form of a chat, for text and tools. Nothing is stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from packllm.errors import PromptError, shown
+from packllm.results import Usage
+from packllm.serve.answers import answers, new_id
+from packllm.serve.chat import Message
+from packllm.serve.metrics import Metrics
+from packllm.serve.models import Served
+from packllm.serve.protocol import Responses
+from packllm.serve.reply import Events
+
+Event = dict[str, Any]
+
+
+def messages_of(body: Responses) -> list[dict[str, Any]]:
+    """The conversation of a request.
+
+    Raises:
+        PromptError: an item that is no part of one.
+    """
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    thought: list[Any] = []
+    for at, item in enumerate(body.input):
+        kind = item.get("type", "message")
+        if kind == "reasoning":
+            thought.append(item)
+        elif kind == "function_call":
+            call = {"name": item.get("name"), "arguments": item.get("arguments")}
+            _assistant(messages, thought)["tool_calls"].append(
+                {"id": item.get("call_id"), "type": "function", "function": call}
+            )
+        elif kind == "function_call_output":
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+        elif kind == "message" and item.get("role") == "assistant":
+            _assistant(messages, thought, new=True)["content"] = item.get("content")
+        elif kind == "message":
+            messages.append({"role": item.get("role"), "content": item.get("content")})
+        else:
+            raise PromptError(f"input[{at}] is of type {shown(kind)}; the members read text and calls of functions")
+    for message in messages:
+        if message.get("tool_calls") == []:
+            del message["tool_calls"]
+    return messages
+
+
+def _assistant(messages: list[dict[str, Any]], thought: list[Any], new: bool = False) -> dict[str, Any]:
+    """The assistant's message that an item is a part of."""
+    if new or not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": list(thought) or "", "tool_calls": []})
+        thought.clear()
+    return messages[-1]
+
+
+class Output:
+    """The items of an answer as they grow, and the events that tell of it."""
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._head, self._number, self._open = head, 0, False
+
+    def event(self, kind: str, **fields: Any) -> Event:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+    def feed(self, delta: Mapping[str, Any]) -> Iterator[Event]:
+        """Events of a chat's delta."""
+        if delta.get("reasoning_content"):
+            yield from self._grow("reasoning", delta["reasoning_content"])
+        if delta.get("content"):
+            yield from self._grow("message", delta["content"])
+        for call in delta.get("tool_calls", ()):
+            function = call["function"]
+            if "id" in call:
+                yield from self._add(
+                    {"type": "function_call", "id": new_id("fc"), "call_id": call["id"], "name": function["name"]}
+                    | {"arguments": "", "status": "in_progress"}
+                )
+            yield from self._grow("function_call", function["arguments"])
+
+    def _add(self, item: dict[str, Any]) -> Iterator[Event]:
+        yield from self.end()
+        self.items.append(item)
+        self._open = True
+        yield self.event("response.output_item.added", output_index=self._index, item=_copy(item))
+        if item["type"] == "message":
+            item["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+            yield self.event("response.content_part.added", **self._place(0), part=_copy(item["content"][0]))
+        elif item["type"] == "reasoning":
+            item["summary"].append({"type": "summary_text", "text": ""})
+            where = {**self._place(), "summary_index": 0}
+            yield self.event("response.reasoning_summary_part.added", **where, part=_copy(item["summary"][0]))
+
+    def _grow(self, kind: str, text: str) -> Iterator[Event]:
+        if kind != "function_call" and (not self._open or self.items[-1]["type"] != kind):
+            item: dict[str, Any] = {"type": kind, "id": new_id("msg" if kind == "message" else "rs")}
+            if kind == "message":
+                item |= {"role": "assistant", "status": "in_progress", "content": []}
+            yield from self._add(item if kind == "message" else {**item, "summary": []})
+        item = self.items[-1]
+        if not text:
+            return
+        if kind == "function_call":
+            item["arguments"] += text
+            yield self.event("response.function_call_arguments.delta", **self._place(), delta=text)
+        elif kind == "message":
+            item["content"][0]["text"] += text
+            yield self.event("response.output_text.delta", **self._place(0), delta=text, logprobs=[])
+        else:
+            item["summary"][0]["text"] += text
+            where = {**self._place(), "summary_index": 0}
+            yield self.event("response.reasoning_summary_text.delta", **where, delta=text)
+
+    def end(self, status: str = "completed") -> Iterator[Event]:
+        """Events of the item that ends, if there is one."""
+        if not self._open:
+            return
+        self._open, item = False, self.items[-1]
+        if item["type"] == "message":
+            part = item["content"][0]
+            yield self.event("response.output_text.done", **self._place(0), text=part["text"], logprobs=[])
+            yield self.event("response.content_part.done", **self._place(0), part=_copy(part))
+        elif item["type"] == "function_call":
+            told = {"arguments": item["arguments"], "name": item["name"]}
+            yield self.event("response.function_call_arguments.done", **self._place(), **told)
+        else:
+            where, part = {**self._place(), "summary_index": 0}, item["summary"][0]
+            yield self.event("response.reasoning_summary_text.done", **where, text=part["text"])
+            yield self.event("response.reasoning_summary_part.done", **where, part=_copy(part))
+        if "status" in item:
+            item["status"] = status
+        yield self.event("response.output_item.done", output_index=self._index, item=_copy(item))
+
+    def whole(self, status: str, **fields: Any) -> dict[str, Any]:
+        """The response as it is now."""
+        return {**self._head, "status": status, "output": [_copy(item) for item in self.items], **fields}
+
+    @property
+    def _index(self) -> int:
+        return len(self.items) - 1
+
+    def _place(self, content: int | None = None) -> dict[str, Any]:
+        where = {"item_id": self.items[-1]["id"], "output_index": self._index}
+        return where if content is None else {**where, "content_index": content}
+
+
+async def response(served: Served, body: Responses, metrics: Metrics) -> Events:
+    """The events of an answer: one that is all of it, or those of a stream."""
+    last: dict[str, Any] = {}
+    async with aclosing(_events(served, body, metrics)) as made:
+        async for event in made:
+            if body.stream:
+                yield event
+            last = event
+    if not body.stream:
+        yield last["response"]
+
+
+async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGenerator[Event, None]:
+    options, conversation = body.options(), messages_of(body)
+    message = Message(served.pack.check(**options).offered_tools, body.parallel_tool_calls is not False)
+    output = Output(_head(served, body))
+    begun = False
+    async with aclosing(answers(served.pack, [conversation], options, None, metrics)) as chunks:
+        async for _, chunk in chunks:
+            if not begun:
+                begun = True
+                yield output.event("response.created", response=output.whole("in_progress"))
+                yield output.event("response.in_progress", response=output.whole("in_progress"))
+            extra = message.told.feed(chunk)
+            for delta in message.feed(chunk):
+                for event in output.feed(delta):
+                    yield event
+            if chunk.finish_reason is None:
+                continue
+            status = "completed" if chunk.finish_reason == "stop" else "incomplete"
+            for event in output.end(status):
+                yield event
+            logprobs = [token.as_dict() for token in message.logprobs or ()]
+            if logprobs and (texts := [item for item in output.items if item["type"] == "message"]):
+                texts[-1]["content"][0]["logprobs"] = logprobs
+            why = None if status == "completed" else {"reason": "max_output_tokens"}
+            told = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
+            yield output.event(f"response.{status}", response=output.whole(status, **told))
+
+
+def _head(served: Served, body: Responses) -> dict[str, Any]:
+    return {
+        "id": new_id("resp"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": served.name,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "text": body.text or {"format": {"type": "text"}},
+        "max_output_tokens": body.max_output_tokens,
+        "store": False,
+        "usage": None,
+    }
+
+
+def _usage(usage: Usage | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _copy(item: Mapping[str, Any]) -> dict[str, Any]:
+    """An item as it is now, whatever it grows to."""
+    return {key: [dict(one) for one in value] if isinstance(value, list) else value for key, value in item.items()}

@@ -1,0 +1,78 @@
+"""POST /v1/score, /v1/rerank and /v1/decisions: how likely texts follow others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from threading import Event
+from typing import Any, TypeVar
+
+from packllm.chat.messages import Prompt
+from packllm.errors import OptionError, PromptError
+from packllm.serve.answers import in_thread, new_id
+from packllm.serve.models import Served
+from packllm.serve.protocol import Decide, Rerank, Score
+from packllm.serve.reply import Events
+
+T = TypeVar("T")
+
+_LEAST = -9999.0  # what -infinity is in JSON, as elsewhere
+
+
+async def score(served: Served, body: Score) -> Events:
+    """Pack.score of pairs: one text with several, or several with as many."""
+    firsts, seconds = body.texts(body.text_1), body.texts(body.text_2)
+    if len(firsts) == 1:
+        pairs = [(firsts[0], seconds)]
+    elif len(seconds) == 1:
+        pairs = [(first, seconds) for first in firsts]
+    elif len(firsts) == len(seconds):
+        pairs = [(first, [second]) for first, second in zip(firsts, seconds, strict=True)]
+    else:
+        raise OptionError(f"text_1 holds {len(firsts)} texts and text_2 {len(seconds)}; give one, or as many")
+    found: list[float] = []
+    for first, texts in pairs:
+        work = partial(served.pack.score, first, texts, **body.options())
+        found += await in_thread(partial(_cancellable, work))
+    data = [{"index": at, "object": "score", "score": max(value, _LEAST)} for at, value in enumerate(found)]
+    spoken = [(first, text) for first, texts in pairs for text in texts]
+    usage = _usage(served, [text for pair in spoken for text in pair])
+    yield {"id": new_id("score"), "object": "list", "model": served.name, "data": data, "usage": usage}
+
+
+async def rerank(served: Served, body: Rerank) -> Events:
+    """Pack.rerank: documents by their likelihood per byte after the query, best first."""
+    texts = body.documents_as_texts
+    work = partial(served.pack.score, body.query, texts, **body.options())
+    scores = await in_thread(partial(_cancellable, work))
+    rated = [value / len(text.encode()) for text, value in zip(texts, scores, strict=True)]
+    order = sorted(range(len(texts)), key=lambda at: -rated[at])[: body.top_n]
+    results: list[dict[str, Any]] = []
+    for at in order:
+        document = {"document": {"text": texts[at]}} if body.return_documents else {}
+        results.append({"index": at, "relevance_score": max(rated[at], _LEAST), **document})
+    yield {
+        "id": new_id("rerank"),
+        "model": served.name,
+        "results": results,
+        "usage": _usage(served, [body.query, *texts]),
+    }
+
+
+async def decide(served: Served, body: Decide) -> Events:
+    """Pack.decide."""
+    if (body.prompt is None) == (body.messages is None):
+        raise PromptError("give either prompt or messages")
+    prompt: Prompt = body.messages or body.prompt or ""
+    work = partial(served.pack.decide, prompt, body.choices, calibrated=body.calibrated, **body.options())
+    found = await in_thread(partial(_cancellable, work))
+    yield {"id": new_id("decision"), "object": "decision", "model": served.name, **found.as_dict()}
+
+
+def _cancellable(work: Callable[..., T], cancel: Event) -> T:
+    return work(cancel=cancel)
+
+
+def _usage(served: Served, texts: list[str]) -> dict[str, int]:
+    count = sum(len(served.pack.tokenize(text)) for text in texts)
+    return {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}

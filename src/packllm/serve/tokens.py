@@ -1,0 +1,55 @@
+"""POST /tokenize and /detokenize, in the first member's tokenizer, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packllm.chat.formatted import Tokens
+from packllm.chat.messages import check
+from packllm.errors import PromptError
+from packllm.serve.models import Served
+from packllm.serve.protocol import Detokenize, Tokenize
+
+
+def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
+    """The ids of a text or of a conversation.
+
+    Raises:
+        PromptError: neither is given, or both.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise PromptError("give either prompt or messages")
+    body.options()
+    encoder = served.pack.members[0].encoder
+    if body.messages is not None:
+        messages = check(body.messages, chat_template=True)
+        ids = encoder.encode(messages, None, tuple(body.tools or ()), None, body.chat_template_kwargs).ids
+    elif not body.prompt or not body.add_special_tokens:
+        ids = encoder.plain(body.prompt or "")
+    else:
+        ids = encoder.encode(check(body.prompt, chat_template=False)).ids
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": served.pack.context_window, "tokens": ids}
+    if body.return_token_strs:
+        found["token_strs"] = [encoder.vocabulary.tokens[i].decode(errors="replace") for i in ids]
+    return found
+
+
+def detokenize(served: Served, body: Detokenize) -> dict[str, Any]:
+    """The text of ids; control tokens, which are none, are left out."""
+    vocabulary = served.pack.members[0].vocabulary
+    if not any(0 <= i < len(vocabulary) and vocabulary.text_bytes(i) for i in body.tokens):
+        return {"prompt": ""}
+    return {"prompt": str.__str__(Tokens.of(body.tokens, vocabulary))}
+
+
+def info(served: Served) -> dict[str, Any]:
+    """What clients that count tokens ask of a tokenizer."""
+    member = served.pack.members[0]
+    vocabulary = member.vocabulary
+
+    def spelled(role: str) -> str | None:
+        i = vocabulary.special.get(role)
+        return None if i is None else vocabulary.tokens[i].decode(errors="replace")
+
+    roles = {f"{role}_token": spelled(role) for role in ("bos", "eos", "pad", "unk")}
+    return {**roles, "chat_template": member.encoder.template, "vocab_size": len(vocabulary)}
