@@ -70,7 +70,7 @@ def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) 
 
 
 def _told(
-    request: Request, running: Sequence[int], top: int
+    request: Request, running: list[int], top: int
 ) -> tuple[list[str], list[int], list[TokenLogprob | None], list[int]]:
     here = request.token_lines(0)
     if len(here) < len(running) or not request.one_vocabulary(running):
