@@ -20,6 +20,10 @@ OPEN = frozenset({"/", "/health", "/version"})
 """Paths that need no key: they tell nothing of anybody."""
 
 
+DRAINED = 16
+"""Times the size that a body may have that is read on, and dropped: who still sends does not read what it is told."""
+
+
 class Doors:
     """ASGI middleware: 403 for a name that is not this server's, 401 without a key, 408 and 413 for a body that comes
     too slowly or has too many bytes."""
@@ -82,20 +86,19 @@ class Doors:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         most = self._settings.body_bytes
-        length = Request(scope).headers.get("content-length", "0")
         parts: list[bytes] = []
-        size = int(length) if length.isdecimal() else 0
+        size, more = 0, True
         try:
             async with asyncio.timeout(self._settings.body_seconds):
-                more = size <= most
-                size = size if not more else 0
-                while more:
+                while more and size <= DRAINED * most:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ServeError(400, "the client went away")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    more = message.get("more_body", False) and size <= most
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= most:
+                        parts.append(part)
+                    more = message.get("more_body", False)
         except TimeoutError:
             raise ServeError(408, f"the request was not whole after {self._settings.body_seconds:g} seconds") from None
         if size > most:
