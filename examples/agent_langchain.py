@@ -67,7 +67,7 @@ class Steps(BaseCallbackHandler):
         columns = "step", *names, "perplexity", "read", "written", "seconds"
         table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="dim")
         for step, info in self.seen:
-            weights, perplexity = info["packllm"]["weights"], info["packllm"]["perplexity"]
+            weights, perplexity = info["packllm"]["start"] or info["packllm"]["weights"], info["packllm"]["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)
             cells = [f"{weight:.2f}" for weight in weights]
             cells[top] = f"[bold green]{cells[top]}[/]"

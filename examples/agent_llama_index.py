@@ -65,7 +65,7 @@ class Steps(BaseEventHandler):
         names = self._seen[0][1]["names"]
         table = Table("step", *names, "perplexity", "read", "written", "seconds", box=None, header_style="dim")
         for number, (agent, said) in enumerate(self._seen, 1):
-            weights, perplexity = said["weights"], said["perplexity"]
+            weights, perplexity = said["start"] or said["weights"], said["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)
             cells = [f"{weight:.2f}" for weight in weights]
             cells[top] = f"[bold green]{cells[top]}[/]"

@@ -43,7 +43,7 @@ def show_sources(titles: Sequence[str]) -> None:
 
 def show_weights(weights: dict[str, Any]) -> None:
     """A line for each member. `weights` is what travels with every answer: `Weights.as_dict()`."""
-    unit = weights["unit"]
+    unit, counted = weights["unit"], weights["start"] or weights["weights"]  # while an answer is written, they move on
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("member")
     table.add_column("weight", justify="right")
@@ -51,9 +51,9 @@ def show_weights(weights: dict[str, Any]) -> None:
     table.add_column(f"NLL / {unit}", justify="right")
     table.add_column(f"perplexity / {unit}", justify="right")
     for name, weight, nll, perplexity in zip(
-        weights["names"], weights["weights"], weights["nll"], weights["perplexity"], strict=True
+        weights["names"], counted, weights["nll"], weights["perplexity"], strict=True
     ):
-        style = "bold green" if weight == max(weights["weights"]) else ""
+        style = "bold green" if weight == max(counted) else ""
         bar = "█" * round(BAR * max(weight, 0))
         table.add_row(escape(name), f"{weight:.3f}", bar, _number(nll, 3), _number(perplexity, 2), style=style)
     console.print(table, "")

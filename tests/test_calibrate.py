@@ -308,7 +308,7 @@ def test_the_adapters_take_it(pack, tmp_path):
     prior.save(tmp_path / "prior.json")
     expected = pack.weigh([{"role": "user", "content": "the court"}], prior=prior).values
     for given_ in (str(tmp_path / "prior.json"), dict(prior), prior):
-        model = langchain.ChatPackLLM(pack=pack, prior=given_, max_tokens=2)
+        model = langchain.ChatPackLLM(pack=pack, prior=given_, max_tokens=2, adapt=False)
         assert model.invoke("the court").response_metadata["packllm"]["weights"] == pytest.approx(expected)
-        llm = index.PackLLM(pack=pack, prior=given_, max_tokens=2)
+        llm = index.PackLLM(pack=pack, prior=given_, max_tokens=2, adapt=False)
         assert llm.complete("the court").raw["packllm"]["weights"] == pytest.approx(expected)

@@ -77,7 +77,7 @@ def test_arrays_are_what_a_pass_over_each_text_gives(done, members, monkeypatch)
 
 
 def test_methods_weigh_and_write_as_the_pack_does(done, members):
-    pack = Pack(members, max_tokens=10)
+    pack = Pack(members, max_tokens=10, adapt=False)
     rows = reading.rows_of(done, None)
     test = [row for row in rows if row.set == "rag" and row.use == "test"]
     calibrated = [{"messages": r.prompt, "answer": r.texts[0]} for r in rows if r.set == "rag" and r.use == "calibrate"]

@@ -376,7 +376,7 @@ def test_a_seed_fixes_the_answer(make_pack):
         assert first.text == again.text
         assert first.usage.drafted_tokens == again.usage.drafted_tokens
         assert (first.usage.drafted_tokens > 0) is (places is not None)
-    assert pack.generate(PROMPTS[0]).usage.drafted_tokens > 0
+    assert any(pack.generate(PROMPTS[0]).usage.drafted_tokens for _ in range(8))  # an answer may end at once
 
 
 # The choice of γ

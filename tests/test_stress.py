@@ -88,8 +88,7 @@ def nothing_is_left(pack: Pack) -> None:
 
 @pytest.mark.parametrize("made", [of_torch, of_bytes])
 def test_random_requests_over_threads(made: Callable, make_member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("prefix", "transformers.engine"):
-        monkeypatch.setattr(f"packllm.engines.{module}.MINIMUM", 4)
+    monkeypatch.setattr("packllm.engines.prefix.MINIMUM", 4)
     members = made(make_member)
     pack = Pack(members, max_tokens=8, weighting={"a": 0.6, "b": 0.4}, pool="linear", max_cache_mb=64)
     alone = {
@@ -254,8 +253,7 @@ def test_text_that_begins_alike_shares_only_tokens_that_do(
     make_member: Any, monkeypatch: pytest.MonkeyPatch, first: str, second: str
 ) -> None:
     """A token may end elsewhere than a text does, and a character's first byte is none of the character."""
-    for module in ("prefix", "transformers.engine"):
-        monkeypatch.setattr(f"packllm.engines.{module}.MINIMUM", 4)
+    monkeypatch.setattr("packllm.engines.prefix.MINIMUM", 4)
     member, start = make_member("llama", 0), "there was a girl who lived in a small "
     pack = Pack([member], max_tokens=5)
     fresh = pack.generate(start + second, prefix_cache_mb=0)

@@ -196,7 +196,10 @@ def ask(
         _write(last.explanation, explain)
     if last is not None and not quiet:
         typer.echo()
-        _print_weights(last.weights)
+        _print_weights(last.weights.at_start)
+        if last.weights.start is not None:
+            moved = ", ".join(f"{n} {v:.3f}" for n, v in zip(last.weights.names, last.weights.values, strict=True))
+            Console(highlight=False).print(Text(f"at the end of the answer: {moved}", style="dim"))
 
 
 @app.command()

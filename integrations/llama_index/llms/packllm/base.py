@@ -32,7 +32,6 @@ from llama_index.llms.packllm.streams import streaming
 from llama_index.llms.packllm.structured import StructuredOutput
 from llama_index.llms.packllm.tool_calls import ToolCalling
 from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
-from packllm.results import logprobs_of
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
 # Piece of text, raw, whether it is the last, piece of reasoning -> response.
@@ -286,13 +285,15 @@ def _whole(reply: Reply[Response], generation: Generation) -> Response:
 def _responder(reply: Reply[Response]) -> Callable[[Chunk], Response]:
     """What makes responses of one stream's chunks, in their order."""
     so_far: list[Chunk] = []
+    told: list[Any] = []
 
     def respond(chunk: Chunk) -> Response:
         so_far.append(chunk)
         last = chunk.finish_reason is not None
         raw = _raw(Generation.from_chunks(so_far)) if last else {"packllm": chunk.weights.as_dict()}
         response = reply(chunk.text, raw, last, chunk.reasoning)
-        response.logprobs = log_probs(logprobs_of(so_far))
+        told.extend(log_probs(chunk.logprobs) or ())
+        response.logprobs = list(told) or None
         return response
 
     return respond
