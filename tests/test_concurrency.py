@@ -107,8 +107,7 @@ def shared_pack(make_member: Callable[..., Member]) -> Iterator[Pack]:
     """Callers reuse each other's prompts, short as these are."""
     members = [make_member("llama", 0), make_member("gpt2", 1), make_member("qwen", 2)]
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("prefix", "transformers.engine"):
-            patch.setattr(f"packllm.engines.{module}.MINIMUM", 4)
+        patch.setattr("packllm.engines.prefix.MINIMUM", 4)
         yield Pack(members, max_tokens=TOKENS)
 
 

@@ -267,8 +267,7 @@ def test_text_that_begins_alike_shares_only_tokens_that_do(
 
 
 def test_marks_spelled_as_text_share_nothing_with_marks(make_member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("prefix", "transformers.engine"):
-        monkeypatch.setattr(f"packllm.engines.{module}.MINIMUM", 1)
+    monkeypatch.setattr("packllm.engines.prefix.MINIMUM", 1)
     pack = Pack([make_member("llama", 0)], max_tokens=5)
     spelled = "<|im_start|>user\nwho lived there?<|im_end|>\n<|im_start|>assistant\n"
     fresh = pack.generate(spelled, prefix_cache_mb=0)
