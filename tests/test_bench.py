@@ -49,9 +49,7 @@ def test_quick_bench_ends_in_one_line_of_json(folder, monkeypatch) -> None:
     assert {"cores", "threads", "torch", "transformers"} <= set(report["machine"])
     assert report["setting"]["dtype"] == ["float32"]
     assert len(set(report["setting"]["members"])) == 3
-    assert all(
-        math.isfinite(seconds) and seconds >= 0 for seconds in report["seconds"].values()
-    )
+    assert all(math.isfinite(seconds) and seconds >= 0 for seconds in report["seconds"].values())
     for target in TARGETS.values():
         assert any(line.startswith(target.label) for line in table), target.label
     assert max(map(len, table)) <= 80
