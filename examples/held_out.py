@@ -48,7 +48,7 @@ def main() -> None:
     held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in found.items()}
     held_out["code"] = [cut for path in standard_library() for cut in code(path)]
     held_out["mixed"] = mixed(held_out)
-    training = {"code": library_code, "cpp": headers, "numerics": docstrings}
+    training = {"code": code_of_python, "cpp": headers, "numerics": docstrings}
     for name, texts_of in training.items():
         write(args.out / "train" / f"{name}.jsonl", texts_of())
     for name in ("cpp", "numerics"):
@@ -107,7 +107,7 @@ def code(path: Path) -> list[str]:
     return [text[start : start + 2400]] if len(text) - start >= LEAST else []
 
 
-def library_code() -> Iterator[dict]:
+def code_of_python() -> Iterator[dict]:
     """Code of the standard library's packages; that of its modules is held out."""
     for path in standard_library("*/*.py"):
         yield from passages(path, path.read_text(encoding="utf-8", errors="replace"))

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 import packllm
 from packllm import Pack
 from packllm.chat.messages import CONTEXT
-from packllm.cli import _printable, app
+from packllm.cli import app
 from packllm.progress import SLOW, bars_if_slow
+from packllm.terminal import printable
 
 QUESTION = "What is the capital of France?"
 
@@ -223,7 +224,7 @@ def test_answers_cannot_steer_a_terminal(monkeypatch) -> None:
             return True
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert _printable("a\x1b[2J\tb\nü\x07") == "a[2J\tb\nü"
+    assert printable("a\x1b[2J\tb\nü\x07") == "a[2J\tb\nü"
 
 
 HEAVY = ("torch", "transformers", "tokenizers", "numpy", "packllm_eval")

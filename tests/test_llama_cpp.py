@@ -25,9 +25,9 @@ from torch import Tensor
 from packllm import LoadError, Member, OptionError, Pack, VocabularyError, starter
 from packllm.engines import load as load_module
 from packllm.engines.base import Read
-from packllm.engines.llama_cpp import library as library_module
+from packllm.engines.llama_cpp import native
 from packllm.engines.llama_cpp.context import FIRST, SLOTS, Context, State
-from packllm.engines.llama_cpp.library import VERSION, installed
+from packllm.engines.llama_cpp.native import VERSION, installed
 from packllm.engines.load import Loader
 from packllm.errors import ExtraError
 
@@ -307,19 +307,19 @@ def test_what_no_gguf_file_has(tiny):
 
 def test_other_versions_are_refused_by_name(monkeypatch, content, tmp_path, caplog):
     """And a file then runs in transformers, with a line that says what it costs."""
-    monkeypatch.setattr(library_module, "installed", lambda: "0.2.90")
+    monkeypatch.setattr(native, "installed", lambda: "0.2.90")
     monkeypatch.setattr(load_module, "installed", lambda: "0.2.90")
-    library_module.library.cache_clear()
+    native.library.cache_clear()
     with pytest.raises(LoadError, match=rf"llama-cpp-python 0.2.90 is installed, .* runs {VERSION} alone"):
         Loader(engine="llama.cpp")
     (member,) = Loader().members([tmp_path / "sound.gguf"])
     assert member.model.config.model_type == "llama"
     assert "sound.gguf runs in transformers: it is written to the cache once as float32, 0 MiB" in caplog.text
-    monkeypatch.setattr(library_module, "installed", lambda: None)
+    monkeypatch.setattr(native, "installed", lambda: None)
     with pytest.raises(ExtraError, match=r"needs llama-cpp-python; install packllm\[llama-cpp\]"):
         Loader(engine="llama.cpp")
-    monkeypatch.setattr(library_module, "installed", lambda: VERSION)
-    monkeypatch.setitem(library_module._CONTEXT, "n_ctx", 513)
+    monkeypatch.setattr(native, "installed", lambda: VERSION)
+    monkeypatch.setitem(native._CONTEXT, "n_ctx", 513)
     with pytest.raises(LoadError, match="its default n_ctx is 512, not 513"):
         Loader(engine="llama.cpp")
 

@@ -32,7 +32,7 @@ def test_code_is_held_out_by_file():
     asked, read = held_out.standard_library(), held_out.standard_library("*/*.py")
     assert min(len(asked), len(read)) > 100
     assert not set(asked) & set(read)
-    assert {row["file"] for row in held_out.library_code()} <= {"/".join(path.parts[-3:]) for path in read}
+    assert {row["file"] for row in held_out.code_of_python()} <= {"/".join(path.parts[-3:]) for path in read}
 
 
 def test_passages_of_a_file_are_few_and_held_out_together(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,18 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from packllm.chat.messages import with_context
-from packllm.errors import ExtraError, OptionError, PackError, PromptError
+from packllm import terminal
+from packllm.errors import ExtraError, OptionError, PackError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
-    from packllm.explanation import Explanation
     from packllm.pack import Pack
-    from packllm.weights import Weights
 
 ELSEWHERE = {"eval": ("packllm_eval.command", "eval"), "serve": ("packllm.serve.command", "serve")}
 """Modules of commands, each with the extra that it needs."""
-
-BAR = 20  # characters of a weight of 1
 
 
 class Commands(typer.core.TyperGroup):
@@ -179,24 +174,24 @@ def ask(
     """
     named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, "prior": prior}
     options = _options(weighting, option, named) | ({"chat_template": False} if raw else {})
-    text = _with_context(_text(question), file or [])
-    more = _explained(explain, file or [])
+    text = terminal.with_context(terminal.typed(question), file or [])
+    more = terminal.explained(explain, file or [])
     pack = _load(model, options)
     prompt = text if raw else [{"role": "user", "content": text}]
     if as_json:
         answer = pack.generate(prompt, **more)
-        _write(answer.explanation, explain)
+        terminal.write(answer.explanation, explain)
         typer.echo(json.dumps(answer.as_dict()))
         return
     last = None
     for last in pack.stream(prompt, **more):
-        typer.echo(_printable(last.text), nl=False)
+        typer.echo(terminal.printable(last.text), nl=False)
     typer.echo()
     if last is not None:
-        _write(last.explanation, explain)
+        terminal.write(last.explanation, explain)
     if last is not None and not quiet:
         typer.echo()
-        _print_weights(last.weights.at_start)
+        terminal.print_weights(last.weights.at_start)
         if last.weights.start is not None:
             moved = ", ".join(f"{n} {v:.3f}" for n, v in zip(last.weights.names, last.weights.values, strict=True))
             Console(highlight=False).print(Text(f"at the end of the answer: {moved}", style="dim"))
@@ -229,13 +224,13 @@ def weigh(
     packllm weigh --file notes.txt --weighting sim --option tau=1
     """
     options = _options(weighting, option, {"prior": prior})
-    weighed, more = _weighed(text, file or []), _explained(explain, file or [])
+    weighed, more = terminal.weighed(text, file or []), terminal.explained(explain, file or [])
     weights = _load(model, options).weigh(weighed, **more)
-    _write(weights.explanation, explain)
+    terminal.write(weights.explanation, explain)
     if as_json:
         typer.echo(json.dumps(weights.as_dict()))
     else:
-        _print_weights(weights)
+        terminal.print_weights(weights)
 
 
 @app.command()
@@ -447,84 +442,3 @@ def _fixed(weighting: str) -> dict[str, float]:
         except ValueError:
             raise OptionError(f"--weighting {weighting!r}: {pair!r} is not name=number") from None
     return weights
-
-
-def _text(argument: str) -> str:
-    if argument != "-":
-        return argument
-    return typer.get_text_stream("stdin", encoding="utf-8", errors="replace").read()
-
-
-def _weighed(text: str | None, files: list[Path]) -> str:
-    """What to weigh: the text or the files' texts."""
-    if files and text is not None:
-        raise OptionError("weigh takes a text or --file, not both")
-    if files:
-        return "\n\n".join(map(_content, files))
-    if text is None:
-        raise PromptError("there is nothing to weigh; give a text, - for standard input, or --file FILE")
-    if os.path.isfile(text):  # Path.is_file() fails on long texts
-        raise PromptError(
-            f"{text!r} is a file's name: to weigh what is in it, give --file {text}; to weigh the name "
-            f"itself, pipe it in: echo -n {text} | packllm weigh -"
-        )
-    return _text(text)
-
-
-def _content(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")
-
-
-def _with_context(question: str, files: list[Path]) -> str:
-    if not question.strip():
-        raise PromptError("the question is empty; give at least one word")
-    return with_context(question, [_content(file) for file in files])
-
-
-def _explained(page: Path | None, files: list[Path]) -> dict[str, Any]:
-    """What asks for the explanation that --explain wants, with each file as a passage."""
-    if page is None:
-        return {}
-    if not page.parent.is_dir():
-        raise OptionError(f"--explain {str(page)!r}: there is no folder {str(page.parent)!r}; make it first")
-    return {"explain": True, "passages": [text for file in files if (text := _content(file).strip())]}
-
-
-def _write(explanation: Explanation | None, page: Path | None) -> None:
-    if explanation is not None and page is not None:
-        page.write_text(explanation.html(), encoding="utf-8", errors="replace")
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer the terminal: what a model writes may hold escape sequences."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable()) if sys.stdout.isatty() else text
-
-
-def _print_weights(weights: Weights) -> None:
-    """A table with a line for each member, and below it what the numbers mean."""
-    console = Console(highlight=False)
-    block = "█" if console.encoding.lower().startswith("utf") else "#"
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("member", max_width=24, overflow="fold")
-    for heading in (f"NLL/{weights.unit}", "perplexity", "weight"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", min_width=BAR)
-    perplexities = weights.perplexity or (None,) * len(weights.names)
-    nlls = weights.nll or (None,) * len(weights.names)
-    for name, nll, perplexity, value in zip(weights.names, nlls, perplexities, weights.values, strict=True):
-        bar = Text(block * round(BAR * min(abs(value), 1)), style="red" if value < 0 else "green")
-        style = "bold" if name == weights.top else "dim" if value == 0 else ""
-        table.add_row(Text(name), _number(nll), _number(perplexity), f"{value:.3f}", bar, style=style)
-    console.print(table)
-    lines = [f"strategy {weights.strategy}, {weights.pool} pool, {weights.scored} {weights.unit}s scored"]
-    if weights.fused_nll is not None:
-        lines.append(f"fused NLL {weights.fused_nll:.4f} nats/{weights.unit}")
-    if weights.gap is not None:
-        lines[-1] += f", at most {weights.gap:.1e} above the optimum (gap)"
-    if weights.note:
-        lines.append(weights.note)
-    console.print(Text("\n".join(lines), style="dim"))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import typing_extensions
 
-from packllm.engines.llama_cpp.library import explained, library
+from packllm.engines.llama_cpp.native import explained, library
 from packllm.errors import LoadError, refused
 
 SECONDS = 600
