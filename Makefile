@@ -31,13 +31,18 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
+# An environment of its own that sees the pinned packages too.
+define beside_pinned
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
+		> $$(echo $(@D)/lib/python*/site-packages)/pinned.pth
+endef
+
 # What users get today: the newest versions that pyproject.toml allows, over the pinned ones, which stay visible.
 NEWEST := .venv-newest/bin/python
 .venv-newest/ready: .venv/ready
-	rm -rf .venv-newest
-	$(PYTHON) -m venv .venv-newest
-	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
-		> $$(echo .venv-newest/lib/python*/site-packages)/pinned.pth
+	$(beside_pinned)
 	$(NEWEST) -m pip install --quiet --no-compile --upgrade "transformers<6" "langchain-core<2" "langchain<2" \
 		langchain-tests "llama-index-core<0.15"
 	touch $@
@@ -50,10 +55,7 @@ newest: .venv-newest/ready
 # Engines whose packages are large or compile for some ten minutes: setup and demo do without them.
 ENGINES := .venv-engines/bin/python
 .venv-engines/ready: .venv/ready
-	rm -rf .venv-engines
-	$(PYTHON) -m venv .venv-engines
-	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
-		> $$(echo .venv-engines/lib/python*/site-packages)/pinned.pth
+	$(beside_pinned)
 	$(ENGINES) -m pip install --quiet --no-compile llama-cpp-python==0.3.36 ray==2.60.0
 	touch $@
 
