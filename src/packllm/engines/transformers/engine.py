@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as List
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder, device_of
 from packllm.engines.transformers.generation import asks_for
 from packllm.engines.transformers.sequence import Sequence
+from packllm.engines.transformers.threads import Threads
 from packllm.machine import settle_threads
 
 log = logging.getLogger("packllm")
@@ -92,6 +93,7 @@ class Engine(Passes[Sequence]):
         if not (self.architecture.steady and self.architecture.blocks):  # blocks after the first are read one by one
             self.most = 2**31
         self.meeting = Meeting.at(self.place)
+        self._threads = Threads()
 
     # What an engine does
 
@@ -165,7 +167,9 @@ class Engine(Passes[Sequence]):
         self.keep_hidden(sequence)
 
     def compute(self, rows: List[Row[Sequence]], whole: List[int], some: List[int], targets: List[int]) -> Numbers:
-        with torch.inference_mode():
+        count = sum(len(row.ids) for row in rows)
+        threads = self._threads.of_pass(count) if self.device.type == "cpu" else nullcontext()
+        with torch.inference_mode(), threads:
             hidden, logits_of = self._forward(
                 [row.sequence for row in rows], [row.ids for row in rows], sorted([*whole, *some])
             )
