@@ -17,7 +17,15 @@ from packllm_eval.bench.report import TARGETS, Report
 from packllm_eval.bench.subjects import noisy_copy, random_member, text_of
 
 UNMEASURED = {f"start.{name}" for name in ("load", "process", "import", "import_pack")} | {
-    *("threads.busy", "threads.spinning", "growth.1024", "growth.4096", "growth.8000")
+    *(
+        "threads.busy",
+        "threads.busy_spinning",
+        "threads.idle",
+        "threads.idle_spinning",
+        "growth.1024",
+        "growth.4096",
+        "growth.8000",
+    )
 }
 """What a quick run leaves out, or small models have no room for."""
 CAN_RESET_PEAK = Path("/proc/self/clear_refs").exists()

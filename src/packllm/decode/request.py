@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from packllm.carried import places
@@ -23,6 +20,7 @@ from packllm.decode.penalties import spelled_biases
 from packllm.decode.race import Race, Slot
 from packllm.decode.remote import ServerLine, reading
 from packllm.decode.tokens import drop_small
+from packllm.decode.weighing import Reading, over_all, renormalised
 from packllm.engines import base
 from packllm.engines.base import KeepsHidden, Prefixes, Read
 from packllm.engines.member import Author, Member
@@ -34,14 +32,11 @@ from packllm.errors import (
     ContextOverflowError,
     MemberError,
     OptionError,
-    WeightsError,
 )
 from packllm.options import Options
 from packllm.results import Bill, Usage
 from packllm.weights import Weights, find
-from packllm.weights.common import Common, in_common
-from packllm.weights.scoring import weights_of
-from packllm.weights.unscored import check_unscored, joined
+from packllm.weights.common import Common
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -170,7 +165,7 @@ class Request:
         started = time.perf_counter()
         self.weights = self._without_failing(lambda live: [self._weigh(row, live) for row in range(len(self.encoded))])
         if self.options.explains:
-            self.evidence = [self._evidence(row) for row in range(len(self.encoded))]
+            self.evidence = [self._reading(row, self._live()).evidence() for row in range(len(self.encoded))]
         for line in self.lines.values():
             if isinstance(line, Line) and isinstance(engine := line.sequence.engine, KeepsHidden):
                 engine.release_hidden(line.sequence)
@@ -267,39 +262,21 @@ class Request:
         rows = range(len(self.encoded))
         return self._without_failing(lambda _: work({(k, r): self.lines[k, r] for r in rows for k in self.running(r)}))
 
+    def _reading(self, row: int, live: Sequence[int]) -> Reading:
+        """A prompt as members read it."""
+        lines = {k: self.lines[k, row] for k in live if (k, row) in self.lines}  # without those that stopped reading
+        scores = {k: self._scores[k, row] for k in lines}
+        encoded = {k: self.encoded[row][k] for k in lines}
+        for k, line in lines.items():
+            if isinstance(line, ServerLine) and scores[k] is not None:
+                encoded[k] = line.encoded()  # as the server says that it read it
+        return Reading({k: self.members[k] for k in lines}, lines, encoded, scores)
+
     def _weigh(self, row: int, live: Sequence[int]) -> Weights:
-        live = [k for k in live if (k, row) in self.lines]  # without those that stopped reading
-        weights = self._weights_of(row, live, self._options_for(live))
-        return drop_small(self._over_all(weights, live), self.options.min_weight)
-
-    def _evidence(self, row: int) -> tuple[Sequence[int], Common]:
-        scored = [k for k in self._live() if (k, row) in self.lines and self._scores[k, row] is not None]
-        if not scored:
-            return (), Common(torch.empty(0, 0), [], None, [], None)
-        members: list[Any] = [self.members[k] for k in scored]
-        return scored, in_common(
-            members, [self._read_as(k, row) for k in scored], [self._scores[k, row] for k in scored]
-        )
-
-    def _weights_of(self, row: int, live: Sequence[int], options: Options) -> Weights:
-        judged = [k for k in live if self._scores[k, row] is not None or not self._remote(k)]
-        if len(judged) < len(live):
-            return self._joined(row, live, judged, options)
-        encoded = [self._read_as(k, row) for k in live]
-        given: list[Tensor | None] = [self._scores[k, row] for k in live]
-        members: list[Any] = [self.members[k] for k in live]
-        lines = [self.lines[k, row] for k in live]
-        check_unscored(options, [line.member.name for line in lines if isinstance(line, ServerLine)])
-        sequences = [line.sequence for line in lines if isinstance(line, Line)]
-        return weights_of(members, sequences, encoded, given, options)
-
-    def _joined(self, row: int, live: Sequence[int], judged: Sequence[int], options: Options) -> Weights:
-        """Weights where some members cannot say what they make of the prompt."""
-        names, which = [self.members[k].name for k in live], [self.members[k].name for k in judged]
-        check_unscored(options, [name for name in names if name not in which])
-        uniform = options.model_copy(update={"weighting": "uniform"})  # a mapping holds for all, not for these
-        alone = uniform if isinstance(options.weighting, dict) else options
-        return joined(self._weights_of(row, judged, alone) if judged else None, names, which, options)
+        reading = self._reading(row, live)
+        options = renormalised(self.options, [member.name for member in reading.members.values()])
+        weights = over_all(reading.weigh(options), list(reading.members), [member.name for member in self.members])
+        return drop_small(weights, self.options.min_weight)
 
     def provable(self, which: Sequence[int]) -> bool:
         """Whether the likeliest token can be proved: of members of one vocabulary, some on servers that tell their
@@ -325,11 +302,6 @@ class Request:
         """The lines of the members that run for a prompt, all of them here."""
         lines = {k: self.lines[k, index] for k in self.running(index)}
         return {k: line for k, line in lines.items() if isinstance(line, Line)}
-
-    def _read_as(self, k: int, row: int) -> Encoded:
-        """How a member read a prompt: what a server says of it, where it ran there."""
-        line = self.lines[k, row]
-        return line.encoded() if isinstance(line, ServerLine) else self.encoded[row][k]
 
     def _read(self, which: Sequence[int], chunk: int = 0) -> None:
         """Let members read the prompts, racing if `chunk` says so. Those that fail are left out, or raise.
@@ -401,7 +373,7 @@ class Request:
         """
         live = self._live()
         by_byte = self.options.model_copy(update={"weighting": "top1", "unit": "byte"})
-        lowest = self._weights_of(0, live, by_byte)
+        lowest = self._reading(0, live).weigh(by_byte)
         reference = live[max(range(len(live)), key=lowest.values.__getitem__)]
         others = [k for k in live if not self.one_vocabulary([reference, k])]
         members, wanted = list(self.members), [self._model(k) for k in others]
@@ -412,25 +384,6 @@ class Request:
         self.members = members
         self.limits(0)
         return others
-
-    def _options_for(self, live: Sequence[int]) -> Options:
-        """The options, with fixed weights renormalised over the members that are left."""
-        if not isinstance(self.options.weighting, dict) or len(live) == len(self.candidates):
-            return self.options
-        left = {self.members[k].name: self.options.weighting[self.members[k].name] for k in live}
-        total = math.fsum(left.values())
-        if total <= 0:
-            raise WeightsError(f"weighting={left!r} is what failed members leave; it must sum to more than 0")
-        return self.options.model_copy(update={"weighting": {name: value / total for name, value in left.items()}})
-
-    def _over_all(self, weights: Weights, live: Sequence[int]) -> Weights:
-        """Weights of the live members as weights of all: 0 and not scored for the others."""
-        values = [0.0] * len(self.members)
-        nll: list[float | None] = [None] * len(self.members)
-        for k, value, score in zip(live, weights.values, weights.nll, strict=True):
-            values[k], nll[k] = value, score
-        names = tuple(member.name for member in self.members)
-        return replace(weights, names=names, values=tuple(values), nll=tuple(nll))
 
     def running(self, index: int) -> list[int]:
         """Members that run for a prompt, once it is weighed."""

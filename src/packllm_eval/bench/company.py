@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -171,20 +171,22 @@ def _step(pack: Pack, prompts: Sequence[str]) -> float:
 
 
 def threads(report: Report, tokens: int, repeat: int, skip: bool) -> None:
-    """Seconds of decoding with two threads over one, while a loop keeps one core busy: waiting passively and, as torch
-    does where nobody says otherwise, spinning."""
+    """Seconds of decoding with two threads over one, while a loop keeps one core busy and while none does: waiting
+    passively and, as torch does where nobody says otherwise, spinning."""
     if skip or machine.cores() < 2:
         report.notes.append("threads: not measured" + ("" if skip else ", this process has one core"))
         return
     spent: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Threads"):
-        with _Busy():
-            for name, count, policy in (("one", 1, "PASSIVE"), ("passive", 2, "PASSIVE"), ("active", 2, "ACTIVE")):
-                program = DECODE.format(threads=count, tokens=tokens)
-                found = _python(program, OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY=policy)
-                spent.setdefault(f"busy_{name}", []).append(float(found))
-    report.figures["threads.busy"] = ratio(spent["busy_passive"], spent["busy_one"])
-    report.figures["threads.spinning"] = ratio(spent["busy_active"], spent["busy_one"])
+        for state, beside in (("busy", _Busy), ("idle", nullcontext)):
+            with beside():
+                for name, count, policy in (("one", 1, "PASSIVE"), ("passive", 2, "PASSIVE"), ("active", 2, "ACTIVE")):
+                    program = DECODE.format(threads=count, tokens=tokens)
+                    found = _python(program, OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY=policy)
+                    spent.setdefault(f"{state}_{name}", []).append(float(found))
+    for state in ("busy", "idle"):
+        report.figures[f"threads.{state}"] = ratio(spent[f"{state}_passive"], spent[f"{state}_one"])
+        report.figures[f"threads.{state}_spinning"] = ratio(spent[f"{state}_active"], spent[f"{state}_one"])
     report.seconds |= {name: median(values) for name, values in spent.items()}
 
 
