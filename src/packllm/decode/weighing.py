@@ -68,7 +68,12 @@ class Reading:
 
     def of(self, which: Sequence[int]) -> Reading:
         """The same prompt, of some of the members."""
-        return Reading(*({k: each[k] for k in which} for each in (self.members, self.lines, self.encoded, self.scores)))
+        return Reading(
+            {k: self.members[k] for k in which},
+            {k: self.lines[k] for k in which},
+            {k: self.encoded[k] for k in which},
+            {k: self.scores[k] for k in which},
+        )
 
 
 def renormalised(options: Options, names: Sequence[str]) -> Options:
