@@ -129,7 +129,7 @@ def test_greedily_the_penalised_best_with_drafts_asked_for_too(members, caplog, 
     assert [token.id for token in answer.logprobs] == expected
     assert answer.text != pack.generate(repeating).text
     assert answer.usage.drafted_tokens == 0
-    assert "without drafts" in caplog.text
+    assert "without draft tokens" in caplog.text
     batch = pack.generate_batch(["Insulin", repeating], **penalties)
     assert batch[1].text == answer.text
 
