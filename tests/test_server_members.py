@@ -675,5 +675,5 @@ def test_passages_are_rated_and_explained_with_servers(serve, minds):
     assert message.share == {"near": 1.0, "far": 0.0}
     alone = Pack.load([serve(author=True).spec()], weighting="uniform", max_tokens=8)
     assert alone.generate(prompt, explain=True).explanation.messages[0].share == {}
-    with pytest.raises(OptionError, match="nobody can judge"):
+    with pytest.raises(OptionError, match="no member can score a text"):
         alone.relevance(QUESTION, passages)
