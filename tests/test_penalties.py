@@ -251,7 +251,7 @@ def test_several_answers_of_a_form_in_one_vocabulary_and_by_segments(make_member
 def test_a_stream_is_of_one_answer_and_n_of_a_request(pack, members):
     with pytest.raises(OptionError, match="stream_batch"):
         pack.stream(PROMPT, n=2)
-    with pytest.raises(OptionError, match="n=2 is of a request"):
+    with pytest.raises(OptionError, match="n=2 is an option of requests"):
         TextPack(members, n=2)
     last = {index: chunk.usage for index, chunk in pack.stream_batch([PROMPT, "Insulin"], n=2) if chunk.usage}
     assert sorted(last) == [0, 1, 2, 3]

@@ -31,16 +31,16 @@ class Recorder:
     def __init__(self, vocabulary: Vocabulary, ends: Collection[int], names: Sequence[str], top: int) -> None:
         self._vocabulary, self._ends, self._names, self._top = vocabulary, ends, names, top
         self.end: TokenLogprob | None = None
-        self._kept: list[TokenLogprob] = []
-        self._seen: Tensor | None = None
+        self._records: list[TokenLogprob] = []
+        self._distribution: Tensor | None = None
 
     def watching(self, sample: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
         """A sampler that chooses as `sample` does. note() then records the first distribution that it gets for a token:
         the fused one after penalties or a grammar."""
 
         def watched(logprobs: Tensor) -> int:
-            if self._seen is None:
-                self._seen = logprobs.clone()  # a grammar may retry, without the tokens that are too long
+            if self._distribution is None:
+                self._distribution = logprobs.clone()  # a grammar may retry, without the tokens that are too long
             return sample(logprobs)
 
         return watched
@@ -52,24 +52,24 @@ class Recorder:
             fused: (V,), fused log-probabilities.
             parts: (V_k,), each member's log-probabilities, by index of the member.
         """
-        distribution, self._seen = fused if self._seen is None else self._seen, None
+        distribution, self._distribution = fused if self._distribution is None else self._distribution, None
         logprobs = distribution.log_softmax(-1)
         best, ids = torch.topk(logprobs, min(self._top, len(logprobs)))
         top = [i for i, value in zip(ids.tolist(), best.tolist(), strict=True) if value > _RULED_OUT]
-        ids_to_tell = [token, *top]
-        fused_values = logprobs[ids_to_tell].tolist()
-        members = {self._names[k]: part[ids_to_tell].tolist() for k, part in sorted(parts.items())}
+        reported = [token, *top]
+        fused_values = logprobs[reported].tolist()
+        members = {self._names[k]: part[reported].tolist() for k, part in sorted(parts.items())}
         records = [
-            self._told(i, fused_values[at], {name: values[at] for name, values in members.items()})
-            for at, i in enumerate(ids_to_tell)
+            self._record(i, fused_values[at], {name: values[at] for name, values in members.items()})
+            for at, i in enumerate(reported)
         ]
         record = replace(records[0], top_logprobs=tuple(records[1:]))
         if token in self._ends:
             self.end = record
         else:
-            self._kept.append(record)
+            self._records.append(record)
 
-    def _told(self, token: int, logprob: float, members: dict[str, float]) -> TokenLogprob:
+    def _record(self, token: int, logprob: float, members: dict[str, float]) -> TokenLogprob:
         spelling, text = b"", b""
         if token < len(self._vocabulary):
             spelling, text = self._vocabulary.tokens[token], self._vocabulary.text_bytes(token)
@@ -77,5 +77,5 @@ class Recorder:
 
     def take(self) -> tuple[TokenLogprob, ...]:
         """The records since the last call."""
-        records, self._kept = tuple(self._kept), []
+        records, self._records = tuple(self._records), []
         return records
