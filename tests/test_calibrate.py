@@ -150,8 +150,8 @@ def test_where_nothing_is_scored_the_prior_counts(pack):
     found = pack.weigh("a", chat_template=False, prior={"story": 0.8, "court": 0.2})
     assert found.scored == 0
     assert found.values == pytest.approx((0.8, 0.2))
-    assert "the prior alone counts" in found.note
-    assert "all members count the same" in pack.weigh("a", chat_template=False).note
+    assert "only the prior counts" in found.note
+    assert "all members have the same weight" in pack.weigh("a", chat_template=False).note
 
 
 def test_a_member_that_fails_leaves_its_part_of_the_prior(pack):
@@ -194,7 +194,7 @@ def test_a_file_that_is_no_prior_is_refused(pack, tmp_path, content):
     ("prior", "told"),
     [
         ({"story": 0.5, "judge": 0.5}, "unknown member 'judge'"),
-        ({"story": 1.5, "court": -0.5}, "below 0"),
+        ({"story": 1.5, "court": -0.5}, "at least 0"),
         ({"story": 0.5, "court": 0.4}, "must sum to 1"),
         ({}, "must sum to 1"),
     ],
@@ -237,7 +237,7 @@ def test_what_cannot_be_read(pack, monkeypatch):
     with pytest.raises(DataError, match="there is none"):
         calibrate(pack, [])
     monkeypatch.setattr(ByteEncoder, "continuation", lambda self, text: [])
-    with pytest.raises(DataError, match="no token of member 'story'"):
+    with pytest.raises(DataError, match="no tokens for member 'story'"):
         calibrate(pack, rows(2, 1))
     monkeypatch.undo()
     pack.members[1].engine.poison = ord("w")

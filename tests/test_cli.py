@@ -144,7 +144,7 @@ def test_a_text_with_nothing_to_score_says_why_weights_are_uniform(run) -> None:
     result = run("weigh", "a", *raw)
     assert result.exit_code == 0, result.output
     assert "0.500" in result.stdout
-    assert "nothing was scored, so all members count the same" in " ".join(result.stdout.split())
+    assert "nothing was scored, so all members have the same weight" in " ".join(result.stdout.split())
     assert json.loads(run("weigh", "a", "--json", *raw).stdout)["note"].startswith("nothing was scored")
     assert json.loads(run("weigh", QUESTION, "--json").stdout)["note"] is None
     assert "nothing was scored" not in run("weigh", QUESTION).stdout

@@ -180,5 +180,5 @@ def test_arguments_that_are_no_json_are_shown_as_they_are():
 def test_what_a_template_refuses_in_any_form_is_a_typed_error():
     with pytest.raises(PromptError, match="no"):
         encoder("{{ raise_exception('no') }}").encode(DIALOGUE[:2], None, TOOLS)
-    with pytest.raises(PromptError, match="leaves out what it is told of tools"):
+    with pytest.raises(PromptError, match="leaves out the system message's text about tools"):
         encoder("<|im_start|>").encode(DIALOGUE[:2], None, TOOLS)

@@ -303,6 +303,6 @@ def test_odd_rows_are_refused_by_line(tmp_path, caplog, line, read):
     good = b'{"text": "a", "question": "b", "choices": ["c", "d"], "answer": 0}'
     file = tmp_path / "rows.jsonl"
     file.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
-    with pytest.raises(DataError, match=r"rows.jsonl line 2: .*; mend it, or skip bad rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl line 2: .*; correct it, or skip bad rows"):
         read(file)
     assert len(read(file, bad="skip")) == 2

@@ -106,7 +106,7 @@ def test_malformed_rows_are_named_by_line_or_skipped(tmp_path, caplog, line, rea
 
 def test_files_that_hold_nothing(tmp_path):
     (tmp_path / "e.txt").write_text(" \n\n ")
-    with pytest.raises(DataError, match="holds nothing"):
+    with pytest.raises(DataError, match="has no rows"):
         rows.read_documents(tmp_path / "e.txt")
     with pytest.raises(DataError, match="is no file"):
         rows.read_documents(tmp_path / "absent.jsonl")
@@ -130,7 +130,7 @@ def test_a_folder_is_one_corpus_of_all_its_texts(tmp_path):
     texts = ["# Insulin\n\nlowers glucose", "A query", "A plan", "The court"]
     assert [(d.corpus, d.text) for d in found] == list(zip(["notes", "notes", "db", "notes"], texts, strict=True))
     assert files.names([notes, notes / "b.md"]) == ["notes", "b"]
-    with pytest.raises(DataError, match=r"holds no \.jsonl, \.txt or \.md file"):
+    with pytest.raises(DataError, match=r"contains no \.jsonl, \.txt or \.md file"):
         rows.read_documents(tmp_path / "bare")
 
 
@@ -220,11 +220,11 @@ def test_worked_examples_are_never_asked():
 
 
 def test_rows_for_worked_examples_must_be_there():
-    with pytest.raises(DataError, match="4 worked examples asked for, and 'quiz' has 3 rows of subject 'law'"):
+    with pytest.raises(DataError, match="shots=4 needs more examples: 'quiz' has 3 rows of subject 'law'"):
         choice.draw([*made(3, "law", "dev"), *made(9, "law", "test")], None, 4, 0)
-    with pytest.raises(DataError, match=r"5 worked examples asked for, and 'quiz' has 5 rows$"):
+    with pytest.raises(DataError, match="shots=5 needs more examples: 'quiz' has 5 rows; lower it"):
         choice.draw(made(5), None, 5, 0)
     asked, told = choice.draw(made(6), None, 5, 0)
     assert (len(asked), len(told[""])) == (1, 5)
-    with pytest.raises(DataError, match="holds nothing but examples"):
+    with pytest.raises(DataError, match="has only examples"):
         choice.draw(made(5, split="dev"), None, 0, 0)

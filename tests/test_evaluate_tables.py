@@ -308,7 +308,10 @@ def test_rivals_are_fitted_and_merged_on_the_command_line(saved, tmp_path):
     assert weights == {m: ["average"] if "average" in m else ["llama-0", "llama-1"] for m in methods}
     assert found["methods"]["uniform@average"]["nats"] == pytest.approx(record["members"]["average"])
     assert found["methods"][methods[2]]["weights"]["llama-0"] > 0.5  # its text is law
-    for wrong, message in ((("fit", "opt", *pairs), "is not fitted"), (("fit", "cbtm", "law"), "is not MEMBER=FILE")):
+    for wrong, message in (
+        (("fit", "opt", *pairs), "cannot be fitted"),
+        (("fit", "cbtm", "law"), "is not MEMBER=FILE"),
+    ):
         result = run(*wrong)
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())

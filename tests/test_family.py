@@ -167,4 +167,4 @@ def test_other_text_tokens_are_another_vocabulary(caplog):
         pack.generate("a", decoding="tokens")
     with caplog.at_level("INFO", "packllm"):
         assert pack.generate(PROMPTS[0]).usage.completion_tokens > 0  # auto goes by segments
-    assert f"({share}% of their tokens are in both): they write segment by segment (decoding='cool')" in caplog.text
+    assert f"({share}% of their tokens are in both): decoding segment by segment (decoding='cool')" in caplog.text

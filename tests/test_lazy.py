@@ -91,7 +91,7 @@ def test_a_lost_member_is_drawn_no_more(make_pack, make_member):
         ({"top_p": 0.9}, "top_p"),
         ({"top_k": 5}, "top_k"),
         ({"pool": "log"}, "pool='linear'"),
-        ({"weighting": "exact"}, "logarithmic pool of weighting='exact'"),
+        ({"weighting": "exact"}, "weighting='exact'"),
         ({"weighting": "dexperts"}, "logarithmic pool"),
         ({"weighting": {"llama-0": 1.5, "gpt2-1": -0.5}, "pool": "log"}, "pool"),
         ({"json_schema": {"type": "object"}}, "json_schema"),

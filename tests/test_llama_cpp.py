@@ -314,7 +314,7 @@ def test_other_versions_are_refused_by_name(monkeypatch, content, tmp_path, capl
         Loader(engine="llama.cpp")
     (member,) = Loader().members([tmp_path / "sound.gguf"])
     assert member.model.config.model_type == "llama"
-    assert "sound.gguf runs in transformers: it is written to the cache once as float32, 0 MiB" in caplog.text
+    assert "sound.gguf runs in transformers: it is converted to float32 in the cache once, 0 MiB" in caplog.text
     monkeypatch.setattr(native, "installed", lambda: None)
     with pytest.raises(ExtraError, match=r"needs llama-cpp-python; install packllm\[llama-cpp\]"):
         Loader(engine="llama.cpp")

@@ -381,9 +381,9 @@ def test_an_adapter_alone_is_put_on_its_base(base, adapted, tmp_path):
     assert (logits(members[0].merged()) - adapted[1]).abs().max() < 1e-4
     for gone in ("./no/such/base", None, 5):
         spec = changed(adapted[0], tmp_path, {"base_model_name_or_path": gone})
-        assert f"is an adapter, and its base {gone!r} is not found here; name the base: BASE+" in refused(spec)
+        assert f"is an adapter, and its base {gone!r} is not on this machine; name it: BASE+" in refused(spec)
     shutil.copy(base / "model.safetensors", spec)
-    assert "holds a model and an adapter" in refused(spec)
+    assert "contains a model and an adapter" in refused(spec)
 
 
 def enlarged(base: Path, folder: Path, **settings) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_greedily_the_penalised_best_with_drafts_asked_for_too(members, caplog, 
     assert [token.id for token in answer.logprobs] == expected
     assert answer.text != pack.generate(repeating).text
     assert answer.usage.drafted_tokens == 0
-    assert "without drafts" in caplog.text
+    assert "without draft tokens" in caplog.text
     batch = pack.generate_batch(["Insulin", repeating], **penalties)
     assert batch[1].text == answer.text
 
@@ -251,7 +251,7 @@ def test_several_answers_of_a_form_in_one_vocabulary_and_by_segments(make_member
 def test_a_stream_is_of_one_answer_and_n_of_a_request(pack, members):
     with pytest.raises(OptionError, match="stream_batch"):
         pack.stream(PROMPT, n=2)
-    with pytest.raises(OptionError, match="n=2 is of a request"):
+    with pytest.raises(OptionError, match="n=2 is an option of requests"):
         TextPack(members, n=2)
     last = {index: chunk.usage for index, chunk in pack.stream_batch([PROMPT, "Insulin"], n=2) if chunk.usage}
     assert sorted(last) == [0, 1, 2, 3]

@@ -506,7 +506,7 @@ def test_a_role_that_the_template_leaves_out_is_told_by_another():
     assert spelled(encoder, encoder.encode([DIALOGUE[0], *user("Why?")]).ids) == "Answer briefly.\n\nWhy?"
     with pytest.raises(PromptError, match=r"leaves out message 1 \(assistant\)"):
         encoder.encode([*user("x"), answer, *user("y")])
-    with pytest.raises(PromptError, match="comes to no tokens"):
+    with pytest.raises(PromptError, match="prompt has no tokens"):
         encoder.encode(user(""))
 
 

@@ -135,7 +135,7 @@ def test_authors_alone(serve, minds):
     )
     assert list(pack.generate_batch([QUESTION, CORPUS[0]])[1].usage.servers) == ["a", "b"]
     assert pack.generate(QUESTION, weighting={"b": 1.0}).weights.values == (0.0, 1.0)
-    with pytest.raises(OptionError, match="nobody can judge"):
+    with pytest.raises(OptionError, match="no member can score a text"):
         pack.score("The", [" end"])
     with pytest.raises(PackError, match="tokens cannot be counted"):
         pack.count_tokens("The end")
@@ -566,7 +566,7 @@ def test_what_cannot_be_proved_is_written_in_segments(
     pack = Pack.load([other, serve().spec(words=tokenizer_folder)], max_tokens=25, weighting="uniform")
     member = pack.members[1]
     member.tops.named, member.tops.count = False, 1
-    with pytest.raises(MemberError, match=r"'far'.*does not prove"):
+    with pytest.raises(MemberError, match=r"'far'.*too little to prove"):
         pack.generate(QUESTION)
     answer = pack.generate(QUESTION, on_member_error="drop")
     assert answer.weights.values == (1.0, 0.0)
@@ -675,5 +675,5 @@ def test_passages_are_rated_and_explained_with_servers(serve, minds):
     assert message.share == {"near": 1.0, "far": 0.0}
     alone = Pack.load([serve(author=True).spec()], weighting="uniform", max_tokens=8)
     assert alone.generate(prompt, explain=True).explanation.messages[0].share == {}
-    with pytest.raises(OptionError, match="nobody can judge"):
+    with pytest.raises(OptionError, match="no member can score a text"):
         alone.relevance(QUESTION, passages)

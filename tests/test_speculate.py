@@ -246,7 +246,7 @@ def test_recurrent_layers_decode_plainly(make_member, byte_tokenizer, caplog):
     # Each row of what keeps a state has passes of its own.
     assert [member.engine.forwards - b for member, b in zip(members, before, strict=True)] == [8, 3 * 8]
     said = [record.message for record in caplog.records if record.name == "packllm"]
-    assert said == ["decoding without drafts: the cache of member 'recurrent' cannot be rolled back"]
+    assert said == ["decoding without draft tokens: member 'recurrent' has a cache that cannot be rolled back"]
 
 
 def test_convolutions_decode_plainly(make_member, byte_tokenizer):

@@ -703,7 +703,7 @@ def test_fixed_weights_come_in_member_order() -> None:
         ({"a": 2.0}, "sums to 2"),
         ({}, "sums to 0"),
         ({"a": 0.5, "z": 0.5}, "unknown member 'z'; members: a, b"),
-        ({"a": 1.5, "b": -0.5}, "below 0 needs pool='log'"),
+        ({"a": 1.5, "b": -0.5}, "negative weights need pool='log'"),
     ],
 )
 def test_fixed_weights_that_are_wrong(weights: dict[str, float], message: str) -> None:
@@ -734,13 +734,13 @@ def test_a_pool_overrides_the_one_that_the_weighting_is_meant_for() -> None:
     assert (other.gap, other.fused_nll) == (None, None)
     assert solve("em", logits, targets).pool == "linear"
     assert solve("em", logits, targets, pool="log").fused_nll is None
-    with pytest.raises(OptionError, match="pool='linear' cannot carry the negative weights"):
+    with pytest.raises(OptionError, match="pool='linear' cannot have the negative weights"):
         solve("dexperts", logits, targets, pool="linear")
 
 
 @pytest.mark.parametrize("targets", [[0, 1], [0, 1, 2, 3], [[0, 1, 2]]])
 def test_solve_refuses_targets_of_another_shape(targets: list) -> None:
-    with pytest.raises(WeightsError, match=r"targets have shape .*, logits ask for \(3,\)"):
+    with pytest.raises(WeightsError, match=r"targets have shape .*; with these logits it must be \(3,\)"):
         solve("top1", torch.zeros(2, 3, 4), torch.tensor(targets))
 
 

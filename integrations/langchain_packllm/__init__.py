@@ -1,5 +1,5 @@
-"""packllm for LangChain: several local language models behind one `BaseLLM` and one `BaseChatModel`, and a
-reranker of documents; behind one `BaseDecisionModel` too, where langchain-core has it."""
+"""packllm for LangChain: several local language models as one `BaseLLM` and one `BaseChatModel`, a document reranker,
+and, if langchain-core has it, one `BaseDecisionModel`."""
 
 from importlib.util import find_spec
 from typing import Any

@@ -22,31 +22,31 @@ from langchain_packllm.errors import typed
 from langchain_packllm.messages import call_chunk, pack_messages, tool_calls
 from langchain_packllm.structured import schema_of, structured_output, tool_of
 
-_FOR_TRACES = ("ls_structured_output_format", "structured_output_format", "stream")  # no options of an answer
+_FOR_TRACES = ("ls_structured_output_format", "structured_output_format", "stream")  # no options of the pack
 
 
 class ChatPackLLM(PackModel, BaseChatModel):
     """Several local language models answering as one LangChain chat model.
 
     ``ChatPackLLM(models=["org/general", "org/medicine"], max_tokens=64)`` loads a pack;
-    ``ChatPackLLM(pack=pack, temperature=0.7)`` shares one. An option comes from the call, else from this object,
-    else from the pack; ``model="medicine"`` at the call lets one member answer alone. Each answer says in
-    ``response_metadata["packllm"]`` what every member counted for.
+    ``ChatPackLLM(pack=pack, temperature=0.7)`` shares one. An option comes from the call, otherwise from this object,
+    otherwise from the pack. ``model="medicine"`` in a call lets this member answer alone. Each answer has the members'
+    weights in ``response_metadata["packllm"]``.
 
-    What members reason before they answer is in ``additional_kwargs["reasoning_content"]`` and, as LangChain 1 has it,
-    in ``content_blocks``; it is no part of the content, and no call in it is made.
+    Reasoning before an answer is in ``additional_kwargs["reasoning_content"]`` and, in LangChain 1, in
+    ``content_blocks``. It is no part of the content, and tool calls in it are ignored.
 
-    Tools reach each member through its own chat template, or in words where that has no place for them. With
-    ``tool_choice`` "any" or a name, and with structured output, the form of the answer is guaranteed: that needs
+    Each member gets tools through its own chat template, or as text if the template does not support them. With
+    ``tool_choice`` "any" or a name, and with structured output, the form of the answer is guaranteed: this needs
     ``packllm[structured]``.
     """
 
     streaming: bool = False
-    """Whether `invoke` streams too, so that its callbacks see the tokens."""
+    """Whether `invoke` also streams, so that its callbacks get the tokens."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        if self.profile is None:  # LangChain asked before the pack was there
+        if self.profile is None:  # LangChain asked for it before the pack was loaded
             self.profile = self._resolve_model_profile()
 
     @property
@@ -55,12 +55,12 @@ class ChatPackLLM(PackModel, BaseChatModel):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        # In the cache key, LangChain puts the stop strings of the call in the place of the model's own.
+        # In the cache key, LangChain replaces the model's stop strings by those of the call.
         return {**super()._identifying_params, "default_stop": list(self.stop)}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The cache key. LangChain's, for what can be dumped, is the dump: the same for all packs of Member objects,
-        and for a folder whatever lies in it. The parameters name the members' contents."""
+        """The cache key. LangChain uses the dump of a serialisable model. This is the same for all packs of Member
+        objects, and for whatever a folder contains. The parameters here include the members' fingerprints."""
         return str(sorted({**self._get_invocation_params(stop=stop, **kwargs), **kwargs}.items()))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -102,7 +102,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             tools: anything that LangChain can make a tool of.
             tool_choice: "auto" or None: a call or text; "any", "required" or True: one call; a tool's name (or
                 OpenAI's dict of it): a call of that tool; "none" or False: text.
-            strict: in the tools' description; a call that is demanded fits its schema in any case.
+            strict: passed into the tools' description; a required call satisfies its schema in any case.
             response_format: a schema that answers in text must have (OpenAI's dict, or what
                 with_structured_output takes).
             kwargs: options of the calls; parallel_tool_calls=False: at most one call an answer.
@@ -128,7 +128,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """This model with answers of a schema; they always parse.
+        """This model with answers that satisfy a schema, and so always parse.
 
         Args:
             schema: pydantic class, dataclass, enumeration, TypedDict, JSON schema (any, it is passed through) or
@@ -136,7 +136,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             method: "json_schema": the answer is JSON of the schema; "function_calling": it is a call of a tool with
                 such arguments; "json_mode": as json_schema.
             include_raw: give {"raw": message, "parsed": ..., "parsing_error": ...}.
-            strict: in the tool's description, for function_calling; the form is guaranteed in any case.
+            strict: passed into the tool's description, for function_calling; the form is guaranteed in any case.
             kwargs: options of the calls.
         """
         return structured_output(self.bind, schema, method, include_raw, strict, kwargs)
@@ -144,11 +144,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
     def _request(
         self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Callable[[], packllm.ToolStream]]:
-        """The options of a call, and what makes what takes an answer apart."""
+        """The options of a call, and a factory of parsers for its answers."""
         options = self._options(stop, {name: value for name, value in kwargs.items() if name not in _FOR_TRACES})
         model = options.pop("model", self.model_name)
         if not isinstance(model, str):
-            raise packllm.OptionError(f"model={model!r} is no name of a member")
+            raise packllm.OptionError(f"model={model!r} must be the name of a member")
         if model != self.model_name:
             options["weighting"] = {model: 1.0}
         parallel = options.pop("parallel_tool_calls", True)
@@ -163,12 +163,12 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with typed():
-            options, taken = self._request(stop, kwargs)
+            options, make_parser = self._request(stop, kwargs)
             prompt, n = pack_messages(messages), self.pack.check(**options).n or 1
             options.pop("n", None)
             if n > 1:
-                return self._result(self.pack.generate(prompt, n=n, **options), taken, kwargs)
-            return self._result([self.pack.generate(prompt, **options)], taken, kwargs)
+                return self._result(self.pack.generate(prompt, n=n, **options), make_parser, kwargs)
+            return self._result([self.pack.generate(prompt, **options)], make_parser, kwargs)
 
     async def _agenerate(
         self,
@@ -178,20 +178,20 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with typed():
-            options, taken = self._request(stop, kwargs)
+            options, make_parser = self._request(stop, kwargs)
             prompt, n = pack_messages(messages), self.pack.check(**options).n or 1
             options.pop("n", None)
             if n > 1:
-                return self._result(await self.pack.agenerate(prompt, n=n, **options), taken, kwargs)
-            return self._result([await self.pack.agenerate(prompt, **options)], taken, kwargs)
+                return self._result(await self.pack.agenerate(prompt, n=n, **options), make_parser, kwargs)
+            return self._result([await self.pack.agenerate(prompt, **options)], make_parser, kwargs)
 
     def _result(
         self,
         answers: Sequence[packllm.Generation],
-        taken: Callable[[], packllm.ToolStream],
+        make_parser: Callable[[], packllm.ToolStream],
         kwargs: Mapping[str, Any],
     ) -> ChatResult:
-        generations = [self._generation(answer, taken(), kwargs) for answer in answers]
+        generations = [self._generation(answer, make_parser(), kwargs) for answer in answers]
         usage = joint_usage([[answer.usage.as_dict() for answer in answers]])
         llm_output = {"token_usage": usage, "model_name": kwargs.get("model", self.model_name)}
         return ChatResult(generations=generations, llm_output=llm_output)
@@ -201,14 +201,14 @@ class ChatPackLLM(PackModel, BaseChatModel):
     ) -> ChatGeneration:
         parts.feed(answer.text)
         parts.finish()
-        calls, refused = tool_calls(parts.answer)
+        calls, invalid = tool_calls(parts.answer)
         reasoning = answer.reasoning + parts.answer.reasoning
         usage, info = self._ending(answer, kwargs)
         message = AIMessage(
             parts.answer.content,
             additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
             tool_calls=calls,
-            invalid_tool_calls=refused,
+            invalid_tool_calls=invalid,
             usage_metadata=usage,
             response_metadata={"model_provider": "packllm"},
         )
@@ -222,10 +222,10 @@ class ChatPackLLM(PackModel, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answers to several inputs, `batch_size` of them at a time, or `max_concurrency` where that is less.
+        """Answers to several inputs, `batch_size` of them at a time, or `max_concurrency` if that is less.
 
-        Each input is a run of its own, with its callbacks, its place in the cache and its errors; those under way
-        share the members' passes.
+        Each input is a separate run, with its own callbacks, cache entry and errors; concurrent runs share the members'
+        passes.
         """
         configs = self._bounded(len(inputs), config, kwargs)
         return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
@@ -245,10 +245,10 @@ class ChatPackLLM(PackModel, BaseChatModel):
     def _bounded(
         self, count: int, config: RunnableConfig | list[RunnableConfig] | None, kwargs: Mapping[str, Any]
     ) -> list[RunnableConfig]:
-        """Configurations of so many runs, of which no more than batch_size are under way."""
-        given = {name: kwargs[name] for name in ("batch_size",) if name in kwargs}
+        """Configurations of `count` runs, of which at most batch_size run at a time."""
+        call_options = {name: kwargs[name] for name in ("batch_size",) if name in kwargs}
         with typed():
-            size = self.pack.check(**self._options(None, given)).batch_size
+            size = self.pack.check(**self._options(None, call_options)).batch_size
         return [
             RunnableConfig(**{**one, "max_concurrency": min(size, one.get("max_concurrency") or size)})
             for one in get_config_list(config, count)
@@ -262,8 +262,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with typed():
-            options, taken = self._request(stop, kwargs)
-            parts = taken()
+            options, make_parser = self._request(stop, kwargs)
+            parts = make_parser()
             with closing(self.pack.stream(pack_messages(messages), **options)) as pieces:  # closing stops the work
                 for piece in pieces:
                     yield from self._translated(piece, parts, kwargs)
@@ -276,8 +276,8 @@ class ChatPackLLM(PackModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         with typed():
-            options, taken = self._request(stop, kwargs)
-            parts = taken()
+            options, make_parser = self._request(stop, kwargs)
+            parts = make_parser()
             async with aclosing(self.pack.astream(pack_messages(messages), **options)) as pieces:
                 async for piece in pieces:
                     for chunk in self._translated(piece, parts, kwargs):
@@ -286,7 +286,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
     def _translated(
         self, piece: packllm.Chunk, parts: packllm.ToolStream, kwargs: Mapping[str, Any]
     ) -> Iterator[ChatGenerationChunk]:
-        """A piece of the pack's as LangChain has it; after the last one, what is told of the whole answer."""
+        """Translate a piece; after the last one add the facts about the whole answer."""
         chunks = [_chunk(packllm.ReasoningPart(piece.reasoning))] if piece.reasoning else []
         chunks += map(_chunk, parts.feed(piece.text))
         if piece.finish_reason is None:
@@ -305,7 +305,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[dict[str, Any] | type | Callable | BaseTool] | None = None
     ) -> int:
-        """Tokens of the prompt that the messages and tools make, as the pack's first member reads it."""
+        """Tokens of the prompt with these messages and tools, in the pack's first member."""
         offered = [tool_of(tool, None) for tool in tools or ()]
         options = self._options(None, {"tools": offered} if offered else {})
         return self.pack.count_tokens(pack_messages(messages), **options)
@@ -313,7 +313,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
     def _ending(
         self, last: packllm.Chunk | packllm.Generation, kwargs: Mapping[str, Any]
     ) -> tuple[UsageMetadata, dict[str, Any]]:
-        """What is told of the whole answer: token counts, and what callbacks and messages carry."""
+        """Facts about a complete answer: token counts, and what callbacks and messages carry."""
         assert last.usage is not None
         usage = UsageMetadata(
             input_tokens=last.usage.prompt_tokens,
@@ -341,10 +341,10 @@ def _chunk(part: str | packllm.ReasoningPart | packllm.CallPart) -> ChatGenerati
 
 
 def _choice(given: Mapping[str, Any]) -> str:
-    """OpenAI's or Anthropic's dict of a choice: a tool's name, or "any", "auto" or "none"."""
+    """OpenAI's or Anthropic's dict of a tool choice as a tool's name, or "any", "auto" or "none"."""
     function = given.get("function", given)
     name = function.get("name") if isinstance(function, Mapping) else None
     choice = name if name is not None else given.get("type")
     if not isinstance(choice, str):
-        raise packllm.OptionError(f"tool_choice={given!r} names no tool")
+        raise packllm.OptionError(f"tool_choice={given!r} names no tool; give its name, 'auto', 'any' or 'none'")
     return choice

@@ -23,12 +23,13 @@ import packllm
 
 
 class PackDecisions(BaseDecisionModel):
-    """Several local language models that decide as one, by what they would answer (see packllm.Pack.decide).
+    """Several local language models that decide together, by the answers that they would give (see
+    packllm.Pack.decide).
 
-    A probability is that of a label among the labels; an answer's confidence is the probability of what was chosen.
+    Probabilities are those of a label among all labels; the confidence of an answer is the probability of its label.
 
     Raises:
-        OptionError: at the call, a question about a place in a picture.
+        OptionError: when called with a question about a place in a picture.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -36,9 +37,9 @@ class PackDecisions(BaseDecisionModel):
     pack: packllm.Pack = Field(exclude=True, repr=False)
     """The pack that decides."""
     calibrated: bool = False
-    """Divide by what labels are given after an empty prompt."""
+    """Divide each label's probability by that after an empty prompt."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the pack's for each decision."""
+    """Options of the pack for each decision."""
     model: str = ""
 
     def model_post_init(self, context: Any, /) -> None:
@@ -49,24 +50,26 @@ class PackDecisions(BaseDecisionModel):
         return "packllm"
 
     def _classify(self, state: Any, questions: Mapping[str, Any]) -> ClassifierResponse:
-        told = _told(state)
+        text = _told(state)
         return ClassifierResponse(
-            model=self.model, answers={name: self._answer(told, question) for name, question in questions.items()}
+            model=self.model, answers={name: self._answer(text, question) for name, question in questions.items()}
         )
 
-    def _answer(self, told: str, question: Any) -> NoulAnswer | ChoiceAnswer | ScoreAnswer:
+    def _answer(self, text: str, question: Any) -> NoulAnswer | ChoiceAnswer | ScoreAnswer:
         if isinstance(question, Box):
             raise packllm.OptionError("the models read text only: a Box question cannot be answered; leave it out")
         if isinstance(question, Noul):
-            meant = question.criteria
-            shares = self._shares(told, question, {"yes": meant and meant.true, "no": meant and meant.false})
+            criteria = question.criteria
+            shares = self._shares(
+                text, question, {"yes": criteria and criteria.true, "no": criteria and criteria.false}
+            )
             return NoulAnswer(type="noul", noul=min(shares["yes"], 1.0))
         if isinstance(question, Choice):
-            shares = self._shares(told, question, question.criteria)
+            shares = self._shares(text, question, question.criteria)
             choice = max(shares, key=shares.__getitem__)
             return ChoiceAnswer(type="choice", choice=choice, probabilities=shares, confidence=min(shares[choice], 1.0))
         legend = dict(enumerate(question.criteria))
-        shares = self._shares(told, question, {str(level): meaning for level, meaning in legend.items()})
+        shares = self._shares(text, question, {str(level): meaning for level, meaning in legend.items()})
         levels = {level: shares[str(level)] for level in legend}
         return ScoreAnswer(
             type="score",
@@ -76,19 +79,19 @@ class PackDecisions(BaseDecisionModel):
             confidence=min(max(levels.values()), 1.0),
         )
 
-    def _shares(self, told: str, question: Any, labels: Mapping[str, Any]) -> dict[str, float]:
+    def _shares(self, text: str, question: Any, labels: Mapping[str, Any]) -> dict[str, float]:
         """The probability of each label."""
         if len(labels) == 1:
             return dict.fromkeys(labels, 1.0)
         lines = [label if meaning is None else f"{label}: {_told(meaning)}" for label, meaning in labels.items()]
-        prompt = f"{told}\n\n{_told(question.instructions)}\nAnswer with one of these:\n" + "\n".join(lines)
+        prompt = f"{text}\n\n{_told(question.instructions)}\nAnswer with one of these:\n" + "\n".join(lines)
         if not self.pack.has_chat_template:
             prompt += "\nAnswer: "
         return self.pack.decide(prompt, list(labels), calibrated=self.calibrated, **self.options).probabilities
 
 
 def _told(value: Any) -> str:
-    """Text, messages or JSON as text."""
+    """Text, messages or JSON, as text."""
     if isinstance(value, str):
         return value
     if isinstance(value, BaseMessage):

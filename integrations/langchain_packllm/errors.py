@@ -1,5 +1,5 @@
-"""The pack's errors as LangChain's own kinds too, as far as the installed core has them, so that its middleware
-(retries, fallbacks, summaries of what is too long) knows them. An error stays what it was: its type gains a parent."""
+"""Makes the pack's errors also LangChain's, as far as the installed core has such classes. LangChain's middleware
+(retries, fallbacks, summaries of long conversations) then recognises them. The error object only gets a second base."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ KINDS: dict[type[packllm.PackError], str] = {
     packllm.VocabularyError: "ModelInvalidRequestError",
     packllm.PackError: "ModelError",
 }
-"""Names in langchain_core.exceptions of the kinds of errors, the narrowest first."""
+"""Names of the corresponding classes in langchain_core.exceptions, the most specific first."""
 
 
 @contextmanager
 def typed() -> Iterator[None]:
-    """Errors of the pack that are raised inside are LangChain's as well."""
+    """Make errors of the pack that are raised inside LangChain's as well."""
     try:
         yield
     except packllm.PackError as error:
-        # The same object: attributes, cause and traceback stay.
+        # The same object: attributes, cause and traceback are kept.
         error.__class__ = _joined(type(error))  # type: ignore[arg-type]  # mypy: a class is no Hashable
         raise
 
 
 @cache
-def _joined(own: type[packllm.PackError]) -> type[packllm.PackError]:
-    name = next(name for kind, name in KINDS.items() if issubclass(own, kind))
-    theirs = getattr(exceptions, name, None)
-    if theirs is None or issubclass(own, theirs):
-        return own
-    return type(own.__name__, (own, theirs), {"__module__": own.__module__, "__doc__": own.__doc__})
+def _joined(kind_: type[packllm.PackError]) -> type[packllm.PackError]:
+    name = next(name for kind, name in KINDS.items() if issubclass(kind_, kind))
+    other = getattr(exceptions, name, None)
+    if other is None or issubclass(kind_, other):
+        return kind_
+    return type(kind_.__name__, (kind_, other), {"__module__": kind_.__module__, "__doc__": kind_.__doc__})

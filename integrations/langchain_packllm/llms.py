@@ -14,17 +14,22 @@ import packllm
 from langchain_packllm.base import OPTIONS, PackModel, joint_usage, told_logprobs, told_weights
 from langchain_packllm.errors import typed
 
-_FRAMEWORK_WORDS = ("tags", "metadata", "run_name", "run_id")  # keywords of BaseLLM.generate that are no options
+_FRAMEWORK_WORDS = (
+    "tags",
+    "metadata",
+    "run_name",
+    "run_id",
+)  # keywords of BaseLLM.generate that are no options of the pack
 
 
 class PackLLM(PackModel, BaseLLM):
     """Several local language models answering as one LangChain LLM.
 
     ``PackLLM(models=["org/general", "org/medicine"], max_tokens=64)`` loads a pack;
-    ``PackLLM(pack=pack, temperature=0.7)`` shares one. An option comes from the call, else from this object,
-    else from the pack. Each answer says in ``generation_info["packllm"]`` what every member counted for.
+    ``PackLLM(pack=pack, temperature=0.7)`` shares one. An option comes from the call, otherwise from this object,
+    otherwise from the pack. Each answer has the members' weights in ``generation_info["packllm"]``.
 
-    `batch` decodes its prompts together, so with `return_exceptions=True` one failure is every prompt's failure;
+    `batch` decodes its prompts together. So with `return_exceptions=True` one failure is every prompt's failure.
     `max_concurrency` cuts a batch into slices that run one after the other.
     """
 
@@ -40,30 +45,30 @@ class PackLLM(PackModel, BaseLLM):
     def _at_call(
         self, stop: list[str] | None, kwargs: dict[str, Any]
     ) -> tuple[PackLLM, list[str] | None, dict[str, Any]]:
-        """This model with the options of one call as its own, the stop strings in force, LangChain's keywords.
+        """This model with the options of one call as its own, its stop strings, and LangChain's keywords.
 
-        LangChain's cache key holds the model's parameters and the `stop` of the call, but no other keyword of the
-        call (langchain #40403), and `stop=None` hides the model's own. Keys must differ where answers do.
+        LangChain's cache key has the model's parameters and the `stop` of the call, but no other keyword of the call
+        (langchain #40403), and `stop=None` hides the model's own. Keys must differ if answers may.
         """
-        words = {name: kwargs.pop(name) for name in _FRAMEWORK_WORDS if name in kwargs}
+        keywords = {name: kwargs.pop(name) for name in _FRAMEWORK_WORDS if name in kwargs}
         with typed():
-            checked = self.pack.options.override(self._options(stop, kwargs))
-        llm = self.model_copy(update={name: getattr(checked, name) for name in OPTIONS})
-        return llm, list(llm.stop) or None, words
+            options_ = self.pack.options.override(self._options(stop, kwargs))
+        llm = self.model_copy(update={name: getattr(options_, name) for name in OPTIONS})
+        return llm, list(llm.stop) or None, keywords
 
     def generate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         """BaseLLM.generate with all options of the call in the cache key."""
-        llm, stop, words = self._at_call(stop, kwargs)
-        return super(PackLLM, llm).generate(prompts, stop, callbacks, **words)
+        llm, stop, keywords = self._at_call(stop, kwargs)
+        return super(PackLLM, llm).generate(prompts, stop, callbacks, **keywords)
 
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         """BaseLLM.agenerate with all options of the call in the cache key."""
-        llm, stop, words = self._at_call(stop, kwargs)
-        return await super(PackLLM, llm).agenerate(prompts, stop, callbacks, **words)
+        llm, stop, keywords = self._at_call(stop, kwargs)
+        return await super(PackLLM, llm).agenerate(prompts, stop, callbacks, **keywords)
 
     def _generate(
         self,
@@ -79,7 +84,9 @@ class PackLLM(PackModel, BaseLLM):
         with typed(), closing(self.pack.stream_batch(prompts, **options)) as pieces:
             for index, piece in pieces:
                 answers[index].append(chunk := self._chunk(piece))
-                if run_manager and len(answers) == 1:  # of a batch, LangChain hands over the first prompt's run only
+                if (
+                    run_manager and len(answers) == 1
+                ):  # for a batch LangChain passes only the first prompt's run manager
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
         return self._result(answers, len(prompts))
 
@@ -142,15 +149,15 @@ class PackLLM(PackModel, BaseLLM):
                     yield chunk
 
     def _chunk(self, piece: packllm.Chunk) -> GenerationChunk:
-        told = told_logprobs(piece)
-        if piece.usage is None:  # adding chunks joins repeated strings and refuses repeated floats
-            return GenerationChunk(text=piece.text, generation_info=told or None)
+        logprobs = told_logprobs(piece)
+        if piece.usage is None:  # not in every chunk: adding chunks joins strings and refuses floats
+            return GenerationChunk(text=piece.text, generation_info=logprobs or None)
         info = {
             "packllm": told_weights(piece),
             "finish_reason": piece.finish_reason,
             "model_name": self.model_name,
             "usage": piece.usage.as_dict(),
             "timings": piece.timings,
-            **told,
+            **logprobs,
         }
         return GenerationChunk(text=piece.text, generation_info=info)

@@ -1,4 +1,4 @@
-"""Messages between LangChain and a pack."""
+"""Translates messages between LangChain and a pack."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _ROLES: dict[type[BaseMessage], str] = {
     ToolMessage: "tool",
     FunctionMessage: "tool",
 }
-# AIMessage.tool_calls has them.
+# These parts of a content are also in AIMessage.tool_calls.
 _SAID_ELSEWHERE = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call")
 
 
 def pack_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """LangChain's messages as Pack takes them. Earlier reasoning goes along, for templates that ask for it.
+    """LangChain's messages in the pack's format, with earlier reasoning, for templates that use it.
 
     Raises:
-        PromptError: a message that is no part of a conversation.
+        PromptError: a message that is not part of a conversation.
     """
     return [_pack_message(message) for message in messages]
 
@@ -49,25 +49,25 @@ def _pack_message(message: BaseMessage) -> dict[str, Any]:
     if isinstance(message, ChatMessage):
         role = message.role
     else:
-        found = next((role for kind, role in _ROLES.items() if isinstance(message, kind)), None)
-        if found is None:
+        known_role = next((role for kind, role in _ROLES.items() if isinstance(message, kind)), None)
+        if known_role is None:
             raise packllm.PromptError(f"{type(message).__name__} cannot be sent to a model; leave it out")
-        role = found
-    packed: dict[str, Any] = {"role": role, "content": _content(message.content)}
+        role = known_role
+    result: dict[str, Any] = {"role": role, "content": _content(message.content)}
     if message.name:
-        packed["name"] = message.name
+        result["name"] = message.name
     if isinstance(message, ToolMessage):
-        packed["tool_call_id"] = message.tool_call_id
+        result["tool_call_id"] = message.tool_call_id
     if isinstance(message, AIMessage) and "reasoning_content" in message.additional_kwargs:
-        packed["reasoning_content"] = message.additional_kwargs["reasoning_content"]
+        result["reasoning_content"] = message.additional_kwargs["reasoning_content"]
     if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
         calls = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
-        refused = [(call["id"], call["name"] or "", call["args"] or "") for call in message.invalid_tool_calls]
-        packed["tool_calls"] = [
+        invalid = [(call["id"], call["name"] or "", call["args"] or "") for call in message.invalid_tool_calls]
+        result["tool_calls"] = [
             {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
-            for id_, name, arguments in [*calls, *refused]
+            for id_, name, arguments in [*calls, *invalid]
         ]
-    return packed
+    return result
 
 
 def _content(content: str | Iterable[Any]) -> Any:
@@ -77,14 +77,14 @@ def _content(content: str | Iterable[Any]) -> Any:
 
 
 def tool_calls(answer: packllm.ParsedAnswer) -> tuple[list[ToolCall], list[InvalidToolCall]]:
-    """The calls of an answer in LangChain's form, and those that cannot be read."""
+    """The calls of an answer in LangChain's format, and the invalid ones."""
     calls = [tool_call(name=call.name, args=call.arguments, id=call.id) for call in answer.calls]
-    refused = [
+    invalid = [
         invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=call.error) for call in answer.invalid
     ]
-    return calls, refused
+    return calls, invalid
 
 
 def call_chunk(part: packllm.CallPart) -> ToolCallChunk:
-    """A piece of a call in LangChain's form."""
+    """A piece of a call in LangChain's format."""
     return tool_call_chunk(name=part.name, args=part.arguments, id=part.id, index=part.index)

@@ -1,4 +1,4 @@
-"""PackReranker: a packllm.Pack that puts retrieved documents in order."""
+"""PackReranker: a packllm.Pack that reranks retrieved documents."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from langchain_packllm.errors import typed
 
 
 class PackReranker(BaseDocumentCompressor):
-    """Several local language models that rate documents as one, by how well each explains the question (see
-    packllm.Pack.relevance).
+    """Several local language models that rerank documents together, by the question's likelihood given each document
+    (see packllm.Pack.relevance).
 
     The best documents come first, each with its rating in ``metadata["relevance_score"]``: log p(question | document)
     in nats. For ``ContextualCompressionRetriever(base_compressor=PackReranker(pack=pack), base_retriever=...)``.
 
     Raises:
-        PromptError: at the call, a blank question or a document without text.
-        ContextOverflowError: at the call, a document that is too long for a member.
+        PromptError: when called with a blank question or a document without text.
+        ContextOverflowError: when called with a document that is too long for a member.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     pack: packllm.Pack = Field(exclude=True, repr=False)
-    """The pack that rates."""
+    """The pack that rates the documents."""
     top_n: int | None = Field(default=None, ge=1)
-    """How many documents to give back; None: all."""
+    """How many documents to return; None: all."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the pack's for each rating."""
+    """Options of the pack for each rating."""
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """The top_n documents, the best first; of equals the earlier ones."""
+        """The top_n documents, the best first; the earlier one among equals."""
         with typed():
             scores = self.pack.relevance(query, [one.page_content for one in documents], **self.options)
         return self._best(documents, scores)
@@ -45,7 +45,7 @@ class PackReranker(BaseDocumentCompressor):
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """As compress_documents; never blocks the loop."""
+        """As compress_documents, without blocking the event loop."""
         with typed():
             scores = await self.pack.arelevance(query, [one.page_content for one in documents], **self.options)
         return self._best(documents, scores)

@@ -1,4 +1,4 @@
-"""Structured output in LangChain's words: schemas of what it takes for one, and parsers of answers that have one."""
+"""Structured output for LangChain: JSON schemas of everything that it accepts as a schema, and answer parsers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ import packllm
 from packllm import schema_of_type
 
 METHODS = ("json_schema", "function_calling", "json_mode")
-_UNNAMED = "answer"  # what a call is named whose schema has no title
+_UNNAMED = "answer"  # name of a tool whose schema has no title
 
 
 def schema_of(given: Any) -> dict[str, Any]:
-    """The JSON schema of a class, an OpenAI function or OpenAI's response_format. A JSON schema is passed through."""
+    """The JSON schema of a class, an OpenAI function or OpenAI's response_format. A JSON schema is returned
+    unchanged."""
     if isinstance(given, Mapping):
         if given.get("type") == "json_schema":
             return dict(given["json_schema"]["schema"])
@@ -44,29 +45,29 @@ def schema_of(given: Any) -> dict[str, Any]:
         return convert_to_json_schema(dict(given)) if given.keys() & functions else dict(given)
     if _is_read_whole(given):
         return schema_of_type(given)
-    own: dict[str, Any] = {}
+    with_definitions: dict[str, Any] = {}
     if is_typeddict(given):
         with suppress(PydanticUserError):
-            own = schema_of_type(given)
-    # LangChain knows the descriptions of a TypedDict, but puts definitions in their places, which breaks circles.
-    return own if "$defs" in own else convert_to_json_schema(given)
+            with_definitions = schema_of_type(given)
+    # LangChain adds the descriptions of a TypedDict, but inlines definitions, which fails for recursive ones.
+    return with_definitions if "$defs" in with_definitions else convert_to_json_schema(given)
 
 
 def tool_of(given: dict[str, Any] | type | Callable | BaseTool, strict: bool | None = None) -> dict[str, Any]:
-    """OpenAI's description of a tool. A class that holds itself keeps its form."""
+    """OpenAI's description of a tool; recursive classes are kept recursive."""
     if isinstance(given, Mapping) and _is_schema(given):
-        named = {"name": given.get("title") or _UNNAMED, "description": given.get("description", "")}
+        header = {"name": given.get("title") or _UNNAMED, "description": given.get("description", "")}
         if given.get("type", "object") != "object":
             raise packllm.OptionError(
-                f"a call has an object of arguments, and the schema is of type {given['type']!r}; "
+                f"the arguments of a call are an object, but the schema has type {given['type']!r}; "
                 f"use method='json_schema', or make it a property of an object"
             )
         parameters = {key: value for key, value in given.items() if key not in ("title", "description")}
-        return {"type": "function", "function": {**named, "parameters": parameters}}
+        return {"type": "function", "function": {**header, "parameters": parameters}}
     tool = convert_to_openai_tool(given, strict=strict)
     kind = given.tool_call_schema if isinstance(given, BaseTool) else given
-    if _is_model(kind) and _circles(own := schema_of_type(kind)):
-        parameters = {key: value for key, value in own.items() if key not in ("title", "description")}
+    if _is_model(kind) and _circles(full_schema := schema_of_type(kind)):
+        parameters = {key: value for key, value in full_schema.items() if key not in ("title", "description")}
         return {**tool, "function": {**tool["function"], "parameters": parameters}}
     return tool
 
@@ -79,36 +80,38 @@ def structured_output(
     strict: bool | None,
     kwargs: Mapping[str, Any],
 ) -> Runnable[LanguageModelInput, Any]:
-    """What ChatPackLLM.with_structured_output returns; `bind` binds options to the model."""
+    """The result of ChatPackLLM.with_structured_output; `bind` binds options to the model."""
     if method not in METHODS:
-        raise packllm.OptionError(f"method={method!r} is none of {', '.join(METHODS)}")
-    traced = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
+        raise packllm.OptionError(f"method={method!r} is unknown; valid: {', '.join(METHODS)}")
+    trace_metadata = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
     parser: BaseOutputParser
     if method == "function_calling":
         tool = tool_of(schema, strict)
         name = tool["function"]["name"]
-        llm = bind(tools=[tool], tool_choice=name, **traced, **kwargs)
+        llm = bind(tools=[tool], tool_choice=name, **trace_metadata, **kwargs)
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)
             if isinstance(schema, type) and is_basemodel_subclass(schema)
             else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
         )
     else:
-        llm = bind(json_schema=schema_of(schema), **traced, **kwargs)
-        if isinstance(schema, type) and is_basemodel_subclass(schema) and not _is_model(schema):  # of pydantic 1
+        llm = bind(json_schema=schema_of(schema), **trace_metadata, **kwargs)
+        if (
+            isinstance(schema, type) and is_basemodel_subclass(schema) and not _is_model(schema)
+        ):  # a class of pydantic 1
             parser = PydanticOutputParser(pydantic_object=schema)
         else:
             parser = AnswerParser(kind=schema if _is_read_whole(schema) else None)
     if not include_raw:
         return llm | parser
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-    failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    success = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+    failure = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=llm) | success.with_fallbacks([failure], exception_key="parsing_error")
 
 
 class AnswerParser(JsonOutputParser):
-    """Reads an answer as JSON, and as a value of `kind` if one is given. While it streams, JSON so far is given out
-    as LangChain's parser does, or the value so far if it is one."""
+    """Parses an answer as JSON, and as a value of `kind` if it is given. While it streams, it returns the JSON so far,
+    as LangChain's parser does, or the value so far if it is valid."""
 
     kind: Any = None
 
@@ -125,7 +128,7 @@ class AnswerParser(JsonOutputParser):
                 return None
             why = str(error)
             if _finish_reason(result[0]) == "length":
-                why = f"the answer was cut at max_tokens, so that it may say less than was meant; raise it. {why}"
+                why = f"the answer was cut at max_tokens, so it may be incomplete; raise it. {why}"
             raise OutputParserException(why, llm_output=result[0].text) from error
 
     def _diff(self, prev: Any | None, next: Any) -> Any:
@@ -143,7 +146,7 @@ def _is_model(kind: Any) -> bool:
 
 
 def _is_read_whole(kind: Any) -> bool:
-    """Whether an answer becomes an object of a class, not a dict."""
+    """Whether an answer becomes an object of a class instead of a dict."""
     return _is_model(kind) or (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, Enum)))
 
 
@@ -152,16 +155,16 @@ def _is_schema(given: Mapping[str, Any]) -> bool:
 
 
 def _circles(schema: Mapping[str, Any]) -> bool:
-    """Whether a definition holds itself."""
+    """Whether a definition refers to itself, directly or not."""
     definitions = schema.get("$defs", {})
     uses = {name: {ref.rsplit("/", 1)[-1] for ref in _references(inner)} for name, inner in definitions.items()}
     for name in uses:
-        reached, left = set(), list(uses[name])
-        while left:
-            if (other := left.pop()) not in reached:
-                reached.add(other)
-                left.extend(uses.get(other, ()))
-        if name in reached:
+        visited, queue = set(), list(uses[name])
+        while queue:
+            if (other := queue.pop()) not in visited:
+                visited.add(other)
+                queue.extend(uses.get(other, ()))
+        if name in visited:
             return True
     return False
 

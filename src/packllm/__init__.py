@@ -1,6 +1,6 @@
 """packllm: several language models answer as one.
 
-Pack is the way in: Pack.load([...]) or Pack.starter(), then stream, generate, weigh, score or rerank.
+Start with Pack: Pack.load([...]) or Pack.starter(), then stream, generate, weigh, score or rerank.
 """
 
 from importlib import import_module
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-wait_passively()  # before torch is loaded; afterwards it has no effect
+wait_passively()  # must run before torch is loaded
 
 __all__ = [
     "AnswerTimeout",
@@ -97,12 +97,12 @@ _HOMES = {
     "results": ("Chunk", "Generation", "TokenLogprob", "Usage"),
     "weights": ("Weights",),
 }
-"""Where the names above live; the others are errors."""
+"""The modules of the names above; all other names are in errors."""
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a module of this package, imported when it is first asked for: torch and transformers take
-    seconds, which `import packllm` and the command line's --help should not (PEP 562)."""
+    """Import a public name or a module of this package on first use (PEP 562). torch and transformers take seconds to
+    load, which `import packllm` and the command line's --help should not."""
     if name in __all__:
         home = next((home for home, names in _HOMES.items() if name in names), "errors")
         value = getattr(import_module(f"{__name__}.{home}"), name)

@@ -1,5 +1,5 @@
-"""Blocking generators for asyncio: each runs in a thread of its own, so that the loop never waits and all run at
-once."""
+"""Blocking generators for asyncio. Each runs in its own thread, so the event loop never blocks and all run
+concurrently."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 async def iterate(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
-    """The items of a generator that is made and run in a thread.
+    """Make a generator and iterate over it in a thread.
 
     Args:
-        start: makes the generator; any thread may close it, also while another one waits for its next item.
+        start: makes the generator; any thread may close it, even while another thread waits for its next item.
     """
     loop, end = asyncio.get_running_loop(), object()
-    # asyncio's own pool has a few more threads than there are cores: more answers than that would wait for each other.
+    # asyncio's own pool has only a few more threads than cores: further answers would wait for each other.
     thread = ThreadPoolExecutor(1, "packllm")
     items: Generator[T, None, None] | None = None
     try:
@@ -28,7 +28,7 @@ async def iterate(start: Callable[[], Generator[T, None, None]]) -> AsyncGenerat
             yield item  # type: ignore[misc]
     finally:
         if items is not None:
-            with suppress(ValueError):  # a plain generator that is executing
+            with suppress(ValueError):  # a plain generator that is running
                 items.close()
-            thread.submit(items.close)  # that one is closed right after its step, without waiting for it here
+            thread.submit(items.close)  # closes such a generator after its step, without waiting here
         thread.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Where packllm keeps what it makes once: converted models, token mappings."""
+"""The folder for results that are computed once: converted models, token mappings."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$PACKLLM_CACHE, or ~/.cache/packllm. Everything in it can be made again."""
+    """$PACKLLM_CACHE, or ~/.cache/packllm. Everything in it can be computed again."""
     return Path(os.environ.get("PACKLLM_CACHE") or Path.home() / ".cache" / "packllm")

@@ -1,4 +1,4 @@
-"""What members gave parts of a prompt, and who carried the tokens of an answer."""
+"""Each member's perplexity and share of parts of a prompt, and its share of an answer's tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from packllm.errors import PromptError, shown
 
 
 def shares(weights: Mapping[str, float], logprobs: Mapping[str, float]) -> dict[str, float]:
-    """Each member's share λ_k p_k / Σ λ_j p_j of what the pack gave a token; they sum to 1.
+    """Each member's share λ_k p_k / Σ λ_j p_j of the pack's probability of a token; the shares sum to 1.
 
     Args:
-        weights: λ by name. Below 0 (DExperts) it carries nothing.
-        logprobs: log p in nats, by name; a member that is not there has share 0. Where all that have a weight gave
-            nothing, the weights are the shares.
+        weights: λ by name. Negative weights (DExperts) have share 0.
+        logprobs: log p in nats, by name; a member that is missing has share 0. If all members with weight have
+            probability 0, their shares are proportional to the weights.
     """
-    carried = {name: value for name, value in weights.items() if value > 0 and name in logprobs}
-    logs = {name: math.log(value) + logprobs[name] for name, value in carried.items()}
+    positive = {name: value for name, value in weights.items() if value > 0 and name in logprobs}
+    logs = {name: math.log(value) + logprobs[name] for name, value in positive.items()}
     peak = max(logs.values(), default=-math.inf)
-    parts = {name: math.exp(log - peak) for name, log in logs.items()} if math.isfinite(peak) else carried
+    parts = {name: math.exp(log - peak) for name, log in logs.items()} if math.isfinite(peak) else positive
     total = math.fsum(parts.values())
     return {name: parts[name] / total if name in parts else 0.0 for name in weights}
 
@@ -32,10 +32,10 @@ class Part:
 
     Attributes:
         text: its text.
-        scored: how many units of it were scored; the first of a prompt has nothing before it to predict it by.
-        perplexity: {name: exp of the mean negative log-likelihood per unit}, of this part alone, after all that is
+        scored: how many of its units were scored; a prompt's first unit has nothing before it, so it has no score.
+        perplexity: {name: exp of the mean negative log-likelihood per unit} of this part alone, given everything
             before it; None for a member that did not score it.
-        share: {name: mean over the units of λ_k p_k / Σ λ_j p_j}, under the final weights; they sum to 1. Empty where
+        share: {name: mean over the units of λ_k p_k / Σ λ_j p_j}, under the final weights; they sum to 1. Empty if
             nothing was scored.
     """
 
@@ -58,10 +58,10 @@ class CarriedToken:
     """A token of the answer; in Cool-Fusion, a segment.
 
     Attributes:
-        text: what it adds to the answer; part of a character is shown as U+FFFD.
+        text: the text that it adds to the answer; a part of a character is shown as U+FFFD.
         logprob: fused, in nats (see TokenLogprob).
-        share: {name: λ_k p_k / Σ λ_j p_j}; they sum to 1. A member that could not judge it has 0.
-        weights: {name: λ_k} when it was chosen.
+        share: {name: λ_k p_k / Σ λ_j p_j}; they sum to 1. A member that could not judge the token has 0.
+        weights: {name: λ_k} at the time of its choice.
     """
 
     text: str
@@ -74,41 +74,42 @@ class CarriedToken:
 
 
 def places(text: str, passages: Sequence[str]) -> list[tuple[int, int]]:
-    """Where passages are in the user's text; one that is given twice, where it is for the first and the second time.
+    """Spans (start, end) of passages in the user's text. A passage that is given twice gets its first and its second
+    occurrence.
 
     Raises:
-        PromptError: one is not there.
+        PromptError: a passage does not occur.
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for at, passage in enumerate(passages):
-        start = max((end for (_, end), other in zip(found, passages, strict=False) if other == passage), default=0)
+        start = max((end for (_, end), other in zip(spans, passages, strict=False) if other == passage), default=0)
         start = text.find(passage, start)
         if start < 0:
             raise PromptError(
                 f"passages[{at}]={shown(passage)} does not occur (again) in the user's text of the prompt; give it "
                 f"word for word"
             )
-        found.append((start, start + len(passage)))
-    return found
+        spans.append((start, start + len(passage)))
+    return spans
 
 
 def part(text: str, weights: Mapping[str, float], columns: Mapping[str, Sequence[float]], units: Sequence[int]) -> Part:
-    """A part of a prompt.
+    """Make the Part of a text.
 
     Args:
-        text: its text.
-        weights: final ones of all members, by name.
-        columns: of each member that scored it, log-probabilities of its tokens or words.
-        units: what each of these counts for (its bytes, or 1).
+        text: the text.
+        weights: final weights of all members, by name.
+        columns: by name of each member that scored the text, the log-probabilities of its tokens or words.
+        units: how many units each token or word counts as (its bytes, or 1).
     """
     count = sum(units)
     rows = [dict(zip(columns, column, strict=True)) for column in zip(*columns.values(), strict=True)]
-    carried = [shares(weights, row) for row in rows]
+    row_shares = [shares(weights, row) for row in rows]
     return Part(
         text,
         count,
         {name: _perplexity(columns[name], count) if name in columns and count else None for name in weights},
-        {name: math.fsum(one[name] for one in carried) / len(carried) for name in weights} if carried else {},
+        {name: math.fsum(one[name] for one in row_shares) / len(row_shares) for name in weights} if row_shares else {},
     )
 
 

@@ -1,4 +1,4 @@
-"""What a minimum edit distance mapping leaves of one vocabulary in another: packllm align."""
+"""How well a minimum edit distance mapping represents one vocabulary in another: packllm align."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from packllm.chat.prompt import Encoder
 from packllm.engines.transformers.gguf import converted
 from packllm.errors import LoadError, VocabularyError
 
-BAR = 30  # characters of a share of 1
-WORST = 8  # worst cases to name
-SHOWN = 28  # characters of a token to print
+BAR = 30  # characters of a bar for a share of 1
+WORST = 8  # how many of the worst tokens to list
+SHOWN = 28  # printed characters of a token, at most
 STEPS = ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, None))
-"""Ranges of distances that share a line of the histogram."""
+"""Ranges of distances that form one line of the histogram."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How the tokens of a reference vocabulary are found in a target's.
+    """How well a target vocabulary represents the tokens of a reference vocabulary.
 
     Attributes:
-        reference, target: what the two are called.
-        sizes: ids of the reference and of the target.
-        distances: number of the reference's tokens of text by edit distance in bytes; 0 are exact matches.
-        matched: special tokens of the reference that the target has under the same role.
-        alone: its special and unused ids that have no counterpart.
-        worst: the tokens that are farthest from what they map to: (token, nearest, distance).
+        reference, target: names of the two.
+        sizes: number of ids of the reference and of the target.
+        distances: number of the reference's text tokens by edit distance in bytes; 0 is an exact match.
+        matched: number of special tokens of the reference that the target has in the same role.
+        alone: number of special and unused ids of the reference without a counterpart.
+        worst: the text tokens with the largest distances: (token, nearest, distance).
     """
 
     reference: str
@@ -50,7 +50,7 @@ class Coverage:
 
     @property
     def text(self) -> int:
-        """Number of the reference's tokens of text."""
+        """Number of the reference's text tokens."""
         return sum(self.distances.values())
 
     @property
@@ -73,15 +73,15 @@ class Coverage:
 
 
 def measure(reference: str, target: str) -> Coverage:
-    """The coverage of one vocabulary by another; see read() for what may be named.
+    """Measure how well one vocabulary represents another; see read() for valid names.
 
     Raises:
-        LoadError: no tokenizer there.
+        LoadError: a name has no tokenizer.
     """
     one, two = read(reference), read(target)
-    found = alignment(one, two)
-    distances = found.distances.tolist()
-    far = sorted((-distance, i) for i, distance in enumerate(distances) if distance > 0)[:WORST]
+    mapping = alignment(one, two)
+    distances = mapping.distances.tolist()
+    farthest = sorted((-distance, i) for i, distance in enumerate(distances) if distance > 0)[:WORST]
     return Coverage(
         reference=_name(reference),
         target=_name(target),
@@ -89,7 +89,7 @@ def measure(reference: str, target: str) -> Coverage:
         distances=dict(sorted(Counter(d for d in distances if d >= 0).items())),
         matched=distances.count(ROLE),
         alone=sum(distance < ROLE for distance in distances),
-        worst=[(_shown(one.tokens[i]), _shown(two.tokens[int(found.ids[i])]), -distance) for distance, i in far],
+        worst=[(_shown(one.tokens[i]), _shown(two.tokens[int(mapping.ids[i])]), -distance) for distance, i in farthest],
     )
 
 
@@ -97,7 +97,7 @@ def read(spec: str) -> Vocabulary:
     """The vocabulary of a hub id, a model's or tokenizer's folder, a .gguf file or a tokenizer.json (also .gz).
 
     Raises:
-        LoadError: there is none, or none that can be read.
+        LoadError: there is no tokenizer, or it cannot be read.
     """
     path = Path(spec)
     if path.is_file() and path.suffix != ".gguf":
@@ -134,7 +134,7 @@ def _shown(token: bytes) -> str:
 
 
 def show(coverage: Coverage, console: Console) -> None:
-    """Two tables: how far the tokens are from what they map to, and the farthest of them."""
+    """Print two tables: a histogram of distances, and the tokens with the largest distances."""
     block = "█" if console.encoding.lower().startswith("utf") else "#"
     sizes = f"{coverage.reference} ({coverage.sizes[0]:,} ids) in {coverage.target} ({coverage.sizes[1]:,} ids)"
     console.print(Text(sizes, style="bold"))

@@ -1,4 +1,4 @@
-"""Everything packllm raises on purpose. Messages say argument, value, valid range and remedy."""
+"""All errors that packllm raises itself. Their messages name the argument, its value, the valid range and a remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: at most 200 characters, and none of what it cannot say of itself."""
+    """A value as error messages show it: at most 200 characters; only the type's name if repr() fails."""
     try:
         text = repr(value)
     except Exception:
@@ -29,15 +29,15 @@ class PromptError(PackError, ValueError):
 
 
 class ContextOverflowError(PromptError):
-    """A prompt and the tokens asked for do not fit a member's context window.
+    """A prompt and the requested tokens do not fit a member's context window.
 
     Attributes:
         member: name of the member whose window is too small.
         limit: its context window in tokens.
         prompt_tokens: tokens of the prompt for that member.
-        max_tokens: tokens asked for.
-        passage: of Pack.relevance, the index of the passage that is too long; its prompt is the passage with the
-            instruction, and the tokens asked for are the question.
+        max_tokens: requested tokens.
+        passage: only from Pack.relevance: the index of the passage that is too long. Its prompt is the instruction with
+            the passage, and max_tokens is the length of the question.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class AnswerTimeout(PackError, TimeoutError):
     """An answer took longer than the option timeout allows.
 
     Attributes:
-        seconds: the time it had.
+        seconds: the value of timeout.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         super().__init__(
-            f"the answer was not whole after timeout={seconds:g} seconds; allow more time, lower max_tokens, or stream"
+            f"the answer was not complete after timeout={seconds:g} seconds; raise timeout, lower max_tokens, or stream"
         )
 
 
@@ -81,7 +81,7 @@ class WeightsError(PackError, ValueError):
 
 
 class VocabularyError(PackError):
-    """The members' vocabularies do not allow what was asked."""
+    """The members' vocabularies do not support the request."""
 
 
 class MemberError(PackError, RuntimeError):
@@ -97,13 +97,12 @@ class MemberError(PackError, RuntimeError):
 
 
 class CancelledError(PackError):
-    """A request was cancelled before it was done."""
+    """A request was cancelled before it was finished."""
 
 
 @contextmanager
 def blamed_on(*names: str) -> Iterator[None]:
-    """Whatever fails inside, in a body, a head, a softmax or a cache, is the failure of these members (several, where
-    they share a pass): a MemberError that names them."""
+    """Turn any exception inside into a MemberError that names these members; several names if they share a pass."""
     try:
         yield
     except PackError:
@@ -113,26 +112,26 @@ def blamed_on(*names: str) -> Iterator[None]:
 
 
 class StructureError(PackError):
-    """An answer violates its JSON schema in what no grammar can guarantee, and so did one drawn anew.
+    """Two answers in a row violate their JSON schema, in a part that no grammar can guarantee.
 
     Attributes:
-        text: the answer.
+        text: the second answer.
     """
 
     def __init__(self, text: str, reason: str) -> None:
         self.text = text
         super().__init__(
-            f"the answer violates what a grammar cannot guarantee of its schema ({reason}), and so did another one; "
+            f"the answer violates what a grammar cannot guarantee of its schema ({reason}), and so did the one before; "
             f"ask again with another seed, or with a schema without uniqueItems, not, if, contains and the like"
         )
 
 
 class DataError(PackError, ValueError):
-    """Data cannot be used: a malformed row, an answer out of range, fewer documents than asked for."""
+    """Data cannot be used: a malformed row, an answer out of range, too few documents."""
 
 
 class ExtraError(PackError, ImportError):
-    """Something needs a library that an extra of this package brings.
+    """A feature needs a library that an extra of this package installs.
 
     Attributes:
         extra: name of the extra.
@@ -145,33 +144,33 @@ class ExtraError(PackError, ImportError):
 
 @contextmanager
 def loading(what: str, remedy: str = "") -> Iterator[None]:
-    """Whatever the libraries below raise while this is open becomes a LoadError that names `what`; theirs is its
-    `__cause__`. Errors of this package pass as they are, and so do MemoryError, KeyboardInterrupt and the like."""
+    """Turn any exception of the libraries below into a LoadError that names `what`, with the exception as `__cause__`.
+    Errors of this package, MemoryError, KeyboardInterrupt and the like pass unchanged."""
     try:
         yield
     except (PackError, MemoryError):
         raise
     except BaseException as error:
-        # pyo3 turns panics of Rust code (tokenizers, safetensors) into a BaseException of its own.
+        # pyo3 turns panics of Rust code (tokenizers, safetensors) into its own subclass of BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise LoadError(f"cannot load {what}: {told(error)}{remedy}") from error
 
 
 def refused(what: str, reason: str) -> LoadError:
-    """A LoadError of `what`, for a reason found here."""
+    """A LoadError of `what`, for a reason that this package has found."""
     return LoadError(f"cannot load {what}: {reason}")
 
 
 def told(error: BaseException) -> str:
-    """What an exception says, in one line; a bare key or index with the name of its kind."""
+    """The first line of an exception's message, after its type if the message is short or only a key."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = text if len(text) <= 500 else f"{text[:500]} ..."
-    bare = isinstance(error, LookupError | AttributeError | TypeError | ArithmeticError) or len(text) < 12
-    return f"{type(error).__name__}: {text}".removesuffix(": ") if bare else text
+    needs_type = isinstance(error, LookupError | AttributeError | TypeError | ArithmeticError) or len(text) < 12
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if needs_type else text
 
 
 def guess(name: str, valid: Iterable[str]) -> str:
-    """ "; did you mean 'weighting'?" for a misspelt name, "." where nothing is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    """The hint "; did you mean 'weighting'?" for a misspelt name, or "." if no valid name is similar."""
+    matches = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else "."

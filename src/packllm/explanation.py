@@ -1,5 +1,5 @@
-"""Why an answer is as it is: what each member gave each part of the prompt, and who carried each token of the answer;
-as numbers, as HTML without scripts, and as a matplotlib figure."""
+"""Explanations of an answer: each member's share of every part of the prompt and every token of the answer. As numbers,
+as HTML without scripts, and as a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Explanation:
-    """What members count for where: in the prompt, and in the answer. Texts in it are anybody's; html() escapes them.
+    """Each member's influence on the parts of the prompt and of the answer. Its texts are untrusted; html() escapes
+    them.
 
     Attributes:
         names: the members.
         weights: the final weights, in the same order.
-        unit: what perplexities are per: token, word (members of several vocabularies) or byte.
-        messages: the user's messages, as far as they are scored (see the option score_on); a prompt that is text is
-            one. Others are not scored.
-        passages: what the option `passages` names, in its order.
-        tokens: of the answer, in order; none of `weigh`.
+        unit: the unit of perplexities: token, word (members with several vocabularies) or byte.
+        messages: the user's messages, as far as they are scored (see the option score_on); a text prompt is one
+            message. Other messages are not scored.
+        passages: the texts of the option `passages`, in its order.
+        tokens: the answer's tokens, in order; empty after `weigh`.
     """
 
     names: tuple[str, ...]
@@ -47,7 +48,7 @@ class Explanation:
     tokens: tuple[CarriedToken, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON-safe values."""
+        """Everything as JSON-safe values."""
         return {
             "names": list(self.names),
             "weights": list(self.weights),
@@ -58,11 +59,11 @@ class Explanation:
         }
 
     def html(self) -> str:
-        """A page by itself: no script, nothing loaded, all texts escaped."""
+        """A complete page: no scripts, no external resources, all texts escaped."""
         return _page(self)
 
     def _repr_html_(self) -> str:
-        """What notebooks show."""
+        """HTML for notebooks."""
         return _fragment(self)
 
     def plot(self) -> Any:
@@ -75,28 +76,28 @@ class Explanation:
 
 
 def _page(explanation: Explanation) -> str:
-    """A whole HTML page."""
+    """A complete HTML page."""
     head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>packllm: explanation</title></head>'
     return f"{head}<body>{_fragment(explanation)}</body></html>\n"
 
 
 def _fragment(explanation: Explanation) -> str:
-    """HTML to put into another page."""
+    """HTML to insert into another page."""
     colours = _colours(explanation)
-    named = dict(zip(explanation.names, explanation.weights, strict=True))
+    weight_of = dict(zip(explanation.names, explanation.weights, strict=True))
     keys = "".join(
         f'<span class="key" style="background:{colours[name]}"></span>{escape(name)} {value:.3f}'
-        for name, value in named.items()
+        for name, value in weight_of.items()
     )
     parts = "".join(_row(label, part, colours) for label, part in _labelled(explanation))
     heads = "".join(f"<th>{escape(name)}</th>" for name in explanation.names)
-    told = f"<h3>Prompt: shares, and perplexity per {escape(explanation.unit)}</h3>"
-    told += f"<table><tr><th></th><th>share</th>{heads}<th>text</th></tr>{parts}</table>"
+    body = f"<h3>Prompt: shares, and perplexity per {escape(explanation.unit)}</h3>"
+    body += f"<table><tr><th></th><th>share</th>{heads}<th>text</th></tr>{parts}</table>"
     if explanation.tokens:
         spans = "".join(_span(token, colours) for token in explanation.tokens)
-        told += f'<h3>Answer: each token by who carried it</h3><div class="text">{spans}</div>'
-        told += f"<h3>Weights over the answer</h3>{_lines(explanation, colours)}"
-    return f'<div class="packllm"><style>{STYLE}</style><p>Weights:{keys}</p>{told}</div>'
+        body += f'<h3>Answer: each token in the colour of its top member</h3><div class="text">{spans}</div>'
+        body += f"<h3>Weights over the answer</h3>{_lines(explanation, colours)}"
+    return f'<div class="packllm"><style>{STYLE}</style><p>Weights:{keys}</p>{body}</div>'
 
 
 def _colours(explanation: Explanation) -> dict[str, str]:
@@ -105,7 +106,7 @@ def _colours(explanation: Explanation) -> dict[str, str]:
 
 def _labelled(explanation: Explanation) -> list[tuple[str, Part]]:
     parts = [("message", explanation.messages), ("passage", explanation.passages)]
-    return [(f"{kind} {at}", part) for kind, found in parts for at, part in enumerate(found, 1)]
+    return [(f"{kind} {at}", part) for kind, parts_of_kind in parts for at, part in enumerate(parts_of_kind, 1)]
 
 
 def _row(label: str, part: Part, colours: Mapping[str, str]) -> str:
@@ -123,13 +124,13 @@ def _row(label: str, part: Part, colours: Mapping[str, str]) -> str:
 
 def _span(token: CarriedToken, colours: Mapping[str, str]) -> str:
     top = max(token.share, key=token.share.__getitem__)
-    shade = round(0x99 * token.share[top])  # the alpha of #rrggbbaa
+    shade = round(0x99 * token.share[top])  # alpha of #rrggbbaa
     title = escape(f"{_told(token.share)}; log p {token.logprob:.3f}")
     return f'<span style="background:{colours[top]}{shade:02x}" title="{title}">{escape(token.text)}</span>'
 
 
 def _lines(explanation: Explanation, colours: Mapping[str, str], width: int = 600, height: int = 120) -> str:
-    """Weights by token, as an SVG."""
+    """The weights at each token, as SVG."""
     low, high = _range(explanation.tokens)
     step = width / max(1, len(explanation.tokens) - 1)
 
@@ -139,12 +140,12 @@ def _lines(explanation: Explanation, colours: Mapping[str, str], width: int = 60
         points = " ".join(f"{at * step:.1f},{height * (high - v) / (high - low):.1f}" for at, v in enumerate(values))
         return f'<polyline points="{points}" fill="none" stroke="{colours[name]}" stroke-width="2"/>'
 
-    drawn = "".join(line(name) for name in explanation.names)
-    return f'<svg viewBox="-2 -2 {width + 4} {height + 4}" width="{width}" height="{height}">{drawn}</svg>'
+    polylines = "".join(line(name) for name in explanation.names)
+    return f'<svg viewBox="-2 -2 {width + 4} {height + 4}" width="{width}" height="{height}">{polylines}</svg>'
 
 
 def _range(tokens: Sequence[CarriedToken]) -> tuple[float, float]:
-    """What weights are drawn between: 0 and 1, more where some are outside."""
+    """The range of the weights' axis: 0 to 1, wider if some weights are outside."""
     values = [value for token in tokens for value in token.weights.values()]
     return min(0.0, *values), max(1.0, *values)
 
@@ -158,7 +159,7 @@ def _number(value: float | None) -> str:
 
 
 def _figure(explanation: Explanation) -> Any:
-    """A matplotlib Figure of the same."""
+    """The same content as a matplotlib Figure."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -166,16 +167,16 @@ def _figure(explanation: Explanation) -> Any:
 
     labelled, tokens, colours = _labelled(explanation), explanation.tokens, _colours(explanation)
     heights = [0.5 * len(labelled) + 1.2, *([2.6] if tokens else [])]
-    drawn = Figure(figsize=(9, sum(heights)), layout="constrained")
-    above, *below = drawn.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    above, *below = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for at, (_, part) in enumerate(labelled):
         begin = 0.0
         for name, width in part.share.items():
             above.barh(at, width, left=begin, color=colours[name])
             begin += width
     labels = [f"{label}: {' '.join(part.text.split())[:40]}" for label, part in labelled]
-    above.set(yticks=range(len(labels)), xlim=(0, 1), xlabel="share", title="Who predicts the prompt")
-    above.set_yticklabels(labels, parse_math=False)  # a text may hold dollar signs
+    above.set(yticks=range(len(labels)), xlim=(0, 1), xlabel="share", title="Shares in the prediction of the prompt")
+    above.set_yticklabels(labels, parse_math=False)  # texts may contain dollar signs
     above.invert_yaxis()
     for axes in below:
         bottom: list[float] = [0.0] * len(tokens)
@@ -183,12 +184,12 @@ def _figure(explanation: Explanation) -> Any:
             share = [token.share.get(name, 0.0) for token in tokens]
             axes.bar(range(len(tokens)), share, bottom=bottom, width=1.0, color=colours[name], alpha=0.5)
             axes.plot([token.weights.get(name, 0.0) for token in tokens], color=colours[name], linewidth=2)
-            bottom = [low + more for low, more in zip(bottom, share, strict=True)]
-        axes.set(ylim=_range(tokens), ylabel="share (bars), weight (lines)", title="Who carries the answer")
+            bottom = [low + share_ for low, share_ in zip(bottom, share, strict=True)]
+        axes.set(ylim=_range(tokens), ylabel="share (bars), weight (lines)", title="Shares and weights over the answer")
         if len(tokens) <= 40:
             axes.set_xticks(range(len(tokens)))
             texts = [token.text if token.text.isprintable() else repr(token.text)[1:-1] for token in tokens]
             axes.set_xticklabels(texts, rotation=90, parse_math=False)
     patches = [above.barh(0, 0, color=colours[name]) for name in explanation.names]
-    drawn.legend(patches, explanation.names, loc="outside lower center", ncols=4)
-    return drawn
+    figure.legend(patches, explanation.names, loc="outside lower center", ncols=4)
+    return figure

@@ -1,4 +1,4 @@
-"""Where the first edition had this name; it lives in packllm.engines.load."""
+"""Old name of packllm.engines.load.Loader, kept for existing programs."""
 
 from packllm.engines.load import Loader
 

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory, as affinity and control groups allow."""
+"""The cores and memory that this process may use, by CPU affinity and control groups."""
 
 from __future__ import annotations
 
@@ -15,60 +15,62 @@ _PASSIVE = "OMP_WAIT_POLICY"
 
 
 def cores(groups: Path = _GROUPS) -> int:
-    """Cores that this process may keep busy: its affinity, and the quota of its control group (v2 or v1), rounded
-    up."""
+    """Number of cores that this process may use: its CPU affinity, and the quota of its control group (v2 or v1),
+    rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(groups)
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
 def _quota(groups: Path) -> float | None:
-    """Cores of the control group's quota; None if there is none."""
+    """The quota of the control group in cores; None if there is none."""
     try:
-        most, period = (groups / "cpu.max").read_text().split()  # version 2
-        return None if most == "max" else int(most) / int(period)
+        limit, period = (groups / "cpu.max").read_text().split()  # version 2
+        return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError):
         pass
     try:
-        most, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))  # 1
-        return None if int(most) < 0 else int(most) / int(period)
+        limit, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))  # 1
+        return None if int(limit) < 0 else int(limit) / int(period)
     except (OSError, ValueError):
         return None
 
 
-def free_memory(groups: Path = _GROUPS, told: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this process may still take: what the machine has available, and what the limit of its control group
-    (v2 or v1) leaves."""
+def free_memory(groups: Path = _GROUPS, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of memory that this process may still allocate: the machine's available memory, and the rest of the limit
+    of its control group (v2 or v1)."""
     try:
-        lines = dict(line.split(":", 1) for line in told.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
-    for folder, most, used in (
+    for folder, limit_file, used_file in (
         (groups, "memory.max", "memory.current"),
         (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            limit, taken = int((folder / most).read_text()), int((folder / used).read_text())
+            limit, used_bytes = int((folder / limit_file).read_text()), int((folder / used_file).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # there is no limit
             continue
-        cached = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)  # given back when it is needed
-        free = min(free, max(0, limit - taken + cached))
+        cached = int(
+            stat.get("total_inactive_file") or stat.get("inactive_file") or 0
+        )  # the kernel frees it when needed
+        free = min(free, max(0, limit - used_bytes + cached))
     return free
 
 
 def wait_passively() -> None:
-    """Let torch's threads sleep at a barrier instead of spinning, if torch is not loaded yet.
+    """Let torch's threads sleep at barriers instead of spinning. Only works before torch is loaded.
 
-    Two spinning threads beside another busy process decode 5 to 45 times slower than one; sleeping ones do not.
+    Beside another busy process, two spinning threads decode 5 to 45 times slower than one; sleeping threads do not.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault(_PASSIVE, "PASSIVE")
 
 
 def settle_threads() -> None:
-    """Give torch as many threads as there are cores, unless somebody chose; say so once where they spin."""
+    """Limit torch's threads to the number of cores, unless OMP_NUM_THREADS is set; log once if the threads spin."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():

@@ -1,4 +1,4 @@
-"""The members of a pack as a whole: what they are called, how they count tokens, which options hold for them."""
+"""The members of a pack together: names, token counts, options."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ log = logging.getLogger("packllm")
 
 
 class Members:
-    """What a pack is made of, and the requests that are made of it. See Pack.
+    """The members of a pack, and the requests to them. See Pack.
 
     Attributes:
         members: the members, in order.
-        recipe: arguments of Pack.load that make these members again; None for Member objects.
-        options: the defaults.
-        prefixes: what is kept of recent prompts, with statistics (see prefix.py).
+        recipe: arguments of Pack.load that load the same members; None if Member objects were given.
+        options: the default options.
+        prefixes: the cache of recent prompts, with statistics (see prefix.py).
     """
 
     def __init__(self, members: Sequence[Author], *, recipe: dict[str, Any] | None = None, **options: Any) -> None:
@@ -43,28 +43,28 @@ class Members:
         self.recipe = recipe
         self.options = defaults(options)
         self.prefixes = PrefixCache(self.options.prefix_cache_mb * 2**20)
-        most = self.options.max_cache_mb
-        self._admission = Admission(None if most is None else most * 2**20)
+        limit = self.options.max_cache_mb
+        self._admission = Admission(None if limit is None else limit * 2**20)
         self.options = self._checked(self.options)
         if (asked := self._asked_for()) and not self.options.generation_config:
-            log.info("the members' generation_config asks for %s; generation_config=True uses it", asked)
+            log.info("the members' generation_config asks for %s; set generation_config=True to use it", asked)
 
     def close(self) -> None:
-        """Let go of the members; the pack cannot answer any more."""
+        """Release the members. The pack cannot answer any more."""
         self.members = ()
         self.prefixes.close()
 
     @property
     def name(self) -> str:
-        """The pack's name: its members'."""
+        """The pack's name, made of its members' names."""
         return "packllm:" + "+".join(member.name for member in self.members)
 
     @property
     def models(self) -> tuple[Member, ...]:
-        """The members, all of them token models that run here.
+        """The members, if all are token models that run locally.
 
         Raises:
-            LoadError: one is on a server.
+            LoadError: a member is on a server.
         """
         for member in self.members:
             if not isinstance(member, Member):
@@ -73,24 +73,24 @@ class Members:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the members' contents: what a cache of answers must be keyed by."""
+        """Hash of the members' weights: use it as the key of cached answers."""
         joined = "".join(member.name + member.fingerprint for member in self.members)
         return hashlib.sha256(joined.encode()).hexdigest()
 
     @property
     def context_window(self) -> int | None:
-        """Tokens that fit every member, None if none has a limit."""
+        """The smallest context window of the members, in tokens; None if no member has a limit."""
         return min((m.context_window for m in self.members if m.context_window), default=None)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether every member brings a chat template."""
+        """Whether every member has a chat template."""
         return all(member.encoder.template for member in self.members)
 
     @cached_property
     def template_tokens(self) -> int:
-        """Most tokens that a member's chat template writes around a user's message, or around a system's and a
-        user's; a system message of its own is among them."""
+        """The largest number of tokens that a member's chat template adds to a user message, or to a system and a user
+        message. Some templates also add a system message of their own."""
         user = {"role": "user", "content": "a"}
         return max(
             self._template_tokens(member, dialogue)
@@ -101,37 +101,37 @@ class Members:
     @staticmethod
     def _template_tokens(member: Author, dialogue: list[dict[str, Any]]) -> int:
         try:
-            whole = len(member.encoder.encode(dialogue).ids)
-        except PromptError:  # a template may refuse a system's message
+            total = len(member.encoder.encode(dialogue).ids)
+        except PromptError:  # a template may refuse system messages
             return 0
-        return whole - len(dialogue) * len(member.encoder.plain("a"))
+        return total - len(dialogue) * len(member.encoder.plain("a"))
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text` in the first member's tokenizer (of those that have one here), without BOS; special tokens
-        spelled in it are text.
+        """Ids of `text` in the tokenizer of the first member that has one locally, without BOS. Special tokens that are
+        spelled in the text are encoded as text.
 
         Raises:
-            PackError: all members are on servers, so nobody here knows their tokens.
+            PackError: all members are on servers, so no tokenizer is known.
         """
         return self.members[self._first].encoder.plain(text)
 
     @property
     def _first(self) -> int:
-        """The first member whose tokens are known here."""
+        """The first member whose tokenizer is known."""
         for k, member in enumerate(self.members):
             if len(member.vocabulary):
                 return k
         raise PackError(
-            "tokens cannot be counted: all members are on servers, whose tokenizers are not known here; name one: "
+            "tokens cannot be counted: all members are on servers, whose tokenizers are unknown; name one: "
             "URL#MODEL?tokenizer=FOLDER"
         )
 
     def count_tokens(self, prompt: Prompt, **options: Any) -> int:
-        """Tokens as tokenize() has them: of a text by itself, or of messages as that member reads them, with
-        its chat template and the tools among the options.
+        """Number of tokens, in the tokenizer of tokenize(): of a text alone, or of messages with that member's chat
+        template and the tools among the options.
 
         Raises:
-            OptionError, PromptError: as stream().
+            OptionError, PromptError: as in stream().
         """
         if isinstance(prompt, str):
             return len(self.tokenize(prompt))
@@ -139,30 +139,30 @@ class Members:
         return len(encoded[self._first if self._first in encoded else min(encoded)].ids)
 
     def check(self, **options: Any) -> Options:
-        """The options that a request with these changes would run under.
+        """The options of a request with these changes.
 
         Raises:
             OptionError, WeightsError: an unknown option or member, or a value out of range.
         """
-        checked = self.options.override(options)
-        if checked.generation_config:
-            checked = make_options({**self._asked_for(), **checked.model_dump(exclude_unset=True)})
-        return self._checked(checked)
+        options_ = self.options.override(options)
+        if options_.generation_config:
+            options_ = make_options({**self._asked_for(), **options_.model_dump(exclude_unset=True)})
+        return self._checked(options_)
 
     def _asked_for(self) -> dict[str, Any]:
-        """What the members' own generation_config asks for."""
-        asked: dict[str, Any] = {}
+        """The options that the members' own generation_config sets."""
+        settings: dict[str, Any] = {}
         for member in reversed(self.members):
             if not isinstance(member, Member):
                 continue
-            own = dict(member.engine.asks)
+            member_settings = dict(member.engine.asks)
             if not member.vocabulary.same_as(self.members[0].vocabulary):
-                own.pop("logit_bias", None)  # ids are the first member's
-            asked |= own
-        return asked
+                member_settings.pop("logit_bias", None)  # its ids must be the first member's
+            settings |= member_settings
+        return settings
 
     def _checked(self, options: Options) -> Options:
-        """The options, which fit these members; a prior's file is read.
+        """Check options against these members, and read a prior's file.
 
         Raises:
             OptionError, WeightsError: an unknown weighting, decoding or member.
@@ -181,7 +181,7 @@ class Members:
         return options.model_copy(update={"prior": prior})
 
     def _wraps(self, prompt: Prompt, options: Options) -> bool:
-        """Whether a prompt that is text goes through the chat templates."""
+        """Whether a text prompt goes through the chat templates."""
         if options.chat_template is None:
             return self.has_chat_template and not isinstance(prompt, Formatted)
         return options.chat_template
@@ -189,19 +189,23 @@ class Members:
     def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
-        checked = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
+        checked_prompts = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
         if options.prefix_cache_mb not in (0, self.options.prefix_cache_mb):
-            told = f"prefix_cache_mb={options.prefix_cache_mb} of a request has no effect; it is a property of the pack"
-            warnings.warn(told, DeprecationWarning, stacklevel=2)
+            message = (
+                f"prefix_cache_mb={options.prefix_cache_mb} of a request has no effect; it is a property of the pack"
+            )
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
         mapped = decodings.find(options.decoding).mapped
-        request = Request(self.members, options, checked, self.prefixes, mapped)
+        request = Request(self.members, options, checked_prompts, self.prefixes, mapped)
         request.admission = self._admission
         return request
 
 
 def defaults(options: Mapping[str, Any], beside: Sequence[str] = ()) -> Options:
-    """Options that a pack may have."""
-    made = make_options(options, beside)
-    if made.n is not None:
-        raise OptionError(f"n={made.n} is of a request, not of a pack; give it to generate or generate_batch")
-    return made
+    """Check the default options of a pack."""
+    checked = make_options(options, beside)
+    if checked.n is not None:
+        raise OptionError(
+            f"n={checked.n} is an option of requests, not of packs; give it to generate or generate_batch"
+        )
+    return checked

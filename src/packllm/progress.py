@@ -1,4 +1,4 @@
-"""Progress bars for those who wait: none for what is done within two seconds, none where nobody watches."""
+"""Progress bars: none for work that takes less than two seconds, none without a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SLOW = 2.0
 
 @contextmanager
 def bars_if_slow() -> Iterator[None]:
-    """The bars of transformers within appear where they pay only; a hook that someone else has set stays."""
+    """Let transformers' progress bars appear only for slow work; a tqdm hook that is already set is kept."""
     from transformers.utils import logging
 
     def patient(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Where the first edition had these names; they live in packllm.chat.prompt."""
+"""Old names of packllm.chat.prompt, kept for existing programs."""
 
 from packllm.chat.prompt import Encoder, check
 

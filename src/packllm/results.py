@@ -1,4 +1,4 @@
-"""What a request gives back."""
+"""The results of a request."""
 
 from __future__ import annotations
 
@@ -14,60 +14,62 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Asking:
-    """One request to a server: what it said of its tokens, and the pieces of text that came so far."""
+    """One request to a server: the usage that it reported, and the number of text pieces so far."""
 
     usage: Any = None
     pieces: int = 0
 
     def told(self, name: str) -> int | None:
-        """The server's own count."""
+        """The server's count of that name; None if it gave none."""
         count = self.usage.get(name) if isinstance(self.usage, Mapping) else None
         return count if isinstance(count, int) else None
 
 
 class Bill:
-    """What one server was asked for in one request. Safe to use from several threads."""
+    """The requests to one server that one request of the pack made. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._all: list[Asking] = []
 
     def add(self, usage: Any = None) -> Asking:
-        """One more request, of which the server may say its usage now or later."""
+        """Record a request; the server may report its usage now or later."""
         self._all.append(Asking(usage))
         return self._all[-1]
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the first prompt whose count the server told; 0 before."""
+        """The first count of prompt tokens that the server reported; 0 before."""
         return next((count for one in self._all if (count := one.told("prompt_tokens"))), 0)
 
     def as_dict(self) -> dict[str, int]:
-        """Requests, and prompt and completion tokens of all of them, as the server counts them. Of requests that were
-        dropped before it did (unreported), the pieces of text that had come are counted, and no prompt."""
-        read = [one.told("prompt_tokens") for one in self._all]
-        written = [one.told("completion_tokens") for one in self._all]
+        """Number of requests, and their prompt and completion tokens as the server counts them. For requests that were
+        cancelled before it did (`unreported`), completion tokens are the pieces of text received, prompt tokens 0."""
+        prompt_counts = [one.told("prompt_tokens") for one in self._all]
+        completion_counts = [one.told("completion_tokens") for one in self._all]
         return {
             "requests": len(self._all),
-            "prompt_tokens": sum(filter(None, read)),
+            "prompt_tokens": sum(filter(None, prompt_counts)),
             "completion_tokens": sum(
-                one.pieces if count is None else count for one, count in zip(self._all, written, strict=True)
+                one.pieces if count is None else count for one, count in zip(self._all, completion_counts, strict=True)
             ),
-            "unreported": read.count(None),
+            "unreported": prompt_counts.count(None),
         }
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one request, in the tokenizer of its top-weighted member.
+    """Token counts of one request, in the tokenizer of the member with the largest weight.
 
     Attributes:
-        cached_tokens: of the prompt, those that an earlier request had read. Two usages that differ here only are
-            equal: it says what was saved, not what was asked.
-        drafted_tokens: those that the top member drafted and the pack judged; not compared either.
-        accepted_tokens: of these, those that it took over.
-        servers: by name of each member on a server, what it was asked for (see Bill); not compared.
-        rounds: where members on servers decode token by token: times that these were asked for next tokens.
-        proved_at_once: tokens (the end among them) that the first time proved to be the likeliest.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens of the answer, without the end token.
+        cached_tokens: prompt tokens that an earlier request had read. This and the fields below are not compared: two
+            usages that differ only in them are equal.
+        drafted_tokens: draft tokens that were proposed.
+        accepted_tokens: draft tokens that were accepted.
+        servers: by name of each member on a server, the counts of its requests (see Bill).
+        rounds: in token-by-token decoding with members on servers: how often these were asked for next tokens.
+        proved_at_once: how many tokens (the end included) were proved to be the most likely by the first round.
     """
 
     prompt_tokens: int
@@ -100,25 +102,24 @@ class Usage:
 
 
 _RULED_OUT = -9999.0
-"""What -infinity is in JSON, as OpenAI has it."""
+"""Stands for -infinity in JSON, as in OpenAI's API."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was where it was chosen. The bytes of all tokens of an answer are its text with the
-    reasoning, the calls and the stop string that ended it; the token that ends an answer is not among them.
+    """The log-probabilities of one token of an answer. Joined, the `bytes` of an answer's tokens are its text,
+    including reasoning, tool calls and the stop string that ended it. The end token is not included.
 
     Attributes:
-        token: what it spells; part of a character is shown as U+FFFD. In Cool-Fusion, the text of a whole segment.
-        bytes: what it adds to the text, in UTF-8; none for a control token.
-        id: in the vocabulary of the first member that runs; None for a segment.
-        logprob: in nats, in the distribution that tokens are chosen from: the fused one, after penalties, logit_bias
-            and the form that json_schema or tool_choice demands, before temperature, top_k, top_p and min_p. Of a
-            segment: its fused log-likelihood.
-        members: {name: log-probability} of each member that ran, in its own distribution as it is. A segment: of each
-            member that could judge it.
-        top_logprobs: the likeliest tokens there, so many as asked for, the likeliest first; the chosen one may be
-            missing. Of a segment: what else was proposed.
+        token: its spelling; a part of a character is shown as U+FFFD. In Cool-Fusion, the text of a whole segment.
+        bytes: the bytes that it adds to the text, in UTF-8; empty for a control token.
+        id: its id in the vocabulary of the first running member; None for a segment.
+        logprob: in nats, in the distribution that tokens are chosen from: the fused one after penalties, logit_bias and
+            grammar, before temperature, top_k, top_p and min_p. For a segment: its fused log-likelihood.
+        members: {name: log-probability} of each member that ran, in its own unchanged distribution. For a segment: of
+            each member that could judge it.
+        top_logprobs: the requested number of most likely tokens, most likely first; the chosen one may be missing. For
+            a segment: the proposals.
     """
 
     token: str
@@ -129,7 +130,7 @@ class TokenLogprob:
     top_logprobs: tuple[TokenLogprob, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe; all that OpenAI says of a token, and the rest. -infinity is -9999."""
+        """JSON-safe: OpenAI's fields, then the others. -infinity is -9999."""
         return {
             "token": self.token,
             "logprob": max(self.logprob, _RULED_OUT),
@@ -141,20 +142,24 @@ class TokenLogprob:
 
 
 def logprobs_of(chunks: Sequence[Chunk]) -> tuple[TokenLogprob, ...] | None:
-    """All that chunks say of their tokens; None if nobody asked."""
-    told = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
-    return tuple(token for tokens in told for token in tokens) if told else None
+    """The log-probabilities in chunks, joined; None if they were not requested."""
+    groups = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    return tuple(token for tokens in groups for token in tokens) if groups else None
 
 
 @dataclass(frozen=True)
 class Chunk:
     """A piece of streamed text. `text` may be empty in the last chunk.
 
-    `reasoning` is a piece of what the members reason before they answer, which is no part of the text. `weights` is on
-    every chunk: where they move, the first one has those that the answer started from, and the last one what became of
-    them. `finish_reason`, `usage`, `timings` and `decoding`, how it was written, are on the last one only. `logprobs`,
-    where the option asks for them, are of the tokens since the last chunk. On the last one there are
-    `explanation`, where it is asked for, and `end`, of the token that ended the answer, where one did.
+    Attributes:
+        text: a piece of the answer.
+        weights: the members' weights. With adaptive weights, the first chunk has those from before the answer, and the
+            last chunk the final ones.
+        finish_reason, usage, timings, decoding: only on the last chunk; see Generation.
+        reasoning: a piece of the reasoning before the answer; no part of the text.
+        logprobs: of the tokens since the last chunk, if requested.
+        explanation: only on the last chunk, if requested.
+        end: only on the last chunk: log-probabilities of the end token, if requested and if there was one.
     """
 
     text: str
@@ -174,16 +179,16 @@ class Generation:
     """A finished answer.
 
     Attributes:
-        text: the completion alone, never the prompt, never a stop string.
-        weights: what each member counted for, and why.
-        finish_reason: "stop" (end-of-turn token or stop string) or "length" (max_tokens).
+        text: the answer, without the prompt and without a stop string.
+        weights: the members' weights, and the NLLs that they are computed from.
+        finish_reason: "stop" (end token or stop string) or "length" (max_tokens).
         usage: token counts.
-        timings: seconds: prefill, weighting, first_token, total.
-        reasoning: what was reasoned before the answer of a conversation, between marks such as <think> and </think>;
-            no part of the text.
-        logprobs: of each token, where the option asks for them.
-        decoding: how it was written, such as "tokens" or "cool"; what decoding="auto" chose.
-        explanation: where the option explain asks for it.
+        timings: seconds of prefill, weighting, first_token and total.
+        reasoning: the reasoning before the answer of a conversation, between marks such as <think> and </think>; no
+            part of the text.
+        decoding: the decoding that was used, such as "tokens" or "cool", also if the option was "auto".
+        logprobs: of each token, if requested.
+        explanation: if requested.
     """
 
     text: str
@@ -198,7 +203,7 @@ class Generation:
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> Generation:
-        """The generation that the chunks of a stream make, all of them and in order."""
+        """Join all chunks of a stream, in order."""
         last = chunks[-1]
         assert last.finish_reason is not None
         assert last.usage is not None
@@ -216,7 +221,7 @@ class Generation:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON-safe values."""
+        """Everything as JSON-safe values."""
         return {
             "text": self.text,
             "weights": self.weights.as_dict(),

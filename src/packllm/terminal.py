@@ -1,4 +1,4 @@
-"""What the commands read from files and the terminal, and what they print."""
+"""Input of the commands from files and the terminal, and their output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not wait for i
     from packllm.explanation import Explanation
     from packllm.weights import Weights
 
-BAR = 20  # characters of a weight of 1
+BAR = 20  # characters of a bar for a weight of 1
 
 
 def typed(argument: str) -> str:
@@ -29,7 +29,7 @@ def typed(argument: str) -> str:
 
 
 def weighed(text: str | None, files: list[Path]) -> str:
-    """What to weigh: the text or the files' texts."""
+    """The text for `packllm weigh`: the argument, or the files' texts."""
     if files and text is not None:
         raise OptionError("weigh takes a text or --file, not both")
     if files:
@@ -55,7 +55,7 @@ def with_context(question: str, files: list[Path]) -> str:
 
 
 def explained(page: Path | None, files: list[Path]) -> dict[str, Any]:
-    """What asks for the explanation that --explain wants, with each file as a passage."""
+    """The options for --explain, with each file as a passage."""
     if page is None:
         return {}
     if not page.parent.is_dir():
@@ -69,12 +69,12 @@ def write(explanation: Explanation | None, page: Path | None) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer the terminal: what a model writes may hold escape sequences."""
+    """Text without control characters, if it goes to a terminal: a model's text may contain escape sequences."""
     return "".join(c for c in text if c in "\n\t" or c.isprintable()) if sys.stdout.isatty() else text
 
 
 def print_weights(weights: Weights) -> None:
-    """A table with a line for each member, and below it what the numbers mean."""
+    """Print a table with one line per member, and notes on the numbers below it."""
     console = Console(highlight=False)
     block = "█" if console.encoding.lower().startswith("utf") else "#"
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

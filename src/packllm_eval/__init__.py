@@ -1,8 +1,8 @@
-"""Does the pack beat its members? Protocols of the papers on a user's own data, with rivals, intervals and reports.
+"""Evaluation: does the pack beat its members? The papers' protocols on a user's own data, with rivals and intervals.
 
-Each protocol (lm, choice, generate) reads rows, runs every member once on each, and files a record a row; tables
-and reports are made of the records. Needs nothing but the core; plots and fitting need the extra `eval`, harness.py
-`lm-eval`.
+Each protocol (lm, choice, generate) reads rows, runs every member once on each row, and writes one record per row.
+Tables and reports are made from the records. The core suffices to run them; plots and fitting need the extra `eval`,
+harness.py needs `lm-eval`.
 """
 
 from packllm_eval.rows import Document, Question, read_documents, read_questions, sample

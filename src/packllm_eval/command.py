@@ -1,4 +1,4 @@
-"""packllm eval: the protocols on the command line."""
+"""packllm eval: the evaluation protocols on the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AuditFirst(typer.core.TyperGroup):
-    """`packllm eval FILE` is `packllm eval audit FILE`."""
+    """A command group in which `packllm eval FILE` means `packllm eval audit FILE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
@@ -85,9 +85,9 @@ def audit(
     ctx: typer.Context,
     files: Files,
     models: Models = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 50, or all of fewer.")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Per file; default 50, or all if fewer.")] = None,
     prompt: Annotated[str, typer.Option(help="What the weights see: 32, 20% or 32|20% (the shorter).")] = "32|20%",
-    length: Annotated[int, typer.Option(min=16, help="Most tokens of a document.")] = 512,
+    length: Annotated[int, typer.Option(min=16, help="Maximum tokens of a document.")] = 512,
     weighting: Annotated[str, typer.Option("--weighting", "-w", help="The pack's weighting.")] = "em",
     report: Report = Path("packllm-audit"),
     seed: Seed = 0,
@@ -95,7 +95,7 @@ def audit(
     dtype: Dtype = "auto",
     plots: Plots = None,
 ) -> None:
-    """Which members help on my corpus, which never get weight, what each costs.
+    """Audit a corpus: which members help, which never get weight, and what each costs.
 
     Compares the pack with each member alone and with the pack without it.
 
@@ -143,8 +143,8 @@ def lm_command(
         list[str] | None,
         typer.Option(help="What the weights see: 32, 20% or 32|20% (the shorter, default). Repeat it for several."),
     ] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="Of each file; default 200, or all of fewer.")] = None,
-    length: Annotated[int, typer.Option(min=16, help="Most tokens of a document.")] = 512,
+    documents: Annotated[int | None, typer.Option(min=1, help="Per file; default 200, or all if fewer.")] = None,
+    length: Annotated[int, typer.Option(min=16, help="Maximum tokens of a document.")] = 512,
     average: Average = False,
     beside: Beside = None,
     report: Report = Path("packllm-lm"),
@@ -202,7 +202,7 @@ def choice_command(
     models: Models = None,
     method: MethodNames = None,
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
-    questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Per file; default 256, or all if fewer.")] = None,
     template: Annotated[str, typer.Option(help="choices, plain or continue.")] = "choices",
     average: Average = False,
     beside: Beside = None,
@@ -212,7 +212,7 @@ def choice_command(
     dtype: Dtype = "auto",
     plots: Plots = None,
 ) -> None:
-    """Multiple choice: weights from the question alone, accuracy of the fused likelihoods.
+    """Multiple choice: weights from the question only, accuracy of the fused likelihoods.
 
     [dim]Example:[/]
 
@@ -253,8 +253,8 @@ def generate_command(
     models: Models = None,
     method: MethodNames = None,
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 5,
-    questions: Annotated[int | None, typer.Option(min=1, help="Of each file; default 256, or all of fewer.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    questions: Annotated[int | None, typer.Option(min=1, help="Per file; default 256, or all if fewer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
     average: Average = False,
     beside: Beside = None,
     report: Report = Path("packllm-generate"),
@@ -262,7 +262,7 @@ def generate_command(
     skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
 ) -> None:
-    """Generation: the last number (or the text) of each answer must be the right one, as in GSM8K.
+    """Generation: the last number (or the text) of each answer must match, as in GSM8K.
 
     [dim]Example:[/]
 
@@ -304,7 +304,7 @@ def fit_command(
     seed: Annotated[int, typer.Option(min=0, help="Of k-means and of the classifier.")] = 0,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Train the rivals that look at the prompt's words alone: centroids of corpora (cbtm) or a classifier (router).
+    """Train the rivals that see only the prompt's words: centroids of corpora (cbtm) or a classifier (router).
 
     [dim]Example:[/]
 
@@ -316,20 +316,22 @@ def fit_command(
     from packllm.weights import cbtm, router
     from packllm_eval.rows import read_documents
 
-    found: dict[str, list[str]] = {}
+    texts_of: dict[str, list[str]] = {}
     for pair in texts:
         name, equals, path = pair.partition("=")
         if not (name and equals and path):
             raise OptionError(f"{pair!r} is not MEMBER=FILE")
-        found.setdefault(name, []).extend(d.text for d in read_documents(Path(path), "skip" if skip_bad else "raise"))
+        texts_of.setdefault(name, []).extend(
+            d.text for d in read_documents(Path(path), "skip" if skip_bad else "raise")
+        )
     if weighting == "cbtm":
-        cbtm.fit(found, out, seed=seed)
+        cbtm.fit(texts_of, out, seed=seed)
     elif weighting == "router":
-        labelled = [(text, name) for name, some in found.items() for text in some]
+        labelled = [(text, name) for name, corpus in texts_of.items() for text in corpus]
         router.fit([text for text, _ in labelled], [name for _, name in labelled], out, seed=seed)
     else:
-        raise OptionError(f"weighting={weighting!r} is not fitted; cbtm and router are")
-    typer.echo(json.dumps({"fitted": str(out), "texts": {name: len(some) for name, some in found.items()}}))
+        raise OptionError(f"weighting={weighting!r} cannot be fitted; use cbtm or router")
+    typer.echo(json.dumps({"fitted": str(out), "texts": {name: len(corpus) for name, corpus in texts_of.items()}}))
 
 
 def _documents(files: list[Path], count: int | None, seed: int, skip_bad: bool, default: int) -> list[Any]:
@@ -344,7 +346,7 @@ def _documents(files: list[Path], count: int | None, seed: int, skip_bad: bool, 
 def _tasks(
     files: list[Path], count: int | None, shots: int, seed: int, skip_bad: bool, choices: bool
 ) -> dict[str, tuple[list[Any], dict[str, list[Any]]]]:
-    """Questions to ask and worked examples, by the files' names."""
+    """Questions and worked examples by file name."""
     from packllm_eval.choice import draw
     from packllm_eval.files import names
     from packllm_eval.rows import read_questions
@@ -357,8 +359,8 @@ def _tasks(
 def _with_methods(
     pack: Pack, method: list[str] | None, with_average: bool, beside: list[str] | None, dtype: str
 ) -> tuple[Pack, list[Any] | None, tuple[str, ...]]:
-    """The pack, what to compare, and the members' names. With the average, or others beside the pack, as more members,
-    which no method mixes unless it names them."""
+    """The pack, the methods, and the members' names. --average and --beside add members to the pack; no method uses
+    these unless it names them."""
     from packllm.engines.transformers.merge import average
     from packllm.pack import Pack
     from packllm_eval.methods import Method, ready
@@ -379,7 +381,7 @@ def _load(models: list[str] | None, dtype: str) -> Pack:
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("packllm").setLevel(logging.WARNING)
-    specs = [spec for given in models or () for spec in given.split(",")]
+    specs = [spec for argument in models or () for spec in argument.split(",")]
     return Pack.load(specs, dtype=dtype) if specs else Pack.starter(dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: lines of a file, gzipped or not, or rows of a hub dataset; and what they are reported under."""
+"""Sources of rows: lines of a file, plain or gzipped, or rows of a hub dataset; and their names in reports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from packllm.errors import DataError, ExtraError
 
 HUB = "hub:"
-"""What a dataset's name begins with: hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT (default: test)."""
+"""Prefix of a dataset's name: hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT (default: test)."""
 
 FOREIGN = (".json", ".csv", ".tsv", ".parquet", ".pdf", ".docx", ".zip")
-"""Kinds of files that would pass for text and are none."""
+"""File types that are refused, because they are no plain text."""
 
 
 TEXTS = (".txt", ".md", ".jsonl")
-"""Kinds of files that are read of a folder, gzipped or not."""
+"""File types that are read from a folder, plain or gzipped."""
 
 
 def on_hub(path: Path) -> bool:
@@ -27,26 +27,29 @@ def on_hub(path: Path) -> bool:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether it is read row by row, not as a text."""
+    """Whether it is read row by row, not as one text."""
     return on_hub(path) or ".jsonl" in path.name
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """What each is reported under; where two would be called the same, the folder (of a dataset: the split) is told.
+    """Names of paths for reports. If two have the same name, their folder (of a dataset: the split) is added.
 
     Raises:
-        DataError: two that cannot be told apart.
+        DataError: two have the same name nevertheless.
     """
     short = [name(path) for path in paths]
-    found = [_long(path) if short.count(own) > 1 else own for path, own in zip(paths, short, strict=True)]
-    twice = [own for own, count in Counter(found).items() if count > 1]
+    results = [
+        _long(path) if short.count(short_name) > 1 else short_name
+        for path, short_name in zip(paths, short, strict=True)
+    ]
+    twice = [short_name for short_name, count in Counter(results).items() if count > 1]
     if twice:
         raise DataError(f"two of the files are called {twice[0]!r}; rename one, or give it once")
-    return found
+    return results
 
 
 def name(path: Path) -> str:
-    """The file's or dataset's own name, fit to be part of a file's name."""
+    """The file's or dataset's name, valid as a part of a file name."""
     if on_hub(path):
         return "-".join(part for part in path.name.removeprefix(HUB).split(":")[:2] if part)
     if path.is_dir():
@@ -56,21 +59,21 @@ def name(path: Path) -> str:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The files of a folder and of those in it that can be read, in order; none of hidden ones.
+    """The readable files in a folder and its subfolders, in order, without hidden ones.
 
     Raises:
         DataError: there are none.
     """
-    found = [
+    paths = [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and path.name.removesuffix(".gz").endswith(TEXTS)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    if not found:
-        raise DataError(f"the folder {str(folder)!r} holds no .jsonl, .txt or .md file")
-    return found
+    if not paths:
+        raise DataError(f"the folder {str(folder)!r} contains no .jsonl, .txt or .md file; give another folder")
+    return paths
 
 
 def _long(path: Path) -> str:
@@ -80,11 +83,11 @@ def _long(path: Path) -> str:
 
 
 def lines(path: Path) -> Iterator[bytes | dict[str, Any]]:
-    """Lines of a file as they are, or rows of a dataset.
+    """Yield the lines of a file, or the rows of a dataset.
 
     Raises:
-        DataError: no such file or dataset, or a damaged one.
-        ExtraError: a dataset, and the extra `eval` is not installed.
+        DataError: there is no such file or dataset, or it is damaged.
+        ExtraError: it is a dataset, but the extra `eval` is not installed.
     """
     if on_hub(path):
         yield from _dataset(str(path).removeprefix(HUB))
@@ -108,7 +111,7 @@ def lines(path: Path) -> Iterator[bytes | dict[str, Any]]:
 
 
 def text(path: Path) -> str:
-    """A text file's content; DataError as lines(), and where it is not UTF-8."""
+    """The content of a text file. DataError as in lines(), or if it is not UTF-8."""
     try:
         return b"".join(line for line in lines(path) if isinstance(line, bytes)).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -125,5 +128,5 @@ def _dataset(spec: str) -> Any:
         raise DataError("hub: names no dataset; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     try:
         return datasets.load_dataset(dataset, config or None, split=split or "test")
-    except Exception as error:  # of many kinds: no such dataset, config or split, no network
+    except Exception as error:  # for many reasons: no such dataset, config or split, no network
         raise DataError(f"cannot load dataset {dataset!r}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Protocol (c), generation: the pack writes an answer, and its last number (or the text) must be the right one."""
+"""Protocol (c), generation: the pack writes an answer, whose last number (or text) must be the right one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from packllm_eval.rows import Question
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 _FINAL = "####"
-"""What stands before the number in answers of GSM8K."""
+"""Precedes the number in GSM8K's answers."""
 
 
 def prompt_of(question: Question, shots: Sequence[Question] = ()) -> str:
     """Worked examples, then the question, each as "Question: ...\\nAnswer: ..."."""
-    told = "".join(f"Question: {_asked(shot)}\nAnswer: {shot.answer}\n\n" for shot in shots)
-    return f"{told}Question: {_asked(question)}\nAnswer:"
+    examples = "".join(f"Question: {_asked(shot)}\nAnswer: {shot.answer}\n\n" for shot in shots)
+    return f"{examples}Question: {_asked(question)}\nAnswer:"
 
 
 def _asked(question: Question) -> str:
@@ -31,7 +31,7 @@ def _asked(question: Question) -> str:
 
 
 def final_answer(answer: str) -> str:
-    """What a right answer comes to: the number after ####, the number that it is, or its text."""
+    """The essence of a right answer: the number after ####, the number that it consists of, or its text."""
     _, final, rest = answer.rpartition(_FINAL)
     text = _plain(rest)
     number = _NUMBER.search(text) if final else _NUMBER.fullmatch(text.strip("$"))
@@ -39,8 +39,8 @@ def final_answer(answer: str) -> str:
 
 
 def right(text: str, answer: str) -> bool:
-    """Exact match with `answer`, of final_answer(). A number must be the last one written, or the first after ####; a
-    text must be all that was written, but for case, spaces and a full stop."""
+    """Whether a text gives `answer`, the result of final_answer(). A number must be the last one in the text, or the
+    first after ####. A text must match completely, except for case, spaces and a full stop."""
     _, final, rest = text.rpartition(_FINAL)
     if not _NUMBER.fullmatch(answer):
         return _plain(rest) == answer
@@ -53,7 +53,7 @@ def _plain(text: str) -> str:
 
 
 def _canonical(number: str) -> str:
-    """Without separators of thousands, and zeros that say nothing."""
+    """A number without thousands separators and redundant zeros."""
     return f"{Decimal(number.replace(',', '')).normalize() + 0:f}"
 
 
@@ -67,19 +67,19 @@ def evaluate(
     max_tokens: int = 256,
     notes: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """A record of each question: what every member alone ("member NAME") and every method wrote, greedily, and whether
-    it is right. As many questions as the pack's `batch_size` are answered together.
+    """Compute a record per question: what every member alone ("member NAME") and every method writes, greedily, and
+    whether it is right. The pack's `batch_size` questions are answered together.
 
     Args:
         pack: the members; its options are the methods' defaults.
         questions: with answers as text; see rows.read_questions(choices=False).
         path, methods, notes: as in lm.evaluate.
         shots: worked examples by subject, before each question; see choice.draw().
-        max_tokens: most tokens of an answer; it also ends before the next "Question:".
+        max_tokens: maximum tokens of an answer; it also ends before the next "Question:".
 
     Returns:
         Records: id, corpus, `answer`, `largest`, `methods` {label: {"text", "right", "weights", "tokens",
-        "seconds"}}, the seconds those of a batch divided by its questions; or `left_out`, the reason.
+        "seconds"}}, where the seconds are those of the batch divided by its questions; or `left_out`, the reason.
     """
     checked = ready(pack, methods)
     checked += ready(pack, [m for m in singles(pack) if m.label not in {other.label for other in checked}])
@@ -89,13 +89,13 @@ def evaluate(
         "members": [member.name for member in pack.members],
         "fingerprint": pack.fingerprint,
         "methods": described(checked),
-        "shots": {subject: [shot.id for shot in found] for subject, found in (shots or {}).items()},
+        "shots": {subject: [shot.id for shot in group_records] for subject, group_records in (shots or {}).items()},
         "max_tokens": max_tokens,
         **(notes or {}),
     }
 
     def work(group: Sequence[Question]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = [
+        group_records: list[dict[str, Any]] = [
             {"answer": final_answer(str(question.answer)), "largest": largest(pack), "methods": {}}
             for question in group
         ]
@@ -103,16 +103,16 @@ def evaluate(
         for method in checked:
             options = method.options.model_dump(exclude_unset=True)
             options.update(max_tokens=max_tokens, stop=("\nQuestion:", "\n\n"))
-            options["chat_template"] = bool(options.get("chat_template"))  # worked examples are text to go on with
+            options["chat_template"] = bool(options.get("chat_template"))  # worked examples are text to continue
             started = time.perf_counter()
             try:
                 answers = packs[method.label].generate_batch(prompts, **options)
-            except LEFT_OUT as error:  # of one of them: which one shows where each is alone
+            except LEFT_OUT as error:  # one of them failed; done alone, each shows whether it was it
                 if len(group) == 1:
                     return [{"left_out": f"{method.label}: {error}"}]
                 return [record for question in group for record in work([question])]
             seconds = (time.perf_counter() - started) / len(group)
-            for record, answer in zip(found, answers, strict=True):
+            for record, answer in zip(group_records, answers, strict=True):
                 record["methods"][method.label] = {
                     "text": answer.text,
                     "right": right(answer.text, record["answer"]),
@@ -120,10 +120,10 @@ def evaluate(
                     "tokens": answer.usage.completion_tokens,
                     "seconds": seconds,
                 }
-        return found
+        return group_records
 
-    asked = sorted(questions, key=lambda question: question.subject)
-    records = run_together(asked, pack.options.batch_size, work, path, header, "Questions")
+    ordered = sorted(questions, key=lambda question: question.subject)
+    records = run_together(ordered, pack.options.batch_size, work, path, header, "Questions")
     if records and all("left_out" in record for record in records):
         raise DataError(f"no question could be answered; the first: {records[0]['left_out']}")
     return records

@@ -1,8 +1,8 @@
-"""A pack as a model of lm-evaluation-harness, so that every task of it runs on a pack.
+"""A pack as a model of lm-evaluation-harness, so that each of its tasks runs on a pack.
 
     python -m packllm_eval.harness run --model packllm --model_args "models=./base;./base+./law" --tasks arc_easy
 
-Weights come from each request's context alone, as everywhere. Needs the extra `lm-eval`.
+Weights come from each request's context only, as always. Needs the extra `lm-eval`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ except ImportError:
     raise ExtraError("the harness adapter", "lm-evaluation-harness", "lm-eval") from None
 
 CHAT = "\ue000packllm messages\ue001"
-"""Starts a context that holds messages as JSON: each member renders them by its own template."""
+"""Prefix of a context that contains messages as JSON: each member renders them with its own template."""
 
 START = "\n"
-"""Stands for an empty context: a pack needs something to read before it can predict."""
+"""Replaces an empty context: a pack must read something before it can predict."""
 
 SEGMENT = 32
-"""Tokens of a text's first segment in loglikelihood_rolling; each later one is twice as long."""
+"""Tokens of a text's first segment in loglikelihood_rolling; each later segment is twice as long."""
 
 _GENERATION = {"max_gen_toks": "max_tokens", "max_new_tokens": "max_tokens", "max_length": None, "until": "stop"}
 
@@ -41,11 +41,11 @@ class PackLM(LM):
     """The model `packllm`.
 
     Args:
-        pack: the pack; or else what Pack.load takes:
+        pack: the pack; None: load one with the arguments below.
         models: specs, as a list or separated by semicolons; none: the starter pack.
         device: as device_map; None: "auto".
-        batch_size, max_batch_size: of the harness's command line; requests go through the pack one by one.
-        options: of Pack.load: dtype, weighting, pool, ...
+        batch_size, max_batch_size: arguments of the harness, ignored: requests are done one by one.
+        options: other arguments of Pack.load: dtype, weighting, pool, ...
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PackLM(LM):
 
     @property
     def _as_text(self) -> dict[str, Any]:
-        """A context that is text is continued, not answered, unless the pack is told otherwise."""
+        """Options with which a text context is continued, not answered, unless the pack's options say otherwise."""
         return {"chat_template": bool(self.pack.options.chat_template)}
 
     @property
@@ -81,13 +81,13 @@ class PackLM(LM):
         return "each member's own"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as a context that the methods below understand."""
+        """The messages as a context for the methods below."""
         if not add_generation_prompt:
-            raise OptionError("the pack cannot go on with a message of the assistant; leave out the prefill")
+            raise OptionError("the pack cannot continue an assistant message; leave out the prefill")
         return CHAT + json.dumps(chat_history)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Fused log-likelihood of each continuation in nats, and whether greedy decoding writes it."""
+        """The fused log-likelihood of each continuation in nats, and whether greedy decoding gives it."""
         by_context: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
             by_context.setdefault(request.args[0], []).append(at)
@@ -103,25 +103,25 @@ class PackLM(LM):
         return [results[at] for at in range(len(requests))]
 
     def _greedy(self, prompt: Prompt, continuations: Sequence[str]) -> list[bool]:
-        """Which continuations greedy decoding writes; it stops at the first text that begins none of them."""
+        """Which continuations greedy decoding gives; it stops when its text begins none of them."""
         encoder = self.pack.members[0].encoder
-        most = max(len(encoder.continuation(text)) for text in continuations)
-        found, text = [False] * len(continuations), ""
+        longest = max(len(encoder.continuation(text)) for text in continuations)
+        matches, text = [False] * len(continuations), ""
         tokenwise = one_vocabulary(self.pack, range(len(self.pack.members)))
-        stream = self.pack.stream(prompt, max_tokens=most, temperature=0.0, **self._as_text)
+        stream = self.pack.stream(prompt, max_tokens=longest, temperature=0.0, **self._as_text)
         for chunk in stream:
             text += chunk.text
-            # Segments are longer than tokens, and may write more than what was asked.
+            # Segments are longer than tokens, so they may go beyond a continuation.
             wrote = text.__eq__ if tokenwise else text.startswith
-            found = [same or wrote(wanted) for same, wanted in zip(found, continuations, strict=True)]
-            if not any(wanted.startswith(text) for wanted in continuations):
+            matches = [same or wrote(continuation) for same, continuation in zip(matches, continuations, strict=True)]
+            if not any(continuation.startswith(text) for continuation in continuations):
                 break
         stream.close()
-        return found
+        return matches
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each whole text, segment by segment: the weights of a segment come from what
-        precedes it, so no token helps to choose the weights that predict it."""
+        """The log-likelihood in nats of each whole text, segment by segment. The weights of a segment come from the
+        text before it, so no token influences the weights that predict it."""
         results = []
         for request in tqdm(requests, desc="Texts", disable=disable_tqdm or None):
             results.append(self._whole(request.args[0]))
@@ -147,7 +147,7 @@ class PackLM(LM):
         """The pack's answers, greedy unless do_sample.
 
         Raises:
-            OptionError: an argument that the pack has no option for.
+            OptionError: an argument that corresponds to no option of the pack.
         """
         results = []
         for request in tqdm(requests, desc="Answers", disable=disable_tqdm or None):
@@ -159,7 +159,7 @@ class PackLM(LM):
 
 
 def generation_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The harness's generation arguments as the pack's options."""
+    """The harness's generation arguments as options of the pack."""
     options: dict[str, Any] = {}
     sampled = bool(arguments.get("do_sample", arguments.get("temperature", 0)))
     for name, value in arguments.items():

@@ -28,7 +28,7 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class PromptLength:
-    """How much of a document the weights see: at most `tokens`, at most `share` of it."""
+    """How much of a document the weights see: at most `tokens` tokens and at most `share` of it."""
 
     label: str
     tokens: int
@@ -36,18 +36,18 @@ class PromptLength:
 
     @classmethod
     def parse(cls, text: str) -> PromptLength:
-        """Of "32", "20%" or "32|20%" (whichever is shorter)."""
+        """Parse "32", "20%" or "32|20%" (whichever is shorter)."""
         match = re.fullmatch(r"(\d+)?(?:(?:^|(?<=\d)\|)(\d+(?:\.\d+)?)%)?", text.strip())
         if not text.strip() or match is None:
             raise OptionError(f"prompt={text!r} is not a length; write tokens (32), a share (20%) or both (32|20%)")
         tokens = int(match[1]) if match[1] else 2**31
         share = float(match[2]) / 100 if match[2] else 1.0
         if tokens < 1 or not 0 < share <= 1:
-            raise OptionError(f"prompt={text!r} is empty or more than the document")
+            raise OptionError(f"prompt={text!r} must be at least one token, and at most 100%")
         return cls(text.strip(), tokens, share)
 
     def of(self, total: int) -> int:
-        """Tokens of a document of `total` tokens."""
+        """Tokens of the prompt of a document with `total` tokens."""
         return max(1, min(self.tokens, int(total * self.share)))
 
 
@@ -61,17 +61,17 @@ def evaluate(
     length: int = LENGTH,
     notes: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """A record of each document: NLL of what follows the prompt, under every member alone and every method.
+    """Compute a record per document: NLL of the text after the prompt, under every member alone and every method.
 
     Args:
         pack: the members; its options are the methods' defaults.
         documents: see rows.read_documents and rows.sample.
-        path: .jsonl file of the records; a run that was interrupted goes on from it.
+        path: .jsonl file of the records; an interrupted run is continued from it.
         methods: what to compare (see Method.parse); None for methods.DEFAULT.
-        prompts: lengths of the prompt. With several, the text scored is what follows the longest, so that
-            nothing but the weights differs.
-        length: most tokens of a document, in the first member's tokens.
-        notes: what else the records depend on (the seed of the sample), for the header.
+        prompts: lengths of the prompt. With several, the scored text is what follows the longest one, so that
+            only the weights differ.
+        length: maximum tokens of a document, in the first member's tokens.
+        notes: other facts that the records depend on (the seed of the sample), for the header.
 
     Returns:
         Records: id, corpus, `bytes` and `tokens` scored, `members` {name: nats}, `largest`, `seconds` {name: of pass},
@@ -79,8 +79,8 @@ def evaluate(
         or `left_out`, the reason, for a document that is too short or does not fit a member.
 
     Raises:
-        OptionError, WeightsError: an unknown method, option or member, or a fitted file that is none.
-        DataError: the file holds other results, or no document could be scored.
+        OptionError, WeightsError: an unknown method, option or member, or an invalid fitted file.
+        DataError: the file has other results, or no document could be scored.
     """
     checked = ready(pack, methods)
     lengths = [PromptLength.parse(text) for text in prompts]
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def reads_logits(method: Ready) -> bool:
-    """Whether a method needs more than what the members gave the tokens that occurred."""
+    """Whether a method needs more than the members' log-probabilities of the observed tokens."""
     weighting = method.options.weighting
     if isinstance(weighting, dict):
         return method.options.pool == "log"
@@ -132,30 +132,30 @@ def _score(
     if ends[-1] >= len(text) or not text[ends[-1] :].strip():
         raise DataError(f"document {document.id} of {total} tokens has nothing after its prompt")
     pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
-    everyone = range(len(pack.members))
+    all_members = range(len(pack.members))
     with Reading(pack.models, pieces, keep) as reading:
         last = len(pieces)
-        singles = [((k,), alone(pack, k)) for k in everyone]
-        chosen: list[tuple[Sequence[int], Weights]] = [*singles]
-        found: list[tuple[str, Ready, Weights, float]] = []
+        singles = [((k,), alone(pack, k)) for k in all_members]
+        weightings: list[tuple[Sequence[int], Weights]] = [*singles]
+        results: list[tuple[str, Ready, Weights, float]] = []
         mined: dict[int, float] = {}
         for prompt, end in cuts.items():
             for method in methods:
-                started, seen = time.perf_counter(), ends.index(end) + 1
+                started, pieces_seen = time.perf_counter(), ends.index(end) + 1
                 if method.options.decoding == "mined" and not one_vocabulary(pack, method.members):
-                    weights, mined[len(found)] = _mined(pack, reading, method, pieces, seen)
-                    chosen.append(singles[0])  # holds the place
+                    weights, mined[len(results)] = _mined(pack, reading, method, pieces, pieces_seen)
+                    weightings.append(singles[0])  # placeholder
                 else:
-                    weights = reading.weights(method.options, method.members, seen)
-                    chosen.append((method.members, weights))
-                found.append((prompt, method, weights, time.perf_counter() - started))
-        nats = reading.nll(chosen, last - 1, last)
+                    weights = reading.weights(method.options, method.members, pieces_seen)
+                    weightings.append((method.members, weights))
+                results.append((prompt, method, weights, time.perf_counter() - started))
+        nats = reading.nll(weightings, last - 1, last)
         for at, value in mined.items():
             nats[len(singles) + at] = value
         by_prompt: dict[str, Any] = {
             prompt: {"tokens": reading.counts(0, 0, ends.index(end) + 1), "methods": {}} for prompt, end in cuts.items()
         }
-        for (prompt, method, weights, seconds), value in zip(found, nats[len(singles) :], strict=True):
+        for (prompt, method, weights, seconds), value in zip(results, nats[len(singles) :], strict=True):
             by_prompt[prompt]["methods"][method.label] = {
                 "nats": value,
                 "weights": dict(zip(weights.names, weights.values, strict=True)),
@@ -164,7 +164,7 @@ def _score(
             }
         return {
             "bytes": len(reading.spans(last - 1, last).encode()),
-            "tokens": reading.counts(0, last - 1, last) if one_vocabulary(pack, everyone) else None,
+            "tokens": reading.counts(0, last - 1, last) if one_vocabulary(pack, all_members) else None,
             "members": dict(zip((m.name for m in pack.members), nats[: len(singles)], strict=True)),
             "largest": largest(pack),
             "seconds": dict(zip((m.name for m in pack.members), reading.seconds, strict=True)),
@@ -172,27 +172,29 @@ def _score(
         }
 
 
-def _mined(pack: Pack, reading: Reading, method: Ready, pieces: Sequence[str], seen: int) -> tuple[Weights, float]:
-    """Weights and NLL of the last piece through MinED (PackLLM §3.4): in the tokens of the member that predicts the
-    first `seen` pieces best per byte, which the others read and predict by their nearest ones."""
-    lowest = reading.weights(pack.options.override({"weighting": "top1", "unit": "byte"}), method.members, seen)
+def _mined(
+    pack: Pack, reading: Reading, method: Ready, pieces: Sequence[str], pieces_seen: int
+) -> tuple[Weights, float]:
+    """Weights and NLL of the last piece through MinED (PackLLM §3.4), in the tokens of the member with the lowest NLL
+    per byte on the first `seen` pieces; the other members are mapped to these tokens."""
+    lowest = reading.weights(pack.options.override({"weighting": "top1", "unit": "byte"}), method.members, pieces_seen)
     reference = pack.models[method.members[lowest.values.index(1.0)]]
     others = [pack.models[k] for k in method.members]
     members = [
         member if member.vocabulary.same_as(reference.vocabulary) else translated([member], reference)[0]
         for member in others
     ]
-    everyone = range(len(members))
-    with Reading(members, pieces, reads_logits(method)) as again:
-        weights = again.weights(method.options, everyone, seen)
-        return weights, again.nll([(everyone, weights)], len(pieces) - 1, len(pieces))[0]
+    all_members = range(len(members))
+    with Reading(members, pieces, reads_logits(method)) as mapped_reading:
+        weights = mapped_reading.weights(method.options, all_members, pieces_seen)
+        return weights, mapped_reading.nll([(all_members, weights)], len(pieces) - 1, len(pieces))[0]
 
 
 def alone(pack: Pack, k: int) -> Weights:
-    """All weight on one member, over that member alone."""
+    """Weights of one member alone."""
     return Weights((1.0,), (pack.members[k].name,), "linear", (None,), "token", "fixed")
 
 
 def bits_per_byte(nats: float, size: float) -> float:
-    """nats of `size` bytes, as bits per byte."""
+    """Convert nats on `size` bytes to bits per byte."""
     return nats / math.log(2) / size

@@ -1,4 +1,4 @@
-"""What is compared: weightings with their options, over all members or some."""
+"""Methods to compare: weightings with their options, over all members or some."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packllm.weights import find, tfidf
 _SPEC = re.compile(r"(?P<weighting>[\w-]+)(@(?P<members>[^:]+))?(:(?P<options>.+))?")
 
 DEFAULT = ("em", "uniform", "top1", "sim", "sim:tau=1", "opt", "exact", "map")
-"""Compared unless others are named; those that read logits only where the members share a vocabulary."""
+"""The default methods; those that need logits are used only if the members share a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Method:
     """One row of a table.
 
     Attributes:
-        label: what the row is called.
-        options: of the request: `weighting` and what goes with it.
-        members: names of the members it may use, in its order; None for the whole pack.
+        label: name of the row.
+        options: request options: `weighting` and others.
+        members: names of the members it may use, in order; None: the whole pack.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Method:
 
     @classmethod
     def parse(cls, spec: str) -> Method:
-        """A method written as WEIGHTING, WEIGHTING:name=value,... or WEIGHTING@member+member:name=value."""
+        """Parse WEIGHTING, WEIGHTING:name=value,... or WEIGHTING@member+member:name=value."""
         match = _SPEC.fullmatch(spec)
         if match is None:
             raise OptionError(f"method {spec!r} is not WEIGHTING[@member+member][:name=value,...]")
@@ -59,20 +59,20 @@ class Ready:
     members: tuple[int, ...]
 
     def described(self) -> dict[str, Any]:
-        """What its results depend on, beside the members themselves; JSON-safe."""
-        told = self.options.model_dump(mode="json", exclude_defaults=True)
+        """The JSON-safe settings that its results depend on, beside the members themselves."""
+        settings = self.options.model_dump(mode="json", exclude_defaults=True)
         if self.options.fitted is not None:
-            told["fitted"] = hashlib.sha256(Path(self.options.fitted).read_bytes()).hexdigest()[:16]
-        return {"members": list(self.members), **told}
+            settings["fitted"] = hashlib.sha256(Path(self.options.fitted).read_bytes()).hexdigest()[:16]
+        return {"members": list(self.members), **settings}
 
 
 def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
-    """The methods, checked against the pack; None for DEFAULT, as far as they fit it.
+    """Check methods against the pack; None: the methods of DEFAULT that fit it.
 
     Raises:
         OptionError: an unknown weighting, option or member, two methods with one label, or a weighting that
-            reads logits over members of different vocabularies.
-        WeightsError: cbtm or the router without a fitted file of theirs.
+            needs logits over members with different vocabularies.
+        WeightsError: cbtm or router without a valid fitted file.
     """
     chosen = [Method.parse(m) if isinstance(m, str) else m for m in (DEFAULT if methods is None else methods)]
     names = [member.name for member in pack.members]
@@ -89,7 +89,7 @@ def ready(pack: Pack, methods: Sequence[Method | str] | None) -> list[Ready]:
                     continue
                 raise OptionError(f"method {method.label!r} needs members of one vocabulary, or decoding=mined")
             if options.pool is None:
-                options = options.override({"pool": "linear"})  # words have no normalised product
+                options = options.override({"pool": "linear"})  # the log pool cannot be normalised over words
         elif isinstance(options.weighting, str):
             find(options.weighting)
         if options.weighting in ("cbtm", "router"):
@@ -106,7 +106,7 @@ def singles(pack: Pack) -> list[Method]:
 
 
 def described(methods: Sequence[Ready]) -> dict[str, Any]:
-    """What the results of methods depend on, by label."""
+    """The settings that the results of methods depend on, by label."""
     return {method.label: method.described() for method in methods}
 
 
@@ -117,5 +117,5 @@ def one_vocabulary(pack: Pack, members: Sequence[int]) -> bool:
 
 
 def largest(pack: Pack) -> str:
-    """Name of the member with the most bytes of weights (the first of equals): a reference row of the paper."""
+    """Name of the member with the largest weights in bytes (the first among equals): a reference row of the paper."""
     return max(pack.models, key=lambda member: member.engine.size).name

@@ -1,11 +1,11 @@
-"""Which architectures a pack can run: tiny random models of every family, held against transformers itself.
+"""Which architectures a pack can run: tiny random models of every family, compared with transformers itself.
 
     python -m packllm_eval.models > docs/models.md      (or: make models)
     python -m packllm_eval.models mamba gemma2          (some families)
 
-Every family of causal and of vision-language models that this version of transformers knows is shrunk to a few
-thousand parameters, saved, loaded by Pack.load and asked to write, in the ways of Checks. What it should write comes
-from transformers: `generate`, or fresh passes over the whole text without a cache.
+Every family of causal and of vision-language models in this version of transformers is shrunk to a few thousand
+parameters, saved, loaded by Pack.load and used to write, in the ways of Checks. The expected text comes from
+transformers: from `generate`, or from fresh passes over the whole text without a cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTEXT = "The court shall order relief unless the debtor objects within 30 days
 
 @dataclass
 class Checks:
-    """What became of a family: whether what a pack writes is, token by token, what it should be.
+    """The results of a family: whether the pack writes, token by token, the expected text.
 
     Attributes:
         alone: one member, one prompt: what `generate` of transformers writes.
@@ -51,7 +51,7 @@ class Checks:
 
 @dataclass
 class Row:
-    """A row of the table: a family, what kind it is, how it is run or why not, and the checks."""
+    """A row of the table: a family, its kind, how it runs or why it does not, and the checks."""
 
     family: str
     kind: str
@@ -60,15 +60,15 @@ class Row:
 
 
 def examine(family: str) -> Row:
-    """Build, save, load and check a family."""
+    """Build, save, load and check a tiny model of a family."""
     try:
-        made = [tiny_model(family, seed) for seed in range(2)]
+        models_ = [tiny_model(family, seed) for seed in range(2)]
     except Exception as error:
         return Row(family, "", f"not tried: no tiny model ({_first_line(error)})", Checks())
-    kind = kind_of(made[0].config)
+    kind = kind_of(models_[0].config)
     with tempfile.TemporaryDirectory() as folder:
         specs = []
-        for name, model in zip("ab", made, strict=True):
+        for name, model in zip("ab", models_, strict=True):
             model.save_pretrained(f"{folder}/{name}")
             byte_tokenizer().save_pretrained(f"{folder}/{name}")
             specs.append(f"{name}={folder}/{name}")
@@ -78,7 +78,7 @@ def examine(family: str) -> Row:
             return Row(family, kind, f"refused: {_first_line(error).replace(folder, '')}", Checks())
         engine: Any = pack.models[0].engine
         try:
-            checks = check(pack, made[0])
+            checks = check(pack, models_[0])
         except Exception as error:
             return Row(family, kind, f"fails: {type(error).__name__}: {_first_line(error)}", Checks())
     if checks is None:
@@ -86,25 +86,25 @@ def examine(family: str) -> Row:
     note = how(engine)
     if checks.alone and not checks.pairs:
         by_itself = [written(pack, prompt, (1.0, 0.0)) for prompt in PROMPTS]
-        if by_itself != [generated(pack, made[0], prompt) for prompt in PROMPTS]:
+        if by_itself != [generated(pack, models_[0], prompt) for prompt in PROMPTS]:
             note = "`generate` of transformers differs from fresh passes of the same model"
     return Row(family, kind, note, checks)
 
 
 def check(pack: Pack, model: Any) -> Checks | None:
-    """Let a pack of two write, in every way.
+    """Let a pack of two members write, in every way.
 
     Args:
-        pack: with weights fixed.
-        model: its first member, as transformers has it.
+        pack: with fixed weights.
+        model: its first member's transformers model.
 
     Returns:
-        None if it writes the same whatever it reads, which says nothing.
+        None if it writes the same text for every prompt, so that the checks prove nothing.
     """
     fused = [written(pack, prompt) for prompt in PROMPTS]
     if len(set(fused)) < len(PROMPTS):
         return None
-    again = written(pack, CONTEXT + PROMPTS[0])
+    expected = written(pack, CONTEXT + PROMPTS[0])
     alone = Pack(pack.members[:1], max_tokens=TOKENS)
 
     def texts(prompts: Sequence[str], **options: Any) -> list[str]:
@@ -117,12 +117,12 @@ def check(pack: Pack, model: Any) -> Checks | None:
         batches=texts(PROMPTS, draft_tokens=1) == fused,
         drafts=texts(PROMPTS, draft_tokens=4) == fused
         and [pack.generate(prompt, draft_tokens=4).text for prompt in PROMPTS] == fused,
-        reuse=pack.generate(CONTEXT + PROMPTS[0]).text == again,
+        reuse=pack.generate(CONTEXT + PROMPTS[0]).text == expected,
     )
 
 
 def written(pack: Pack, prompt: str, weights: Sequence[float] = (0.6, 0.4)) -> str:
-    """What a pack should write under these weights: every member reads the whole text anew at every token."""
+    """The text that a pack should write with these weights: every member reads the whole text again for each token."""
     ids = pack.tokenize(prompt)
     start = len(ids)
     while len(ids) < start + TOKENS:
@@ -139,7 +139,7 @@ def written(pack: Pack, prompt: str, weights: Sequence[float] = (0.6, 0.4)) -> s
 
 
 def generated(pack: Pack, model: Any, prompt: str) -> str:
-    """What `generate` of transformers writes."""
+    """The text that transformers' `generate` writes."""
     ids = torch.tensor([pack.tokenize(prompt)])
     ends = sorted(pack.members[0].end_ids)
     out = model.generate(
@@ -148,7 +148,7 @@ def generated(pack: Pack, model: Any, prompt: str) -> str:
         max_new_tokens=TOKENS,
         eos_token_id=ends,
         pad_token_id=ends[0],
-        forced_eos_token_id=None,  # which some configurations set
+        forced_eos_token_id=None,  # some configurations set it
     )
     return _text(pack, [token for token in out[0, ids.shape[1] :].tolist() if token not in ends])
 
@@ -158,7 +158,7 @@ def _text(pack: Pack, ids: Sequence[int]) -> str:
 
 
 def kind_of(config: Any) -> str:
-    """In words: dense, mixture of experts, sliding window, linear attention, recurrent, vision-language, ..."""
+    """The kind of an architecture: dense, mixture of experts, sliding window, linear attention, recurrent, ..."""
     from transformers import DynamicCache
 
     text = config.get_text_config(decoder=True)
@@ -182,7 +182,7 @@ def kind_of(config: Any) -> str:
 
 
 def how(engine: Any) -> str:
-    """In words, how an architecture is run; nothing where it has every shortcut."""
+    """How an architecture is run, in words; "" if it supports every shortcut."""
     words = []
     if engine.architecture.carrier is None:
         words.append("read again at every token")
@@ -196,7 +196,7 @@ def how(engine: Any) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a page in Markdown."""
+    """The rows as a Markdown page."""
     import transformers
 
     names = [field.name for field in fields(Checks)]
@@ -227,7 +227,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _told() -> dict[str, str]:
-    """What each check says, from the docstring of Checks."""
+    """The description of each check, from the docstring of Checks."""
     lines = (Checks.__doc__ or "").split("Attributes:")[1].strip().splitlines()
     return dict(line.strip().split(": ", 1) for line in lines)
 
@@ -237,7 +237,7 @@ def _first_line(error: Exception) -> str:
 
 
 def run(names: Sequence[str] | None = None, show: Callable[..., Any] = tqdm) -> Iterator[Row]:
-    """Examine families, all if none is named."""
+    """Examine families; all if no name is given."""
     for family in show(names or list(families()), unit="family", disable=None):
         yield examine(family)
 

@@ -1,4 +1,4 @@
-"""One text as every member read it: each runs once, and every method reuses what it gave (METHODS §3, §4)."""
+"""Reads one text with every member once, so that all methods can use the results (METHODS §3, §4)."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from packllm.weights.common import scored
 from packllm.weights.scoring import source_of, weights_of
 
 TOGETHER = 8
-"""Most continuations that a member reads together."""
+"""Continuations that a member reads in one pass, at most."""
 
 
 class Reading:
-    """A text in pieces, run through every member in one pass each.
+    """A text in pieces, read by every member in one pass.
 
-    Every piece is tokenised by itself, as Pack.score does with continuations, so what follows a piece cannot
-    change its tokens, and so not the weights that it gives.
+    Every piece is tokenized by itself, as Pack.score does with continuations. So later pieces change neither the tokens
+    of a piece nor the weights computed from it.
 
     Args:
         members: the members.
-        pieces: the text's pieces, none of them empty.
-        keep: keep what it takes to give logits again, for weightings and pools that need them.
-        prefixes: earlier readings that this one may start from, and is kept in.
+        pieces: the pieces of the text; none is empty.
+        keep: keep hidden states, for weightings and pools that need logits.
+        prefixes: a cache of earlier readings, from which this one may start, and in which it is stored.
 
     Attributes:
-        seconds: what each member's pass took.
+        seconds: duration of each member's pass.
 
     Raises:
-        ContextOverflowError: the text does not fit a member.
+        ContextOverflowError: the text is too long for a member.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Reading:
             line.close()
 
     def weights(self, options: Options, members: Sequence[int], pieces: int = 1) -> Weights:
-        """Weights from the first `pieces` alone, over the given members in their order: Pack.weigh's, members
+        """Weights over these members, in this order, from the first `pieces` pieces: as Pack.weigh's, with members
         below `min_weight` dropped."""
         tokens = [self._slice(k, 0, pieces) for k in members]
         weights = weights_of(
@@ -112,28 +112,29 @@ class Reading:
         return drop_small(weights, options.min_weight)
 
     def nll(self, chosen: Sequence[tuple[Sequence[int], Weights]], first: int, last: int) -> list[float]:
-        """NLL in nats of the pieces first..last-1 (first ≥ 1), given all before them, under each of several packs.
+        """NLL in nats of the pieces first..last-1 (first ≥ 1), given all pieces before them, under several packs.
 
-        Tokens are fused where a pack's members split the text alike, and words otherwise (linear pool).
+        Tokens are fused if a pack's members split the text alike, otherwise words (linear pool).
 
         Args:
             chosen: (members, weights over them) of each pack.
+            first, last: the range of pieces.
         """
-        running = [_running(members, weights) for members, weights in chosen]
+        members_of = [_running(members, weights) for members, weights in chosen]
         results: list[float | None] = [None] * len(chosen)
-        waiting: dict[Hashable, list[int]] = {}  # packs that need normalisers, by what one pass can serve
-        for at, ((_, weights), (members, values)) in enumerate(zip(chosen, running, strict=True)):
+        of_log_pool: dict[Hashable, list[int]] = {}  # packs of the log pool, grouped by those that one pass can serve
+        for at, ((_, weights), (members, values)) in enumerate(zip(chosen, members_of, strict=True)):
             parts = [scored(*self._slice(k, first, last)) for k in members]
             common = self._common(members, parts)
             if weights.pool == "log" and len(members) > 1 and common is not None:
                 sizes = {self._members[k].vocabulary_size for k in members}
                 one = self._members[members[0]].vocabulary.fingerprint
-                waiting.setdefault((one, *sizes) if len(sizes) == 1 else tuple(members), []).append(at)
+                of_log_pool.setdefault((one, *sizes) if len(sizes) == 1 else tuple(members), []).append(at)
                 continue
             results[at] = -mixture(self.spans(first, last), parts, common, values)
-        for packs in waiting.values():
-            union = sorted({k for at in packs for k in running[at][0]})
-            points = [[dict(zip(*running[at], strict=True)).get(k, 0.0) for k in union] for at in packs]
+        for packs in of_log_pool.values():
+            union = sorted({k for at in packs for k in members_of[at][0]})
+            points = [[dict(zip(*members_of[at], strict=True)).get(k, 0.0) for k in union] for at in packs]
             for at, total in zip(packs, self._log_pool(union, points, first, last), strict=True):
                 results[at] = total
         return [result for result in results if result is not None]
@@ -148,16 +149,16 @@ class Reading:
         return self._text[self._start(first) : self._ends[last - 1]]
 
     def fused(self, weights: Weights) -> Iterator[Tensor]:
-        """What all members say together under these weights: float32 (b, V) log-probabilities in the ids of the first,
-        block by block, together before each of the last tokens of the reading that all of them score.
+        """The fused distributions of all members before each of the last tokens that all of them score: float32 (b, V)
+        log-probabilities in the first member's ids, in blocks.
 
         Raises:
             DataError: the members do not split the text alike.
         """
-        everyone, last = range(len(self._members)), len(self._ends)
-        running, values = _running(everyone, weights)
+        all_members, last = range(len(self._members)), len(self._ends)
+        running, values = _running(all_members, weights)
         shared = shared_by(self._members)
-        parts = [scored(*self._slice(k, 0, last)) for k in everyone]
+        parts = [scored(*self._slice(k, 0, last)) for k in all_members]
         if shared is not None:
             parts = [replace(part, ids=shared.first(k, part.ids)) for k, part in enumerate(parts)]
         if common_tokens(parts) is None:
@@ -172,11 +173,11 @@ class Reading:
             yield fuse(block.log_softmax(-1), values, weights.pool)
 
     def options(self, texts: Sequence[str], chosen: Sequence[tuple[Sequence[int], Weights]]) -> list[list[float]]:
-        """Log-likelihood in nats of each text as it continues the whole reading, under each of several packs."""
+        """Log-likelihood in nats of each text as the continuation of the whole reading, under several packs."""
         running = [_running(members, weights) for members, weights in chosen]
         results: list[list[float]] = [[] for _ in chosen]
         used = sorted({k for members, _ in running for k in members})
-        whole = {
+        need_rows = {
             k
             for (members, _), (_, weights) in zip(running, chosen, strict=True)
             if weights.pool == "log"
@@ -184,18 +185,18 @@ class Reading:
         }
         ids = {k: [self._members[k].encoder.continuation(text) for text in texts] for k in used}
         for begin in range(0, len(texts), TOGETHER):
-            given = self._given({k: ids[k][begin : begin + TOGETHER] for k in used}, whole)
+            results_ = self._given({k: ids[k][begin : begin + TOGETHER] for k in used}, need_rows)
             for at, text in enumerate(texts[begin : begin + TOGETHER]):
                 parts = {}
                 for k in used:
                     tokens = ids[k][begin + at]
                     starts, ends = offsets(self._members[k].encoder, tokens, text)
-                    parts[k] = Scored(tokens, starts, ends, list(range(len(tokens))), given[k][at][0])
+                    parts[k] = Scored(tokens, starts, ends, list(range(len(tokens))), results_[k][at][0])
                 for result, (members, values), (_, weights) in zip(results, running, chosen, strict=True):
                     common = self._common(members, [parts[k] for k in members])
                     if weights.pool == "log" and len(members) > 1 and common is not None:
-                        size = min(given[k][at][1].shape[-1] for k in members)
-                        fused = fuse(torch.stack([given[k][at][1][:, :size] for k in members]), values, "log")
+                        size = min(results_[k][at][1].shape[-1] for k in members)
+                        fused = fuse(torch.stack([results_[k][at][1][:, :size] for k in members]), values, "log")
                         target = torch.tensor(ids[members[0]][begin + at])[:, None]
                         result.append(float(fused.gather(-1, target).double().sum()))
                         continue
@@ -203,10 +204,10 @@ class Reading:
         return results
 
     def _given(self, rows: dict[int, list[list[int]]], whole: set[int]) -> dict[int, list[tuple[Tensor, Tensor]]]:
-        """What members give continuations of the reading: float64 (n,) of their ids, and of those in `whole` float32
-        (n, V). All are read together."""
+        """Members' scores of continuations of the reading, read in common passes: float64 (n,) of the ids; and for
+        members in `whole` the distributions, float32 (n, V)."""
         scores = score_rows(dict(enumerate(self._lines)), {k: rows[k] for k in rows if k not in whole})
-        found = {k: [(given, torch.empty(0)) for given in scores[k]] for k in scores}
+        results = {k: [(logprobs, torch.empty(0)) for logprobs in scores[k]] for k in scores}
         slots = {(k, at): ids[:-1] for k in rows if k in whole for at, ids in enumerate(rows[k])}
         forks = {(k, at): self._lines[k].fork() for k, at in slots}
         try:
@@ -215,18 +216,18 @@ class Reading:
             for fork in forks.values():
                 fork.close()
         for k, at in slots:
-            here = self._lines[k].here[None]
-            answer = answers.get((k, at), here[:0])
+            first_row = self._lines[k].here[None]
+            answer = answers.get((k, at), first_row[:0])
             if isinstance(answer, MemberError):
                 raise answer
-            after, ids = torch.cat([here, answer]).cpu(), rows[k][at]
-            found.setdefault(k, []).append((after.gather(-1, torch.tensor(ids)[:, None])[:, 0].double(), after))
-        return found
+            after, ids = torch.cat([first_row, answer]).cpu(), rows[k][at]
+            results.setdefault(k, []).append((after.gather(-1, torch.tensor(ids)[:, None])[:, 0].double(), after))
+        return results
 
     def _log_pool(
         self, members: Sequence[int], values: Sequence[Sequence[float]], first: int, last: int
     ) -> list[float]:
-        """NLL of the pieces under the log pool with each of several weights; one pass over the logits."""
+        """NLL of the pieces in the log pool under several weights; one pass over the logits."""
         begin = min(self._counts[k][first] for k in members)
         skip = [self._counts[k][first] - begin for k in members]
         encoded, total = self._encoded[members[0]], self._counts[members[0]][last] - skip[0]
@@ -239,8 +240,8 @@ class Reading:
         )
         targets = torch.tensor([encoded.ids[at] for at in encoded.positions[skip[0] :][:total]])
         points = torch.tensor(values)
-        everyone = range(len(members))
-        losses = [grid_losses(points.to(m), m) for m in margins(source, targets, everyone, torch.arange(begin, total))]
+        indices = range(len(members))
+        losses = [grid_losses(points.to(m), m) for m in margins(source, targets, indices, torch.arange(begin, total))]
         return torch.stack(losses).sum(0).nan_to_num(math.inf).tolist()
 
     def _common(self, members: Sequence[int], parts: Sequence[Scored]) -> list[Scored] | None:
@@ -253,7 +254,7 @@ class Reading:
         return self._ends[piece - 1] if piece else 0
 
     def _slice(self, member: int, first: int, last: int) -> tuple[Encoded, Tensor]:
-        """The scored tokens of the pieces first..last-1, with offsets in those pieces' text."""
+        """The scored tokens of the pieces first..last-1, with offsets in the text of these pieces."""
         encoded, counts, begin = self._encoded[member], self._counts[member], self._start(first)
         part = slice(counts[first], counts[last])
         return (
@@ -269,29 +270,29 @@ class Reading:
 
 
 def _running(members: Sequence[int], weights: Weights) -> tuple[list[int], list[float]]:
-    """The members that have weight, and what they have."""
-    kept = [(k, value) for k, value in zip(members, weights.values, strict=True) if value != 0]
-    return [k for k, _ in kept], [value for _, value in kept]
+    """The members with a weight other than 0, and their weights."""
+    weighted = [(k, value) for k, value in zip(members, weights.values, strict=True) if value != 0]
+    return [k for k, _ in weighted], [value for _, value in weighted]
 
 
 def mixture(text: str, parts: Sequence[Scored], common: Sequence[Scored] | None, values: Sequence[float]) -> float:
-    """Log-likelihood in nats under the linear pool: of the common tokens, or else of the words of `text`."""
+    """Log-likelihood in nats under the linear pool, of the common tokens, or, without any, of the words of `text`."""
     matrix = torch.stack([p.logprobs for p in common]) if common is not None else common_words(text, parts)[0]
     return float((matrix + torch.tensor(values, dtype=torch.float64).log()[:, None]).logsumexp(0).sum())
 
 
 def encode_pieces(encoder: Encoder, pieces: Sequence[str]) -> tuple[Encoded, list[int]]:
-    """A text's tokens, each piece tokenised by itself, and how many scored ones end within the first 0, 1, ...
+    """A text's tokens, each piece tokenized by itself; and the number of scored tokens in the first 0, 1, ...
     pieces."""
-    whole = encoder.encode(check(pieces[0], chat_template=False))
-    ids, positions = list(whole.ids), list(whole.positions)
-    starts, ends, counts = list(whole.starts), list(whole.ends), [0, len(whole.positions)]
+    first_piece = encoder.encode(check(pieces[0], chat_template=False))
+    ids, positions = list(first_piece.ids), list(first_piece.positions)
+    starts, ends, counts = list(first_piece.starts), list(first_piece.ends), [0, len(first_piece.positions)]
     begin = len(pieces[0])
     for piece in pieces[1:]:
-        more = encoder.continuation(piece)
-        first, last = offsets(encoder, more, piece)
-        positions += range(len(ids), len(ids) + len(more))
-        ids += more
+        piece_ids = encoder.continuation(piece)
+        first, last = offsets(encoder, piece_ids, piece)
+        positions += range(len(ids), len(ids) + len(piece_ids))
+        ids += piece_ids
         starts += [begin + at for at in first]
         ends += [begin + at for at in last]
         counts.append(len(positions))
@@ -300,8 +301,8 @@ def encode_pieces(encoder: Encoder, pieces: Sequence[str]) -> tuple[Encoded, lis
 
 
 def offsets(encoder: Encoder, ids: Sequence[int], text: str) -> tuple[list[int], list[int]]:
-    """Character offsets of a continuation's tokens in its text, from their bytes; bytes of one character share
-    its offsets. A tokenizer that rewrites the text gets one span for all of it."""
+    """Character offsets of a continuation's tokens in its text; the bytes of one character share its offsets. If the
+    tokenizer changes the text, all tokens span all of it."""
     sizes = [len(encoder.vocabulary.text_bytes(i)) for i in ids]
     stops = list(accumulate(sizes))
     if b"".join(map(encoder.vocabulary.text_bytes, ids)) != text.encode():
@@ -312,7 +313,7 @@ def offsets(encoder: Encoder, ids: Sequence[int], text: str) -> tuple[list[int],
 
 
 def cut_after(encoder: Encoder, text: str, tokens: int) -> int:
-    """Where a prompt of `tokens` tokens ends in a text: at the next end of a word, before the space."""
+    """The end of a prompt of about `tokens` tokens in a text: the next end of a word, before the space."""
     ends = encoder.encode(text).ends
     at = ends[min(tokens, len(ends)) - 1] if ends else 0
     limit = min(len(text), at + 80)

@@ -1,4 +1,4 @@
-"""Results on disk, a line a row: a run that was interrupted goes on where it stopped."""
+"""Results on disk, one line per row; an interrupted run is continued."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any, TypeVar
 
 try:
     import fcntl
-except ImportError:  # no such locks on this system: two runs are not told apart
+except ImportError:  # no file locks on this system: concurrent runs are not detected
     fcntl = None  # type: ignore[assignment]
 
 from tqdm import tqdm
@@ -21,25 +21,25 @@ from packllm.progress import SLOW
 from packllm_eval.rows import Document, Question
 
 LEFT_OUT = (DataError, PromptError, MemberError)
-"""What is wrong with a row; every other error is one of the run, and ends it."""
+"""Errors of a single row. Any other error ends the run."""
 
 Row = TypeVar("Row", Document, Question)
 
 
 class Records:
-    """A .jsonl file: a header that says what was asked for, then one record a row.
+    """A .jsonl file: a header with the settings, then one record per row. Only one run may have it open.
 
-    A last line that was cut short by a kill is dropped; everything before it is kept. Open in one run at a time.
+    If a killed run left its last line incomplete, this line is dropped.
 
     Args:
-        path: the file; made, with its folder, where it does not exist.
-        header: what the records depend on, JSON-safe.
+        path: the file; created, with its folder, if it does not exist.
+        header: the settings that the records depend on, JSON-safe.
 
     Attributes:
         rows: the records so far, by id.
 
     Raises:
-        DataError: the file holds the results of another question, or another run writes to it.
+        DataError: the file has results of other settings, or another run writes to it.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -47,18 +47,18 @@ class Records:
         header = json.loads(json.dumps(header))
         self._file = _opened(path)
         try:
-            kept = self._read(header)
-            self._file.truncate(kept)
-            if not kept:
+            size = self._read(header)
+            self._file.truncate(size)
+            if not size:
                 self._write(header)
         except BaseException:
             self._file.close()
             raise
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Reads what is there; the number of bytes to keep."""
+        """Read the existing records; return the number of bytes to keep."""
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = 0
+        size = 0
         for at, line in enumerate(lines):
             if not line.endswith(b"\n") and (at or _line(header).startswith(line)):
                 break
@@ -72,19 +72,19 @@ class Records:
                 if isinstance(error, DataError):
                     raise
                 raise DataError(f"{str(self.path)!r} line {at + 1} is no record; delete or move that file") from None
-            kept += len(line)
-        return kept
+            size += len(line)
+        return size
 
-    def _compare(self, found: dict[str, Any], header: dict[str, Any]) -> None:
-        differs = [name for name in {**found, **header} if found.get(name) != header.get(name)]
+    def _compare(self, stored: dict[str, Any], header: dict[str, Any]) -> None:
+        differs = [name for name in {**stored, **header} if stored.get(name) != header.get(name)]
         if differs:
             raise DataError(
-                f"{str(self.path)!r} holds results for another {', '.join(sorted(differs))}; "
+                f"{str(self.path)!r} has results for another {', '.join(sorted(differs))}; "
                 f"name another folder for this run, or delete that file"
             )
 
     def add(self, record: dict[str, Any]) -> None:
-        """File a record (it has an "id"); on disk when this returns."""
+        """Write a record (it has an "id"); it is on disk when this returns."""
         if self.rows.get(record["id"]) != record:
             self._write(record)
         self.rows[record["id"]] = record
@@ -106,17 +106,17 @@ class Records:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder of results, made where it does not exist, for one run.
+    """Lock a folder of results for one run; it is created if it does not exist.
 
     Raises:
-        DataError: another run holds it. Where that was killed, it does not any more.
+        DataError: another run has the lock. A killed run loses it.
     """
     with _opened(folder / ".lock"):
         yield
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """A file to append to, its folder made, that is no other run's while it is open."""
+    """A file to append to, locked for this run while it is open; its folder is created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
@@ -124,7 +124,7 @@ def _opened(path: Path) -> IO[bytes]:
         raise DataError(f"{str(path.parent)!r} cannot be a folder of records: {error.strerror}") from None
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when the process ends
     except BlockingIOError:
         file.close()
         raise DataError(f"another run writes to {str(path.parent)!r}; wait for it, or name another folder") from None
@@ -140,8 +140,8 @@ def _line(content: dict[str, Any]) -> bytes:
 def run(
     rows: Sequence[Row], work: Callable[[Row], dict[str, Any]], path: Path, header: dict[str, Any], name: str
 ) -> list[dict[str, Any]]:
-    """A record of each row, in order: those on disk as they are, the others worked out and filed, with a bar. Rows
-    that were left out are tried again: what kept them out may have been mended."""
+    """A record of each row, in order. Records on disk are reused, the others computed and written, with a progress bar.
+    Rows that were left out are tried again, because the cause may be gone."""
     return run_together(rows, 1, lambda group: [work(group[0])], path, header, name)
 
 
@@ -153,7 +153,7 @@ def run_together(
     header: dict[str, Any],
     name: str,
 ) -> list[dict[str, Any]]:
-    """The same where up to `size` rows are worked out at a time."""
+    """As run(), with up to `size` rows computed together."""
     with Records(path, header) as records:
         missing = [row for row in rows if "left_out" in records.rows.get(row.id, {"left_out": None})]
         with tqdm(
@@ -168,7 +168,7 @@ def run_together(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The complete records of a file, without its header; the last where there are several of a row."""
+    """The complete records of a file, without its header; the last one if a row has several."""
     lines = path.read_bytes().splitlines(keepends=True)[1:]
-    found = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return list({record["id"]: record for record in found}.values())
+    records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return list({record["id"]: record for record in records}.values())

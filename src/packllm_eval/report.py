@@ -1,4 +1,4 @@
-"""A report's files: report.md, report.json and plots, from tables."""
+"""The files of a report: report.md, report.json and plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packllm_eval.tables import AVERAGE, Entry, Records, Use, lm_table, scored
 log = logging.getLogger("packllm")
 
 Headings = tuple[str, str]
-"""What `score` and `more` are called."""
+"""Names of the columns `score` and `more`."""
 
 LM: Headings = ("bits/byte", "perplexity/token")
 CHOICE: Headings = ("accuracy", "accuracy, per byte")
@@ -23,7 +23,7 @@ GENERATE: Headings = ("exact match", "seconds")
 
 
 def markdown(entries: Sequence[Entry], headings: Headings, lower_is_better: bool, base: str = "the best member") -> str:
-    """A Markdown table a corpus: best first, with 95 % intervals and the difference to `base`."""
+    """A Markdown table per corpus: best method first, with 95 % intervals and the difference from `base`."""
     parts = []
     for corpus in dict.fromkeys(entry.corpus for entry in entries):
         rows = [entry for entry in entries if entry.corpus == corpus]
@@ -41,12 +41,12 @@ def markdown(entries: Sequence[Entry], headings: Headings, lower_is_better: bool
 
 
 def grid(entries: Sequence[Entry]) -> str:
-    """One Markdown table: a row a method, a column a corpus."""
+    """One Markdown table: a row per method, a column per corpus."""
     corpora = list(dict.fromkeys(entry.corpus for entry in entries))
-    found = {(entry.corpus, entry.method): f"{entry.score.value:.4f}" for entry in entries}
+    cells = {(entry.corpus, entry.method): f"{entry.score.value:.4f}" for entry in entries}
     lines = [f"| method | {' | '.join(corpora)} |", "|---" * (len(corpora) + 1) + "|"]
     for method in dict.fromkeys(entry.method for entry in entries):
-        lines.append(f"| {method} | {' | '.join(found.get((corpus, method), '') for corpus in corpora)} |")
+        lines.append(f"| {method} | {' | '.join(cells.get((corpus, method), '') for corpus in corpora)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -62,14 +62,14 @@ def _row(entry: Entry) -> str:
 
 
 LEAST = 10
-"""Documents of a verdict: bootstrap intervals of fewer are far too narrow."""
+"""Fewest documents for a verdict: with fewer, bootstrap intervals are far too narrow."""
 
 
-def audit(found: Sequence[Use]) -> str:
-    """Which members help on each corpus, which never get weight, what each costs, in Markdown."""
+def audit(uses: Sequence[Use]) -> str:
+    """For each corpus which members help, which never get weight, and what each costs, in Markdown."""
     parts = []
-    for corpus in dict.fromkeys(use.corpus for use in found):
-        rows = [use for use in found if use.corpus == corpus]
+    for corpus in dict.fromkeys(use.corpus for use in uses):
+        rows = [use for use in uses if use.corpus == corpus]
         parts += [
             f"### Members on {corpus}",
             "",
@@ -87,7 +87,7 @@ def audit(found: Sequence[Use]) -> str:
 
 def _verdict(rows: Sequence[Use]) -> str:
     if rows[0].rows < LEAST:
-        return f"Too few documents ({rows[0].rows}) to say who helps: with {LEAST} or more, intervals can be trusted."
+        return f"Too few documents ({rows[0].rows}) to say who helps; intervals are reliable with {LEAST} or more."
     helping = [u.member for u in rows if u.helps.low > 0]
     idle = [u.member for u in rows if u.runs == 0]
     hurting = [u.member for u in rows if u.helps.high < 0]
@@ -100,13 +100,13 @@ def _verdict(rows: Sequence[Use]) -> str:
 
 
 def left_out(records: Records) -> str:
-    """A line on the rows that could not be scored, empty where there are none."""
-    lost = [record for record in records if "left_out" in record]
-    return f"{len(lost)} of {len(records)} rows left out; the first: {lost[0]['left_out']}\n" if lost else ""
+    """A line about the rows that could not be scored; "" if there are none."""
+    skipped = [record for record in records if "left_out" in record]
+    return f"{len(skipped)} of {len(records)} rows left out; the first: {skipped[0]['left_out']}\n" if skipped else ""
 
 
 def write(folder: Path, title: str, parts: Sequence[str], content: dict[str, Any]) -> None:
-    """report.md and report.json in `folder`."""
+    """Write report.md and report.json to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(part.strip() for part in [f"# {title}", *parts] if part.strip())
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
@@ -115,10 +115,10 @@ def write(folder: Path, title: str, parts: Sequence[str], content: dict[str, Any
 
 
 def can_plot(wanted: bool | None) -> bool:
-    """Whether plots are drawn: as wanted; None: if matplotlib is there, else it says what is missing.
+    """Whether to draw plots. `wanted` None: if matplotlib is installed; otherwise log a warning.
 
     Raises:
-        ExtraError: they are wanted, and matplotlib is absent: before an hour of work, not after it.
+        ExtraError: plots are wanted, but matplotlib is not installed. So it is raised before the work, not after it.
     """
     missing = importlib.util.find_spec("matplotlib") is None
     if missing and wanted:
@@ -139,16 +139,16 @@ def _pyplot() -> Any:
 
 
 def plot_weights(path: Path, entries: Sequence[Entry], label: str) -> None:
-    """Mean weight of each member by corpus under one method, stacked."""
+    """Plot the mean weight of each member by corpus under one method, stacked."""
     pyplot = _pyplot()
     rows = [entry for entry in entries if entry.method == label and entry.corpus != AVERAGE]
     names = list(dict.fromkeys(name for entry in rows for name in entry.weights))
     figure, axes = pyplot.subplots(figsize=(7, 0.5 + 0.45 * len(rows)), layout="constrained")
-    reached = [0.0] * len(rows)
+    left_edges = [0.0] * len(rows)
     for name in names:
         values = [entry.weights.get(name, 0.0) for entry in rows]
-        axes.barh([entry.corpus for entry in rows], values, left=reached, label=name)
-        reached = [a + b for a, b in zip(reached, values, strict=True)]
+        axes.barh([entry.corpus for entry in rows], values, left=left_edges, label=name)
+        left_edges = [a + b for a, b in zip(left_edges, values, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel(f"mean weight under {label}")
     figure.legend(loc="outside upper center", ncols=min(6, len(names)), frameon=False)
@@ -157,7 +157,7 @@ def plot_weights(path: Path, entries: Sequence[Entry], label: str) -> None:
 
 
 def plot_scores(path: Path, entries: Sequence[Entry], heading: str, corpus: str) -> None:
-    """Each method's score on one corpus with its 95 % interval."""
+    """Plot each method's score on one corpus with its 95 % interval."""
     pyplot = _pyplot()
     rows = sorted((entry for entry in entries if entry.corpus == corpus), key=lambda entry: entry.score.value)
     figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.28 * len(rows)), layout="constrained")
@@ -172,7 +172,7 @@ def plot_scores(path: Path, entries: Sequence[Entry], heading: str, corpus: str)
 
 
 def plot_lengths(path: Path, records: Records, labels: Sequence[str] | None = None) -> None:
-    """Bits per byte by prompt length, averaged over corpora (PackLLM Figure 4b)."""
+    """Plot bits per byte by prompt length, averaged over corpora (PackLLM Figure 4b)."""
     pyplot = _pyplot()
     lengths = list(scored(records)[0]["prompts"])
     columns: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What is evaluated on: documents and questions, read from files or hub datasets and checked row by row."""
+"""Data for evaluation: documents and questions, read from files or hub datasets and checked row by row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from packllm_eval import files
 log = logging.getLogger("packllm")
 
 Bad = Literal["raise", "skip"]
-"""What to do with a malformed row: refuse the file, or leave the row out and say so."""
+"""What to do with a malformed row: refuse the file, or skip the row with a warning."""
 
 DOCUMENT_CHARS = 2000
-"""A text file is cut into documents of whole paragraphs, at most about this long."""
+"""Maximum length of the documents that a text file is split into, except single long paragraphs."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Document:
     """A text to model.
 
     Attributes:
-        id: what its results are filed under: a hash of corpus and text.
-        corpus: what it is reported under: the row's `domain`, or the file's name.
-        text: at least one character that is not a space.
+        id: key of its results: a hash of corpus and text.
+        corpus: its corpus in reports: the row's `domain`, or the file's name.
+        text: at least one character that is not white space.
     """
 
     id: str
@@ -44,12 +44,12 @@ class Question:
     """A question, with choices (multiple choice) or without (generation).
 
     Attributes:
-        id: what its results are filed under: a hash of corpus and content, the answer too.
+        id: key of its results: a hash of corpus and content, including the answer.
         corpus: the file's name.
         question, context: `context` may be empty.
         choices: empty for generation.
         answer: index of the right choice, or the right answer as text.
-        subject, split: as in MMLU; empty where the row has none.
+        subject, split: as in MMLU; "" if the row has none.
     """
 
     id: str
@@ -67,66 +67,68 @@ Row = TypeVar("Row", Document, Question)
 
 def read_documents(path: Path, bad: Bad = "raise", corpus: str | None = None) -> list[Document]:
     """Documents of a .jsonl file or a hub dataset (rows with `text`, or `question` and `answer`), or of a text file;
-    .gz too. Of a folder: those of all such files in it, as one corpus.
+    also gzipped. Of a folder: the documents of all such files in it, as one corpus.
 
     Args:
-        corpus: what they are reported under, where a row has no `domain`; None: the file's name.
+        path: file, folder or dataset.
+        bad: what to do with malformed rows.
+        corpus: their corpus in reports, for rows without `domain`; None: the file's name.
 
     Raises:
-        DataError: no such file or dataset, a malformed row (named by line) unless bad="skip", or nothing in it.
-        ExtraError: a dataset, and the extra `eval` is not installed.
+        DataError: no such file or dataset, a malformed row (named by line) unless bad="skip", or no documents.
+        ExtraError: it is a dataset, but the extra `eval` is not installed.
     """
     name = corpus or files.name(path)
 
-    def found(path: Path) -> list[Document]:
+    def read_file(path: Path) -> list[Document]:
         if files.holds_rows(path):
             return list(_rows(path, bad, lambda row: _document(row, name)))
         return [Document(_key(name, text), name, text) for text in cut(files.text(path))]
 
-    return _some(_all(path, found), path)
+    return _some(_all(path, read_file), path)
 
 
 def read_questions(path: Path, bad: Bad = "raise", choices: bool = True, corpus: str | None = None) -> list[Question]:
-    """Questions of a .jsonl file, `.gz` too, or of a hub dataset: rows with `question`, `choices` (a list) and `answer`
-    (an index, or a letter), or without choices and with `answer` as text; `context`, `subject` and `split` where
-    there are any. ARC's form, `choices` {"text", "label"} and `answerKey`, is read as well. Of a folder: of all files.
+    """Questions of a .jsonl file, plain or gzipped, or of a hub dataset: rows with `question`, `choices` (a list) and
+    `answer` (an index, or a letter), or without choices and with `answer` as text; optionally `context`, `subject` and
+    `split`. ARC's format, `choices` {"text", "label"} and `answerKey`, is read too. Of a folder: of all its files.
 
     Raises:
-        DataError, ExtraError: as read_documents; also an answer out of range.
+        DataError, ExtraError: as read_documents; also for an answer out of range.
     """
     name = corpus or files.name(path)
     return _some(_all(path, lambda path: list(_rows(path, bad, lambda row: _question(row, name, choices)))), path)
 
 
 def sample(rows: Sequence[Row], count: int | None, seed: int, default: int) -> list[Row]:
-    """`count` rows of each corpus, drawn by the seed; None: `default`, or all where there are fewer.
+    """`count` rows of each corpus, drawn with the seed; None: `default` rows, or all if there are fewer.
 
     Raises:
         DataError: a corpus has fewer than `count` rows.
     """
-    drawn: list[Row] = []
+    rows_: list[Row] = []
     for corpus in dict.fromkeys(row.corpus for row in rows):
-        # The same text twice would be filed once.
+        # Equal rows have one id, and so one result.
         pool = list({row.id: row for row in rows if row.corpus == corpus}.values())
         if count is not None and count > len(pool):
             raise DataError(f"{corpus!r} has {len(pool)} rows, fewer than the {count} asked for; ask for fewer")
-        wanted = min(default, len(pool)) if count is None else count
-        drawn += random.Random(f"{seed} {corpus}").sample(pool, wanted)
-    return drawn
+        size = min(default, len(pool)) if count is None else count
+        rows_ += random.Random(f"{seed} {corpus}").sample(pool, size)
+    return rows_
 
 
 def cut(text: str) -> Iterator[str]:
-    """Documents of whole paragraphs, about DOCUMENT_CHARS long; a longer paragraph is one of its own."""
-    held: list[str] = []
+    """Documents of whole paragraphs, up to about DOCUMENT_CHARS long; a longer paragraph is a document by itself."""
+    paragraphs: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         if not paragraph.strip():
             continue
-        if held and sum(map(len, held)) + len(paragraph) > DOCUMENT_CHARS:
-            yield "\n\n".join(held)
-            held = []
-        held.append(paragraph.strip("\n"))
-    if held:
-        yield "\n\n".join(held)
+        if paragraphs and sum(map(len, paragraphs)) + len(paragraph) > DOCUMENT_CHARS:
+            yield "\n\n".join(paragraphs)
+            paragraphs = []
+        paragraphs.append(paragraph.strip("\n"))
+    if paragraphs:
+        yield "\n\n".join(paragraphs)
 
 
 def _document(row: dict[str, Any], name: str) -> Document:
@@ -144,19 +146,21 @@ def _document(row: dict[str, Any], name: str) -> Document:
 
 def _question(row: dict[str, Any], name: str, wants_choices: bool) -> Question:
     question, choices = row.get("question"), row.get("choices")
-    told = answer = row.get("answer", row.get("answerKey"))
+    given_answer = answer = row.get("answer", row.get("answerKey"))
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question")
     if wants_choices:
         if isinstance(choices, dict):
             labels, choices = choices.get("label"), choices.get("text")
-            answer = labels.index(told) if isinstance(labels, list) and told in labels else None
+            answer = labels.index(given_answer) if isinstance(labels, list) and given_answer in labels else None
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise ValueError("'choices' must be a list of at least two texts")
         if isinstance(answer, str) and re.fullmatch("[A-Z]", answer):
             answer = ord(answer) - ord("A")
         if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise ValueError(f"answer={told!r} is none of 0..{len(choices) - 1} (a number), and no letter of them")
+            raise ValueError(
+                f"answer={given_answer!r} must be 0..{len(choices) - 1} (a number) or the letter of a choice"
+            )
     elif isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError("'answer' must be a text or a number")
     else:
@@ -177,23 +181,23 @@ def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterat
             reason = "empty" if isinstance(line, bytes) and not line.strip() else str(error)
             reason = "nested too deeply" if isinstance(error, RecursionError) else reason
             if bad == "raise":
-                raise DataError(f"{path.name} line {number}: {reason}; mend it, or skip bad rows") from None
+                raise DataError(f"{path.name} line {number}: {reason}; correct it, or skip bad rows") from None
             log.warning("%s line %d left out: %s", path.name, number, reason)
 
 
 def _all(path: Path, found: Callable[[Path], list[Row]]) -> list[Row]:
-    """What is found in a file, or in all files of a folder."""
+    """Apply `found` to a file, or to all files of a folder, and join the results."""
     paths = files.inside(path) if not files.on_hub(path) and path.is_dir() else [path]
     return [row for one in paths for row in found(one)]
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:
     if not rows:
-        raise DataError(f"{path.name} holds nothing to evaluate on")
+        raise DataError(f"{path.name} has no rows to evaluate on; give another file")
     return rows
 
 
 def _key(*parts: str) -> str:
-    """A hash of the content: records of other content are never taken for its own. ValueError where a text holds
-    half a surrogate pair, which no tokenizer reads."""
+    """A hash of the content, so that records of other content are not taken for its own. ValueError if a text contains
+    half of a surrogate pair, which no tokenizer reads."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Intervals and paired tests by resampling: how far a mean over documents or questions can be trusted."""
+"""Bootstrap intervals and paired tests for means over documents or questions."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ class Interval:
 def interval(
     values: Sequence[float], sizes: Sequence[float] | None = None, *, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Mean of `values`, or Σ values / Σ sizes, with an interval from resampled rows.
+    """The mean of `values`, or Σ values / Σ sizes, with an interval from resampled rows.
 
     Args:
-        values: one number a row (a document's bits, 1 for a right answer); at least one.
-        sizes: what each is counted per (a document's bytes); None: 1.
-        level: share of such intervals that hold the true value.
+        values: one number per row (a document's bits, 1 for a right answer); at least one.
+        sizes: the denominator of each row (a document's bytes); None: 1.
+        level: confidence level.
+        seed: of the resampling.
     """
-    sums, over = np.asarray(values, dtype=np.float64), np.ones(len(values))
+    sums, denominators = np.asarray(values, dtype=np.float64), np.ones(len(values))
     if sizes is not None:
-        over = np.asarray(sizes, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (ROUNDS, len(sums)))
-    means = sums[drawn].sum(1) / over[drawn].sum(1)
+        denominators = np.asarray(sizes, dtype=np.float64)
+    samples = np.random.default_rng(seed).integers(0, len(sums), (ROUNDS, len(sums)))
+    means = sums[samples].sum(1) / denominators[samples].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(sums.sum() / over.sum()), float(low), float(high))
+    return Interval(float(sums.sum() / denominators.sum()), float(low), float(high))
 
 
 def proportion(hits: Sequence[bool], *, seed: int = 0) -> Interval:
-    """Share of hits with a 95 % interval. Where all are alike, resampling sees no spread: Wilson's interval (1927)."""
+    """The share of hits with a 95 % interval. If all are equal, resampling has no spread: Wilson's interval (1927)."""
     if len({*hits}) > 1:
         return interval([float(hit) for hit in hits], seed=seed)
     rest = 1.96**2 / (len(hits) + 1.96**2)
@@ -51,8 +52,8 @@ def proportion(hits: Sequence[bool], *, seed: int = 0) -> Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """Difference of two methods on the same rows: a − b, its interval, and the two-sided p-value of a
-    sign-flip permutation test (Fisher 1935) of no difference."""
+    """The difference a − b of two methods on the same rows, its interval, and the two-sided p-value of a sign-flip
+    permutation test of no difference (Fisher 1935)."""
 
     difference: Interval
     p: float

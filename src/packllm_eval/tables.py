@@ -1,4 +1,4 @@
-"""From records to tables: a row a method, with intervals and paired tests against the best member."""
+"""Tables from records: a row per method, with intervals and paired tests against the best member."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packllm_eval.statistics import Interval, Paired, interval, paired, proporti
 Records = Sequence[dict[str, Any]]
 
 AVERAGE = "average over corpora"
-"""The corpus that stands for the mean over corpora."""
+"""Name of the pseudo-corpus with the mean over corpora."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Entry:
     Attributes:
         corpus: its name, or AVERAGE.
         method: its label; "member NAME" for a member alone; "best member" for the one that is best on the corpus
-            in hindsight, "largest member" for the one with the most bytes of weights.
-        rows: documents or questions.
+            in hindsight, "largest member" for the one with the largest weights in bytes.
+        rows: number of documents or questions.
         score: bits per byte (lower is better), or accuracy.
-        more: what else is reported: perplexity per token, or byte-normalised accuracy.
-        against: the difference to the best single member, or to the base asked for, on the same rows; None for
-            that one itself.
+        more: a second figure: perplexity per token, or byte-normalised accuracy.
+        against: the difference from the best single member, or from the given base, on the same rows; None for
+            that method itself.
         weights: mean weight of each member.
     """
 
@@ -61,10 +61,10 @@ def scored(records: Records) -> list[dict[str, Any]]:
 
 def corpora(records: Records) -> dict[str, list[dict[str, Any]]]:
     """Scored records by corpus."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for record in scored(records):
-        found.setdefault(record["corpus"], []).append(record)
-    return found
+        groups.setdefault(record["corpus"], []).append(record)
+    return groups
 
 
 def lm_table(
@@ -73,6 +73,8 @@ def lm_table(
     """Bits per byte after one of the prompt lengths (None: the first), by corpus and on average over corpora.
 
     Args:
+        records: of lm.evaluate.
+        prompt: a prompt length.
         base: label of the method that all are compared with; None: the best single member in hindsight.
         best_of: names of the members that "best member" is chosen from; None: all.
     """
@@ -113,7 +115,7 @@ def _lm_columns(rows: Records, length: str) -> dict[str, list[float]]:
 
 
 def choice_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
-    """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy; the rest as in lm_table."""
+    """Accuracy by task and on average over tasks; `more` is byte-normalised accuracy. Otherwise as lm_table."""
 
     def columns(rows: Records) -> dict[str, _Column]:
         nats = {f"member {name}": [row["members"][name] for row in rows] for name in rows[0]["members"]}
@@ -130,7 +132,7 @@ def choice_table(records: Records, base: str | None = None, best_of: Sequence[st
 
 
 def generate_table(records: Records, base: str | None = None, best_of: Sequence[str] | None = None) -> list[Entry]:
-    """Exact match by task and on average over tasks; `more` is seconds an answer; the rest as in lm_table."""
+    """Exact match by task and on average over tasks; `more` is seconds per answer. Otherwise as lm_table."""
 
     def columns(rows: Records) -> dict[str, _Column]:
         found = {}
@@ -145,7 +147,7 @@ def generate_table(records: Records, base: str | None = None, best_of: Sequence[
 
 
 class _Column(NamedTuple):
-    """What a method got right on a task, and what is reported beside it."""
+    """A method's hits on a task, a second figure, and mean weights."""
 
     hits: list[bool]
     more: float
@@ -158,15 +160,15 @@ def _shares(
     base: str | None,
     best_of: Sequence[str] | None,
 ) -> list[Entry]:
-    """Entries of shares of rows that were right."""
+    """Entries whose score is the share of right rows."""
     entries = []
     groups = corpora(records)
     for corpus, rows in groups.items():
-        found = columns(rows)
-        best = max((f"member {name}" for name in best_of or _alone(found)), key=lambda m: sum(found[m].hits))
+        by_method = columns(rows)
+        best = max((f"member {name}" for name in best_of or _alone(by_method)), key=lambda m: sum(by_method[m].hits))
         other = base or best
-        for label, (hits, more, weights) in found.items():
-            against = None if label == other else paired(hits, found[other].hits)
+        for label, (hits, more, weights) in by_method.items():
+            against = None if label == other else paired(hits, by_method[other].hits)
             entries.append(Entry(corpus, label, len(rows), proportion(hits), more, against, weights))
         entries += _references(entries, rows, best)
     return [*entries, *(_averages(entries, arithmetic) if len(groups) > 1 else [])]
@@ -177,13 +179,13 @@ def _alone(labels: Iterable[str]) -> list[str]:
 
 
 def _references(entries: Sequence[Entry], rows: Records, best: str) -> list[Entry]:
-    """The rows of the best and of the largest member once more, under those names."""
+    """The entries of the best and of the largest member again, under these names."""
     corpus = rows[0]["corpus"]
-    found = {entry.method: entry for entry in entries if entry.corpus == corpus}
-    renamed = {"best member": best}
+    by_method = {entry.method: entry for entry in entries if entry.corpus == corpus}
+    reference_of = {"best member": best}
     if "largest" in rows[0]:
-        renamed["largest member"] = f"member {rows[0]['largest']}"
-    return [replace(found[label], method=name, weights={}) for name, label in renamed.items()]
+        reference_of["largest member"] = f"member {rows[0]['largest']}"
+    return [replace(by_method[label], method=name, weights={}) for name, label in reference_of.items()]
 
 
 def arithmetic(values: Sequence[float]) -> float:
@@ -191,14 +193,14 @@ def arithmetic(values: Sequence[float]) -> float:
 
 
 def geometric(values: Sequence[float]) -> float:
-    """Of perplexities: the exponential of the mean NLL."""
+    """The mean of perplexities: the exponential of the mean NLL."""
     return math.exp(arithmetic([math.log(value) for value in values]))
 
 
 def _averages(entries: Sequence[Entry], mean_of_more: Callable[[Sequence[float]], float]) -> list[Entry]:
-    """Means over corpora, each counted alike, of the methods that all have; the corpora are taken to be independent,
-    so half-widths add in squares."""
-    found = []
+    """Means over corpora, with equal weight, of the methods that all corpora have. Corpora are taken as independent, so
+    half-widths are combined as squares."""
+    averages = []
     count = len({entry.corpus for entry in entries})
     for label in dict.fromkeys(entry.method for entry in entries):
         parts = [entry for entry in entries if entry.method == label]
@@ -206,12 +208,12 @@ def _averages(entries: Sequence[Entry], mean_of_more: Callable[[Sequence[float]]
             continue
         more = [entry.more for entry in parts if entry.more is not None]
         deltas = [entry.against.difference for entry in parts if entry.against is not None]
-        # Where a method is what it would be compared with, the difference is 0 and certain.
+        # Where a method is compared with itself, the difference is exactly 0.
         deltas += [Interval(0.0, 0.0, 0.0)] * (len(parts) - len(deltas))
         difference = _mean(deltas)
         spread = (difference.high - difference.low) / (2 * 1.96)
         p = math.erfc(abs(difference.value) / spread / math.sqrt(2)) if spread else 1.0
-        found.append(
+        averages.append(
             Entry(
                 AVERAGE,
                 label,
@@ -222,7 +224,7 @@ def _averages(entries: Sequence[Entry], mean_of_more: Callable[[Sequence[float]]
                 _mean_weights([entry.weights for entry in parts]),
             )
         )
-    return found
+    return averages
 
 
 def _mean(intervals: Sequence[Interval]) -> Interval:
@@ -240,26 +242,26 @@ def _mean_weights(weights: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def costs(records: Records) -> dict[str, float]:
-    """What each method's weighting takes, in passes of one member over a document: mean over rows and prompts."""
-    found: dict[str, list[float]] = {}
+    """The time of each method's weighting in passes of one member over a document: mean over rows and prompts."""
+    values_of: dict[str, list[float]] = {}
     for record in scored(records):
         one = sum(record["seconds"].values()) / len(record["seconds"])
         for prompt in record["prompts"].values():
             for label, method in prompt["methods"].items():
-                found.setdefault(label, []).append(method["seconds"] / one)
-    return {label: sum(values) / len(values) for label, values in found.items()}
+                values_of.setdefault(label, []).append(method["seconds"] / one)
+    return {label: sum(values) / len(values) for label, values in values_of.items()}
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a member is to a pack on a corpus: the audit's row.
+    """A member's role in a pack on a corpus: a row of the audit.
 
     Attributes:
-        rows: documents.
+        rows: number of documents.
         weight: its mean weight.
-        runs: share of documents where it has any weight, so is run while decoding.
+        runs: share of documents where it has weight, so that it runs while decoding.
         top: share of documents where it has the largest weight.
-        alone: its bits per byte by itself.
+        alone: bits per byte of the member alone.
         helps: bits per byte that the pack loses without it (negative: the pack is better without it).
         cost: seconds of its pass over a document.
     """
@@ -280,8 +282,8 @@ class Use:
 
 
 def uses(records: Records, label: str) -> list[Use]:
-    """The audit of a method and of its variants "LABEL without NAME", one row a member and corpus."""
-    found = []
+    """The audit of a method and its variants "LABEL without NAME", one row per member and corpus."""
+    rows_ = []
     for corpus, rows in corpora(records).items():
         length = next(iter(rows[0]["prompts"]))
         methods = [row["prompts"][length]["methods"] for row in rows]
@@ -290,9 +292,9 @@ def uses(records: Records, label: str) -> list[Use]:
             weights = [m[label]["weights"][name] for m in methods]
             top = [max(m[label]["weights"], key=m[label]["weights"].__getitem__) == name for m in methods]
             without = f"{label} without {name}"
-            lost = [(m[without]["nats"] - m[label]["nats"]) / math.log(2) if without in m else 0.0 for m in methods]
+            losses = [(m[without]["nats"] - m[label]["nats"]) / math.log(2) if without in m else 0.0 for m in methods]
             alone = bits_per_byte(sum(row["members"][name] for row in rows), sum(sizes))
-            found.append(
+            rows_.append(
                 Use(
                     corpus,
                     name,
@@ -301,8 +303,8 @@ def uses(records: Records, label: str) -> list[Use]:
                     sum(w != 0 for w in weights) / len(rows),
                     sum(top) / len(rows),
                     alone,
-                    interval(lost, sizes),
+                    interval(losses, sizes),
                     sum(row["seconds"][name] for row in rows) / len(rows),
                 )
             )
-    return found
+    return rows_

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that transformers knows."""
+"""Tiny random models of every family in transformers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SIZES: dict[str, Any] = {
     "mamba_expand": 2,
     "initializer_range": 0.3,
 }
-"""Small values of what configurations commonly call their sizes. Windows are shorter than the prompts."""
+"""Small values of the sizes in configurations, by their common names. Windows are shorter than the prompts."""
 
 _IDS = {"bos_token_id": 0, "eos_token_id": END, "pad_token_id": 1}
 _NEED_IDS = (
@@ -102,8 +102,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def families() -> dict[str, str]:
-    """Model types that causal, vision-language or encoder-decoder models of this transformers have, with the name of
-    the class of each."""
+    """Model types of the causal, vision-language and encoder-decoder models in this version of transformers, each with
+    its class name."""
     found: dict[str, str] = {}
     for names in (CAUSAL, IMAGES, SEQUENCES):
         for family, model in names.items():
@@ -112,7 +112,7 @@ def families() -> dict[str, str]:
 
 
 def tiny_config(kind: type[Any], **settings: Any) -> Any:
-    """A configuration of this class with small sizes, its parts too."""
+    """A configuration of this class with small sizes, also in its parts."""
     default = kind()
     stored, renamed = default.to_dict(), getattr(kind, "attribute_map", {})
     given: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def tiny_config(kind: type[Any], **settings: Any) -> Any:
         if (key not in stored and key not in renamed) or renamed.get(key) in SIZES:
             continue
         current = stored.get(renamed.get(key, key))
-        optional = current is None and value is not None and key != "head_dim"  # None switches something off
+        optional = current is None and value is not None and key != "head_dim"  # None disables a feature
         if not optional and not isinstance(current, list | tuple | dict):
             given[key] = value
     if "qk_rope_head_dim" in stored and "num_key_value_heads" in given:
@@ -132,10 +132,10 @@ def tiny_config(kind: type[Any], **settings: Any) -> Any:
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:
-    """A model of a family with wide random weights, so that what it writes depends on what it read.
+    """A model of a family with large random weights, so that its answers depend on the prompt.
 
     Raises:
-        ValueError: its sizes cannot be made small.
+        ValueError: its sizes cannot be made small enough.
     """
     kind = getattr(transformers, families()[family])
     config = tiny_config(CONFIG_MAPPING[family])
@@ -154,7 +154,7 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and two control tokens."""
+    """A tokenizer with one token per byte, and two control tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Where members with different tokenizers meet: byte strings of tokens, and common words of a text."""
+"""Alignment of members with different tokenizers: by the bytes of their tokens, or by the words of a text."""
 
 from packllm.align.mined import mined
 from packllm.align.vocabulary import Vocabulary

@@ -1,7 +1,7 @@
 """Minimum edit distance (MinED) mappings between vocabularies (PackLLM §3.4; Fu et al. 2023; Wan et al. 2024).
 
-The distance is Levenshtein's over **bytes**: a token may hold part of a character only, so bytes are what
-every token of every tokenizer has.
+The distance is Levenshtein's over **bytes**: a token may be only a part of a character, so bytes are the unit that
+all tokenizers have in common.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from packllm.errors import VocabularyError
 log = logging.getLogger("packllm")
 
 ROLE = -1
-"""In place of a distance: a special token that the other vocabulary has under the same role."""
+"""Stands in for a distance: both vocabularies have a special token of this role."""
 
 NONE = -2
-"""In place of a distance: a special or unused id without a counterpart; its target id only keeps an input valid."""
+"""Stands in for a distance: a special or unused id without a counterpart. Its target id only keeps the input valid."""
 
 _ROLES = {
     "end_of_turn": ("end_of_turn", "eos"),
@@ -43,16 +43,16 @@ _ROLES = {
     "pad": ("pad",),
     "unk": ("unk",),
 }
-"""Roles of reference tokens, the ones that matter most first, and the target's that correspond, likewise."""
+"""The roles of reference tokens, most important first; for each, the target's roles that correspond, best first."""
 
-_RULES = "1"  # to be changed with the rules: mappings that others made are then stale
-_WORKSPACE = 2**26  # most bytes that one comparison holds, about
+_RULES = "1"  # raise it when the rules change: cached mappings made by other rules then no longer match
+_WORKSPACE = 2**26  # upper bound of the bytes that one comparison needs, roughly
 _UNSEEN = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How one vocabulary's tokens are put in another's.
+    """A mapping of one vocabulary's tokens to another's.
 
     Attributes:
         ids: int64 (V_reference,), the target id for every reference id.
@@ -73,63 +73,63 @@ def alignment(reference: Vocabulary, target: Vocabulary) -> Alignment:
     """Map every reference token to the target token at the smallest edit distance over bytes.
 
     Ties go to the longer common prefix, then to the smaller id. Special tokens are matched by role, never by
-    their spelling, and are no targets for text; one without a counterpart goes to the target's unk, pad or
-    eos, where it has one. Vocabularies that are the same map by identity.
+    spelling, and never serve as targets for text. A special token without a counterpart goes to the target's unk,
+    pad or eos token, if there is one. Equal vocabularies are mapped by identity.
 
-    The mapping is kept in cache_folder()/mined, by the content of both vocabularies: making it takes up to a
-    minute, reading it a fraction of a second.
+    The mapping is cached in cache_folder()/mined under a hash of both vocabularies: computing it takes up to a
+    minute, loading it a fraction of a second.
 
     Raises:
-        VocabularyError: the target has no token of text.
+        VocabularyError: the target has no text tokens.
     """
     if reference.same_as(target):
         return Alignment(torch.arange(len(reference)), torch.zeros(len(reference), dtype=torch.int32))
     key = _key(reference, target)
     path = cache_folder() / "mined" / f"{key[:32]}.safetensors"
-    found = _read(path, key)
-    if found is None:
-        found = _compute(reference, target)
-        _write(path, key, found)
-    return found
+    mapping = _read(path, key)
+    if mapping is None:
+        mapping = _compute(reference, target)
+        _write(path, key, mapping)
+    return mapping
 
 
 def _compute(reference: Vocabulary, target: Vocabulary) -> Alignment:
     exact: dict[bytes, int] = {}
     for i in target.text:
         if i not in target.shadowed:
-            exact.setdefault(target.tokens[i], i)  # of equal tokens the smaller id
+            exact.setdefault(target.tokens[i], i)  # equal tokens: the smaller id
     if not exact:
-        raise VocabularyError("a vocabulary without a token of text cannot be mapped to; leave that member out")
+        raise VocabularyError("a vocabulary without text tokens cannot be a mapping's target; leave that member out")
     stand_in = next((target.special[role] for role in ("unk", "pad", "eos") if role in target.special), None)
     ids = torch.full((len(reference),), min(exact.values()) if stand_in is None else stand_in)
     distances = torch.full((len(reference),), NONE, dtype=torch.int32)
     _match_roles(reference, target, ids, distances)
     missing = list({reference.tokens[i] for i in reference.text} - exact.keys())
-    near = dict(zip(missing, nearest(missing, list(exact), list(exact.values())), strict=True))
+    nearest_targets = dict(zip(missing, nearest(missing, list(exact), list(exact.values())), strict=True))
     for i in reference.text:
         token = reference.tokens[i]
-        ids[i], distances[i] = (exact[token], 0) if token in exact else near[token]
+        ids[i], distances[i] = (exact[token], 0) if token in exact else nearest_targets[token]
     return Alignment(ids, distances)
 
 
 def _match_roles(reference: Vocabulary, target: Vocabulary, ids: Tensor, distances: Tensor) -> None:
-    """Fill in the special tokens that both have. Where several of the reference meet in one of the target's,
-    the first role is its counterpart: were all of them, the end of an answer could be lost to a padding token."""
-    matched: set[int] = set()
-    taken: set[int] = set()
-    for role, others in _ROLES.items():
+    """Fill in the special tokens that both vocabularies have. Several reference tokens may have the same target: only
+    the first role counts as its counterpart. Otherwise a padding token could take over the end of an answer."""
+    mapped: set[int] = set()
+    targets: set[int] = set()
+    for role, target_roles in _ROLES.items():
         i = reference.special.get(role)
-        j = next((target.special[other] for other in others if other in target.special), None)
-        if i is None or j is None or i in matched:
+        j = next((target.special[target_role] for target_role in target_roles if target_role in target.special), None)
+        if i is None or j is None or i in mapped:
             continue
-        ids[i], distances[i] = j, NONE if j in taken else ROLE
-        matched.add(i)
-        taken.add(j)
+        ids[i], distances[i] = j, NONE if j in targets else ROLE
+        mapped.add(i)
+        targets.add(j)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Tokens of one length, with a number for each."""
+    """Tokens of one length, each with its number."""
 
     tokens: list[bytes]
     numbers: np.ndarray
@@ -141,7 +141,7 @@ class _Pool:
 
     @classmethod
     def by_length(cls, tokens: Sequence[bytes], numbers: Sequence[int]) -> dict[int, _Pool]:
-        """Non-empty tokens, by length."""
+        """Group non-empty tokens by length."""
         groups: dict[int, tuple[list[bytes], list[int]]] = {}
         for token, number in zip(tokens, numbers, strict=True):
             group = groups.setdefault(len(token), ([], []))
@@ -151,11 +151,11 @@ class _Pool:
 
 
 def nearest(queries: Sequence[bytes], targets: Sequence[bytes], ids: Sequence[int]) -> list[tuple[int, int]]:
-    """For each query the id of the nearest target, by alignment()'s rules, and its distance.
+    """The nearest target of each query, by alignment()'s rules: (id, distance in bytes).
 
-    Exact: two tokens are at least as far apart as their lengths, so targets are compared by growing difference
-    of length until that alone exceeds the smallest distance found. About 10^8 pairs a second on two cores;
-    rapidfuzz's score_cutoff does not pay on tokens, which are short.
+    The search is exact. The difference of two tokens' lengths is a lower bound of their distance, so targets are
+    compared by increasing difference of length until that bound exceeds the smallest distance. About 10^8 pairs a
+    second on two cores; rapidfuzz's score_cutoff does not speed up tokens, which are short.
 
     Args:
         queries: tokens, none of them empty.
@@ -163,37 +163,37 @@ def nearest(queries: Sequence[bytes], targets: Sequence[bytes], ids: Sequence[in
         ids: the targets' ids, in 0..2^32-1.
     """
     pools = _Pool.by_length(targets, ids)
-    found: list[tuple[int, int]] = [(0, 0)] * len(queries)
+    results: list[tuple[int, int]] = [(0, 0)] * len(queries)
     with tqdm(total=len(queries), desc="Aligning vocabularies (once)", unit="token", disable=None) as bar:
         for length, group in _Pool.by_length(queries, range(len(queries))).items():
             best = _Best(group)
-            unsettled, gap = np.arange(len(group.tokens)), 0
-            while len(unsettled):
-                for near in {length - gap, length + gap} & pools.keys():
-                    best.improve(unsettled, pools[near])
+            pending, gap = np.arange(len(group.tokens)), 0
+            while len(pending):
+                for target_length in {length - gap, length + gap} & pools.keys():
+                    best.improve(pending, pools[target_length])
                 gap += 1
-                settled = best.distances[unsettled] < gap
-                bar.update(int(settled.sum()))
-                unsettled = unsettled[~settled]
+                final = best.distances[pending] < gap
+                bar.update(int(final.sum()))
+                pending = pending[~final]
             for number, pair in zip(group.numbers, zip(best.ids, best.distances, strict=True), strict=True):
-                found[number] = int(pair[0]), int(pair[1])
-    return found
+                results[number] = int(pair[0]), int(pair[1])
+    return results
 
 
 class _Best:
-    """The nearest targets that queries of one length have met so far."""
+    """The nearest target of each query of one length, among the targets compared so far."""
 
     def __init__(self, queries: _Pool) -> None:
         self._queries = queries
         self.distances = np.full(len(queries.tokens), _UNSEEN)
-        self._ranks = np.full(len(queries.tokens), -1)  # of equally near targets the highest rank wins
+        self._ranks = np.full(len(queries.tokens), -1)  # the highest rank wins among equally near targets
 
     @property
     def ids(self) -> np.ndarray:
         return 2**32 - 1 - (self._ranks & (2**32 - 1))
 
     def improve(self, which: np.ndarray, targets: _Pool) -> None:
-        """Compare the given queries with targets of one length."""
+        """Compare the queries at the indices `which` with targets of one length."""
         common = min(self._queries.matrix.shape[1], targets.matrix.shape[1])
         longest = max(self._queries.matrix.shape[1], targets.matrix.shape[1])
         rows = max(1, _WORKSPACE // (len(targets.tokens) * (2 * common + 32)))
@@ -203,7 +203,7 @@ class _Best:
             dtype = np.uint8 if longest < 256 else np.int32
             distances = cdist(tokens, targets.tokens, scorer=Levenshtein.distance, dtype=dtype, workers=-1)
             lowest = distances.min(axis=1)
-            least = np.minimum(lowest, self.distances[part]).astype(dtype)  # of one type they compare fast
+            least = np.minimum(lowest, self.distances[part]).astype(dtype)  # equal types compare faster
             row, column = np.divmod(np.flatnonzero(distances == least[:, None]), len(targets.tokens))
             if len(row):
                 same = self._queries.matrix[part[row], :common] == targets.matrix[column, :common]
@@ -226,40 +226,40 @@ def _key(reference: Vocabulary, target: Vocabulary) -> str:
     return digest.hexdigest()
 
 
-def _checksum(key: str, found: Alignment) -> str:
-    parts = (key.encode(), found.ids.numpy().tobytes(), found.distances.numpy().tobytes())
+def _checksum(key: str, mapping: Alignment) -> str:
+    parts = (key.encode(), mapping.ids.numpy().tobytes(), mapping.distances.numpy().tobytes())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _read(path: Path, key: str) -> Alignment | None:
-    """The mapping kept under this key; None where there is none, or not as it was written."""
+    """The mapping cached under this key; None if there is none or the file was changed."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
-            found = Alignment(file.get_tensor("ids"), file.get_tensor("distances"))
-            stated = (file.metadata() or {}).get("checksum")
+            mapping = Alignment(file.get_tensor("ids"), file.get_tensor("distances"))
+            checksum = (file.metadata() or {}).get("checksum")
     except (OSError, SafetensorError) as error:
-        log.warning("the kept mapping %s cannot be read, making it again: %s", path, error)
+        log.warning("cannot read the cached mapping %s, computing it again: %s", path, error)
         return None
-    if stated != _checksum(key, found):
-        log.warning("the kept mapping %s is not as it was written, making it again", path)
+    if checksum != _checksum(key, mapping):
+        log.warning("the cached mapping %s was changed since it was written, computing it again", path)
         return None
-    return found
+    return mapping
 
 
-def _write(path: Path, key: str, found: Alignment) -> None:
-    """Keep a mapping; where that is not possible, say so and go on."""
+def _write(path: Path, key: str, mapping: Alignment) -> None:
+    """Cache a mapping; log a warning if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
         os.close(handle)
         try:
-            checksum = {"checksum": _checksum(key, found)}
-            save_file({"ids": found.ids, "distances": found.distances}, draft, checksum)
+            checksum = {"checksum": _checksum(key, mapping)}
+            save_file({"ids": mapping.ids, "distances": mapping.distances}, draft, checksum)
             os.replace(draft, path)  # atomic: another process sees the whole file or none
         except BaseException:
             os.unlink(draft)
             raise
     except (OSError, SafetensorError) as error:
-        log.warning("cannot keep a mapping of vocabularies in %s: %s", path.parent, error)
+        log.warning("cannot cache a mapping of vocabularies in %s: %s", path.parent, error)

@@ -1,13 +1,13 @@
-"""The tokens that members of one family share, and one event for the end of an answer (METHODS §4).
+"""The tokens that the members of one family share, and one event for the end of an answer (METHODS §4).
 
-Two tokenizers are one vocabulary if their text tokens are the same byte strings, by id or by a permutation of ids.
-Added, special, pad and reserved tokens do not matter: a base, its fine-tune with <pad>, and another with ChatML's
-tokens fuse token by token. A control token that all of them spell alike stays, so that calls and thoughts can be
-written.
+Two tokenizers have one vocabulary if their text tokens are the same byte strings, by id or by a permutation of ids.
+Added, special, pad and reserved tokens do not matter: a base model, its fine-tune with <pad>, and another with ChatML's
+tokens are fused token by token. Control tokens that all members spell alike are shared too: tool calls and reasoning
+need them.
 
-Where one member ends its answers with </s> and another with <|im_end|>, the fused distribution has one event for
-both: each member's probability of it is the sum over its own end ids. In the log pool they would otherwise rule each
-other out.
+One member may end its answers with </s> and another with <|im_end|>. The fused distribution has one END event for
+both: a member's probability of END is the sum over its own end ids. Without it, end ids of different members would
+cancel each other in the log pool, and answers would never end.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _MOST = 32
 
 
 class Shared:
-    """What several vocabularies of one family have in common, in the ids of the first.
+    """The shared tokens of several vocabularies of one family, as ids of the first vocabulary.
 
     Args:
-        vocabularies: K of one family.
+        vocabularies: K vocabularies of one family.
         ends: each member's end ids.
-        sizes: of each member, how many first ids it gives log-probabilities of.
+        sizes: the number of ids, counted from 0, that each member gives log-probabilities of.
 
     Attributes:
-        end: the id of the END event: one of the first member's end ids, or one more id where it has none.
-        size: ids of the fused distribution.
+        end: the id of the END event: one of the first member's end ids, or a new id where it has none.
+        size: the number of ids of the fused distribution.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Shared:
     def of(
         cls, vocabularies: Sequence[Vocabulary], ends: Sequence[Collection[int]], sizes: Sequence[int]
     ) -> Shared | None:
-        """The same, kept for the next request; None where all have the same ids and ends: nothing is to be mapped."""
+        """A cached instance; None if all members have the same ids and ends, so that nothing needs a mapping."""
         first = vocabularies[0]
         if len({frozenset(own) for own in ends}) == 1 and all(one.same_as(first) for one in vocabularies[1:]):
             return None
@@ -64,7 +64,7 @@ class Shared:
         return _known[key]
 
     def _gather(self, own: dict[int, int]) -> tuple[Tensor, Tensor]:
-        """For each shared id the member's own, and where there is none."""
+        """The member's own id of each shared id, and a mask of the ids that it does not have."""
         ids, absent = torch.zeros(self.size, dtype=torch.long), torch.ones(self.size, dtype=torch.bool)
         places = torch.tensor(list(own), dtype=torch.long)
         ids[places] = torch.tensor(list(own.values()), dtype=torch.long)
@@ -72,7 +72,7 @@ class Shared:
         return ids, absent
 
     def rows(self, member: int, logprobs: Tensor) -> Tensor:
-        """(..., size), log-probabilities of the shared ids and of END, of a member's own (..., V)."""
+        """Map a member's log-probabilities (..., V) to the shared ids and END: (..., size)."""
         ids, absent = (part.to(logprobs.device) for part in self._gathers[member])
         gathered = logprobs.index_select(-1, ids).masked_fill(absent, -torch.inf)
         if self._ends[member]:
@@ -80,25 +80,25 @@ class Shared:
         return gathered
 
     def own(self, member: int, ids: Sequence[int]) -> list[int]:
-        """A member's own ids of shared ones."""
+        """Map shared ids to a member's own."""
         return [self._own[member][i] for i in ids]
 
     def first(self, member: int, ids: Sequence[int]) -> list[int]:
-        """The first member's ids of a member's own; -1 for those that are not shared."""
+        """Map a member's own ids to the first member's; -1 where an id is not shared."""
         return [self._first[member].get(i, -1) for i in ids]
 
 
 def _spelled(vocabulary: Vocabulary, ends: Collection[int], size: int) -> dict[tuple[bytes, bool], int]:
-    """Ids of tokens by what they spell and whether that is text, of equal ones the first. What begins, fills or ends a
-    text stands for nothing in it."""
-    out = {*ends, *(vocabulary.special.get(role) for role in ("bos", "pad", "unk", "eos"))}
-    found: dict[tuple[bytes, bool], int] = {}
+    """Ids by (spelling, whether it is text); the first of equal tokens. End, bos, pad and unk tokens are left out: they
+    spell no part of a text."""
+    excluded = {*ends, *(vocabulary.special.get(role) for role in ("bos", "pad", "unk", "eos"))}
+    id_of: dict[tuple[bytes, bool], int] = {}
     for i, token in enumerate(vocabulary.tokens[:size]):
-        if token and i not in out and i not in vocabulary.unused:
-            found.setdefault((token, vocabulary.is_text(i)), i)
-    return found
+        if token and i not in excluded and i not in vocabulary.unused:
+            id_of.setdefault((token, vocabulary.is_text(i)), i)
+    return id_of
 
 
 def overlap(one: Vocabulary, other: Vocabulary) -> float:
-    """Share of the text tokens of both that both have."""
+    """The share of text tokens that both vocabularies have, among those that either has."""
     return len(one.spelled & other.spelled) / max(1, len(one.spelled | other.spelled))

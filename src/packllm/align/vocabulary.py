@@ -1,9 +1,9 @@
-"""What each token id of a tokenizer means, as bytes.
+"""The bytes that each token id of a tokenizer stands for.
 
-Joined, the bytes of encode(text) are the text as the tokenizer itself normalises it, and nothing else: Unicode's NFC
-(GPT-NeoX, Qwen), a space put before the text (SentencePiece), "▁" read as the space it stands for, words that each
-end in one space (</w>). Byte-level tokenizers without a normaliser (GPT-2, Llama-3) give the text back as it is. A byte
-or word for which a tokenizer has no token is its unknown token, or is dropped (SmolLM2: six control characters).
+The bytes of encode(text), joined, are the text as the tokenizer itself normalises it: in Unicode's NFC (GPT-NeoX,
+Qwen), with a space before the text (SentencePiece), with "▁" for a space, or with one space after each word (</w>).
+Byte-level tokenizers without a normaliser (GPT-2, Llama-3) reproduce the text exactly. A byte or word for which a
+tokenizer has no token becomes its unknown token, or is dropped (SmolLM2: six control characters).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from packllm.errors import VocabularyError
 
 _HOLES = 8
-"""Ids that may be left out for each one that is used."""
+"""How many ids may be unused for each id that is used."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -32,15 +32,15 @@ class Vocabulary:
     """Byte strings of a tokenizer's tokens, and its special tokens by role.
 
     Attributes:
-        tokens: bytes that each id decodes to, by id; b"" for an id that the tokenizer does not use. Added
-            and special tokens have their spelling, although they never stand for that text.
-        special: id by role: "bos", "eos", "pad", "unk", "end_of_turn", where the tokenizer has one.
-        control: ids of special tokens: they steer a model and are never text.
-        unused: ids below len(tokens) that no token has; a model must not emit them.
-        added: ids of tokens that were added to the tokenizer's own, white space apart: not the text of other
-            tokenizers.
-        shadowed: byte-fallback pieces of bytes that other pieces spell too (<0x41> beside A): the tokenizer
-            never writes them.
+        tokens: the bytes that each id decodes to, by id; b"" for an id that the tokenizer does not use. Added
+            and special tokens have their spelling here, although they never stand for that text.
+        special: id by role ("bos", "eos", "pad", "unk", "end_of_turn"), for the roles that the tokenizer has.
+        control: ids of special tokens: they control the model and are never text.
+        unused: ids below len(tokens) without a token; a model must not emit them.
+        added: ids of tokens that were added to the tokenizer's own, except white space: other tokenizers do not
+            have them as text.
+        shadowed: byte-fallback tokens of bytes that another token spells too (<0x41> beside A): the tokenizer
+            never produces them.
     """
 
     tokens: list[bytes]
@@ -61,21 +61,21 @@ class Vocabulary:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the content: equal for tokenizers that map every id to the same byte string."""
-        lengths = array("I", map(len, self.tokens))  # tell where each token ends
+        lengths = array("I", map(len, self.tokens))  # they mark where each token ends
         return hashlib.sha256(lengths.tobytes() + b"".join(self.tokens)).hexdigest()
 
     def is_text(self, token_id: int) -> bool:
-        """Whether a token is text in every tokenizer of its family: no control token, none that was added."""
+        """Whether a token is text in every tokenizer of its family: neither a control token nor an added one."""
         return bool(self.tokens[token_id]) and token_id not in self.control and token_id not in self.added
 
     @cached_property
     def spelled(self) -> frozenset[bytes]:
-        """What text tokens spell, whatever their ids."""
+        """The byte strings of all text tokens, whatever their ids."""
         return frozenset(self.tokens[i] for i in range(len(self.tokens)) if self.is_text(i))
 
     @cached_property
     def family(self) -> str:
-        """Hash of what text tokens spell: equal for a base and fine-tunes that add, rename or move control tokens."""
+        """Hash of the text tokens: equal for a base and for fine-tunes that add, rename or move control tokens."""
         spelled = sorted(self.spelled)
         lengths = array("I", map(len, spelled))
         return hashlib.sha256(lengths.tobytes() + b"".join(spelled)).hexdigest()
@@ -85,11 +85,11 @@ class Vocabulary:
         return self is other or self.family == other.family
 
     def same_as(self, other: Vocabulary) -> bool:
-        """Whether both map every id to the same byte string, whatever the tokenizers are called."""
+        """Whether both map every id to the same byte string, whatever the tokenizers' names."""
         return self is other or self.fingerprint == other.fingerprint
 
     def first(self, size: int) -> Vocabulary:
-        """The first `size` ids alone, as a model with fewer rows than its tokenizer has them."""
+        """The first `size` ids only, for a model with fewer rows than its tokenizer has ids."""
         if size >= len(self):
             return self
         parts = (self.control, self.unused, self.shadowed, self.added)
@@ -101,7 +101,7 @@ class Vocabulary:
         return replace(self, special={**self.special, role: token_id}, control=self.control | {token_id})
 
     def text_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text: none for a control token."""
+        """The bytes that a token adds to a text: b"" for a control token."""
         return b"" if token_id in self.control else self.tokens[token_id]
 
     @classmethod
@@ -115,7 +115,7 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, data: Any, tokenizer: Any = None) -> Vocabulary:
-        """As from_tokenizer, from the content of a tokenizer.json; `tokenizer` tells the roles.
+        """As from_tokenizer, from the content of a tokenizer.json; `tokenizer` provides the special tokens' roles.
 
         Raises:
             VocabularyError: the content is not a tokenizer's.
@@ -125,7 +125,9 @@ class Vocabulary:
         try:
             return cls._of(ids, added, size, _piece_decoder(data), tokenizer)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise VocabularyError(f"this tokenizer.json is odd: {type(error).__name__}: {str(error)[:200]}") from error
+            raise VocabularyError(
+                f"this tokenizer.json is malformed: {type(error).__name__}: {str(error)[:200]}"
+            ) from error
 
     @classmethod
     def _of(
@@ -142,7 +144,7 @@ class Vocabulary:
             tokens[token_id] = to_bytes(piece)
             used[token_id] = True
         for content, token in added.items():
-            if token["special"] or ids.get(content) != token["id"]:  # else it is one more way to find a piece
+            if token["special"] or ids.get(content) != token["id"]:  # else it is a piece of the model too
                 tokens[token["id"]] = content.encode()
             used[token["id"]] = True
         special = {}
@@ -203,10 +205,10 @@ def _is_id(value: Any) -> bool:
 
 
 def _checked_size(ids: Sequence[int]) -> int:
-    """Ids that there are, holes included.
+    """The number of ids, unused ones included.
 
     Raises:
-        VocabularyError: an id lies far beyond the number of tokens; all ids up to it would have to be held.
+        VocabularyError: an id is far greater than the number of tokens; every id below it would need memory.
     """
     size = max(ids, default=-1) + 1
     most = _HOLES * len(ids) + 2**16
@@ -232,14 +234,14 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
 
 
 class _ByteOf(dict[int, int]):
-    """The byte that each character of a byte-level alphabet stands for; for any other a character that is no byte."""
+    """The byte of each character of a byte-level alphabet; other characters map to one that is no byte."""
 
     def __missing__(self, character: int) -> int:
         return 0xFFFF
 
 
 def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
-    """How a piece of this tokenizer's model spells bytes, read off its parts."""
+    """A function from a piece of this tokenizer's model to its bytes, made from the tokenizer's parts."""
     parts = list(_parts(data.get("decoder"))) + list(_parts(data.get("pre_tokenizer")))
     types = {part.get("type") for part in parts}
     model = data["model"]
@@ -256,9 +258,9 @@ def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
                 return piece.encode()
 
         return byte_level
-    replaced = [part.get("pattern") for part in parts if part.get("type") == "Replace"]
+    patterns = [part.get("pattern") for part in parts if part.get("type") == "Replace"]
     marker = next((part.get("replacement") for part in parts if part.get("type") == "Metaspace"), None)
-    if marker is None and ({"String": "▁"} in replaced or "▁" in str(data.get("normalizer"))):
+    if marker is None and ({"String": "▁"} in patterns or "▁" in str(data.get("normalizer"))):
         marker = "▁"
     prefix = model.get("continuing_subword_prefix") if model.get("type") == "WordPiece" else None
 
@@ -277,7 +279,7 @@ def _piece_decoder(data: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
-    """A decoder or pre-tokenizer, flattened out of its sequences."""
+    """The parts of a decoder or pre-tokenizer, with nested sequences flattened."""
     if not isinstance(part, Mapping):
         return
     if part.get("type") == "Sequence":

@@ -1,4 +1,4 @@
-"""Words that several tokenizers split a text into in common, and what members gave them (METHODS §4)."""
+"""Words that several tokenizers have in common in a text, and the members' log-probabilities of them (METHODS §4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scored:
-    """The tokens of a scored text as one member predicted them.
+    """The tokens of a scored text, and one member's log-probabilities of them.
 
     Attributes:
         ids: token ids, in order.
@@ -31,9 +31,9 @@ class Scored:
 
 
 def offsets(text: str, tokens: Sequence[bytes]) -> tuple[list[int], list[int]] | None:
-    """Character offsets (starts, ends) in `text` of the tokens that spell it; None if they spell something else.
+    """Character offsets (starts, ends) in `text` of the tokens that spell it; None if they spell another text.
 
-    A token of some bytes of a character has the offsets of the character.
+    A token that holds only some bytes of a character has the offsets of that character.
     """
     if b"".join(tokens) != text.encode() or not all(tokens):
         return None
@@ -43,16 +43,16 @@ def offsets(text: str, tokens: Sequence[bytes]) -> tuple[list[int], list[int]] |
 
 
 def common_tokens(members: Sequence[Scored]) -> list[Scored] | None:
-    """The tokens that every member predicted, where all split the text alike; None where they do not.
+    """The tokens that every member predicted, if all split the text alike; None otherwise.
 
-    A member without BOS has no prediction for its first token, so only the last n tokens of each can
-    agree; what precedes them is left out for all.
+    A member without BOS does not predict its first token. So only the last n tokens, n as of the shortest, are
+    compared, and the ones before them are left out for all members.
     """
-    shared = min(len(member.ids) for member in members)
-    trimmed = [_last(member, shared) for member in members]
-    first = trimmed[0]
-    if all(m.ids == first.ids and m.starts == first.starts and m.ends == first.ends for m in trimmed[1:]):
-        return trimmed
+    count = min(len(member.ids) for member in members)
+    tails = [_last(member, count) for member in members]
+    first = tails[0]
+    if all(m.ids == first.ids and m.starts == first.starts and m.ends == first.ends for m in tails[1:]):
+        return tails
     return None
 
 
@@ -66,8 +66,8 @@ def _last(scored: Scored, count: int) -> Scored:
 def common_words(text: str, members: Sequence[Scored]) -> tuple[Tensor, list[tuple[int, int]]]:
     """Log-probabilities of the words of `text` that end at token boundaries of every member.
 
-    p_k(word) is the product of member k's token probabilities inside the word. Words that some member did
-    not predict as a whole (its first token, without BOS) are left out.
+    p_k(word) is the product of member k's token probabilities inside the word. A word that some member did not
+    predict completely (the first one, without BOS) is left out.
 
     Args:
         text: the scored text.
@@ -91,16 +91,16 @@ def common_words(text: str, members: Sequence[Scored]) -> tuple[Tensor, list[tup
 
 
 class _Sweep:
-    """One member's tokens, ready to be summed between two offsets where no token goes across."""
+    """One member's tokens, prepared for sums between two offsets that are token boundaries."""
 
     def __init__(self, member: Scored) -> None:
         self.index: dict[int, int] = {}  # offset -> number of tokens that end before it
         self._ends = member.ends
         self._logprobs = member.logprobs.tolist()
-        self._gaps = [0]  # characters without a token lie before this many of the tokens
+        self._gaps = [0]  # for the first i tokens: how many have characters without a token before them
         for i, start in enumerate(member.starts):
             before = member.ends[i - 1] if i else start
-            # Bytes of one character share its offsets: such a token starts before the one before it ends.
+            # The bytes of one character share its offsets: such a token starts before the previous one ends.
             if before <= start:
                 self.index[start] = i
             self._gaps.append(self._gaps[-1] + (before < start))
@@ -108,16 +108,16 @@ class _Sweep:
             self.index[member.ends[-1]] = len(member.ends)
 
     def total(self, start: int, end: int) -> float | None:
-        """Sum of the log-probabilities of [start, end); None where some of it has no token."""
+        """Sum of the log-probabilities of [start, end); None if a part of it has no token."""
         first, last = self.index[start], self.index[end]
         if self._ends[last - 1] != end or self._gaps[last] != self._gaps[first + 1]:
             return None
-        return math.fsum(self._logprobs[first:last])  # no difference of running sums: one may be -infinity
+        return math.fsum(self._logprobs[first:last])  # not a difference of running sums: a term may be -infinity
 
 
 def is_word_boundary(text: str, at: int) -> bool:
-    """Whether a word of `text` may end before character `at`: anywhere but before a combining mark and
-    between two letters or digits of a script that writes words apart."""
+    """Whether a word of `text` may end before character `at`. It may not before a combining mark, nor between two
+    letters or digits of a script that separates words by spaces."""
     if at <= 0 or at >= len(text):
         return True
     before, after = text[at - 1], text[at]

@@ -1,4 +1,4 @@
-"""Arguments of calls that are not written as JSON. Their types are those that the tool's schema gives them."""
+"""Parses arguments of tool calls that are not written as JSON. The tool's schema gives their types."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 def xml_arguments(body: str, schema: Schema) -> dict[str, Any] | None:
-    """<parameter=key>value</parameter>..., or a JSON object in their place; None if it is neither."""
+    """Parse <parameter=key>value</parameter>..., or a JSON object in its place; None if it is neither."""
     if body.lstrip()[:1] == "{":
         value = tolerant_loads(body)
         return value if isinstance(value, dict) else None
     arguments: dict[str, Any] = {}
     at = 0
-    while found := _PARAMETER.search(body, at):
-        close = f"</{found[1]}parameter>"
-        end = body.find(close, found.end())
+    while match := _PARAMETER.search(body, at):
+        close = f"</{match[1]}parameter>"
+        end = body.find(close, match.end())
         if end < 0:
             return None
-        value = body[found.end() : end]
+        value = body[match.end() : end]
         if value[:1] == "\n":
             value = value[1:].removesuffix("\n")
-        name = (found[2] or found[3] or "").strip()
-        arguments[name] = value if 'string="true"' in found[0] else typed(value, name, schema)
+        name = (match[2] or match[3] or "").strip()
+        arguments[name] = value if 'string="true"' in match[0] else typed(value, name, schema)
         at = end + len(close)
     return arguments if arguments or not body.strip() else None
 
 
 def tagged_arguments(body: str, schema: Schema) -> dict[str, Any] | None:
-    """<arg_key>key</arg_key><arg_value>value</arg_value>...; None if it is not that."""
+    """Parse <arg_key>key</arg_key><arg_value>value</arg_value>...; None if it is anything else."""
     arguments: dict[str, Any] = {}
     at = 0
     while key := _KEY.search(body, at):
@@ -57,10 +57,10 @@ def tagged_arguments(body: str, schema: Schema) -> dict[str, Any] | None:
     return arguments
 
 
-def python_arguments(written: str, schema: Schema) -> dict[str, Any] | None:
-    """key="value", ...; None if they are not JSON's values, or an argument has no name and the schema none for it."""
+def python_arguments(source: str, schema: Schema) -> dict[str, Any] | None:
+    """Parse key="value", ...; None if a value has no JSON type, or an unnamed argument has no name in the schema."""
     try:
-        call = ast.parse(f"f({_on_one_line(written)})", mode="eval").body
+        call = ast.parse(f"f({_on_one_line(source)})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             return None
         names = list(schema.get("properties") or {})
@@ -73,11 +73,11 @@ def python_arguments(written: str, schema: Schema) -> dict[str, Any] | None:
         return None
 
 
-def _on_one_line(written: str) -> str:
-    """The text with line breaks inside of strings escaped, which some models write raw."""
+def _on_one_line(source: str) -> str:
+    """The text with line breaks inside strings escaped; some models write them raw."""
     out: list[str] = []
     quote, escaped = "", False
-    for character in written:
+    for character in source:
         if quote and character in "\r\n" and not escaped:
             out.append("\\r" if character == "\r" else "\\n")
             continue
@@ -98,43 +98,43 @@ class _JsonWords(ast.NodeTransformer):
 
 
 def typed(written: str, name: str, schema: Schema) -> Any:
-    """A value that was written without quotes, as the type that the schema gives it; of unknown type, as JSON if it is
-    JSON."""
+    """Convert a value that was written without quotes to its type in the schema; without a known type, parse it as JSON
+    if possible."""
     properties = schema.get("properties")
-    declared = properties.get(name) if isinstance(properties, Mapping) else None
-    types = _types(declared, schema)
+    declaration = properties.get(name) if isinstance(properties, Mapping) else None
+    types = _types(declaration, schema)
     if types == {"string"}:
         return written
-    stripped = written.strip()
-    if stripped in _PYTHON_WORDS:
-        value, read = _PYTHON_WORDS[stripped], True
-    elif stripped[:1] in "{[" and stripped:
-        value = tolerant_loads(stripped)
-        read = value is not None
+    bare = written.strip()
+    if bare in _PYTHON_WORDS:
+        value, is_read = _PYTHON_WORDS[bare], True
+    elif bare[:1] in "{[" and bare:
+        value = tolerant_loads(bare)
+        is_read = value is not None
     else:
-        value = loads(stripped)
-        read = value is not None or stripped == "null"
-    if not read or (isinstance(value, str) and "string" in types):
+        value = loads(bare)
+        is_read = value is not None or bare == "null"
+    if not is_read or (isinstance(value, str) and "string" in types):
         return written
     return value if not types or _type_of(value) & types or "string" not in types else written
 
 
-def _types(declared: Any, schema: Schema, depth: int = 0) -> set[str]:
-    """Names of JSON's types that a value may have; none if that is not said."""
-    if not isinstance(declared, Mapping) or depth > 8:
+def _types(declaration: Any, schema: Schema, depth: int = 0) -> set[str]:
+    """Names of the JSON types that a value may have; empty if the schema does not say."""
+    if not isinstance(declaration, Mapping) or depth > 8:
         return set()
-    reference = declared.get("$ref")
+    reference = declaration.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/"):
         inner: Any = schema
         for key in reference[2:].split("/"):
             inner = inner.get(key) if isinstance(inner, Mapping) else None
         return _types(inner, schema, depth + 1)
     for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(declared.get(key), list):
-            return set().union(*(_types(inner, schema, depth + 1) for inner in declared[key]))
-    types = declared.get("type")
+        if isinstance(declaration.get(key), list):
+            return set().union(*(_types(inner, schema, depth + 1) for inner in declaration[key]))
+    types = declaration.get("type")
     if types is None:
-        values = declared.get("enum") or [declared[key] for key in ("const",) if key in declared]
+        values = declaration.get("enum") or [declaration[key] for key in ("const",) if key in declaration]
         return set().union(*map(_type_of, values))
     return {types} if isinstance(types, str) else {one for one in types if isinstance(one, str)}
 

@@ -1,4 +1,4 @@
-"""The forms of a call, each read one character at a time from where it begins (see calls.py)."""
+"""The notations of tool calls. Each is parsed one character at a time from its first character on (see calls.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIRST_KEYS = (*_NAME_KEYS, *_ARGUMENT_KEYS, "id", "type", "function", "tool_cal
 
 @dataclass
 class _Call:
-    """A call under way."""
+    """A call whose text is still coming in."""
 
     index: int
     id: str = field(default_factory=new_call_id)
@@ -33,7 +33,7 @@ class _Call:
 
 
 class CallForms(Thinking):
-    """Reads calls; whoever inherits it finds where they begin, and takes what they are and what is none."""
+    """Parses calls. A subclass finds where they begin, and collects calls and other content."""
 
     def __init__(self, parameters: Mapping[str, Mapping[str, Any]], parallel: bool) -> None:
         self._parameters = parameters  # JSON schemas of the arguments, by tool
@@ -42,38 +42,38 @@ class CallForms(Thinking):
         self._calls: list[ToolCall] = []
         self._invalid: list[InvalidToolCall] = []
         self._count = 0
-        self._blank = True  # nothing but white space stands on this line so far
+        self._blank = True  # the current line has only white space so far
         self._after: str | None = None  # what was just read: "call", "python" or "thought"
         super().__init__()
 
     def _say(self, text: str) -> None:
-        """Takes content."""
+        """Collect content."""
         raise NotImplementedError
 
     def _part_content(self) -> None:
-        """What comes next is no content; what content follows begins on a line of its own."""
+        """What follows is no content; later content begins on a new line."""
         raise NotImplementedError
 
     def _give(self, kind: int, text: str, **first: str) -> None:
-        """Takes a piece of the arguments of the call of a number; `first` are its id and name."""
+        """Collect a piece of the arguments of call number `kind`; `first`: its id and name."""
         raise NotImplementedError
 
     def _give_up(self, read: str) -> None:
-        """What was read is no call; its first character is content, and what follows may be anything."""
+        """`read` is no call: its first character is content, and the rest is parsed again."""
         self._say(read[0])
         self._unread(read[1:])
         self._after = None
 
     def _label(self) -> Generator[None, str, str]:
-        """The rest of a line that opens fenced code, if it is a word alone; its label."""
-        label: list[str] = []
+        """The label of fenced code: the letters, "_" and "-" right after the fence."""
+        letters: list[str] = []
         while (character := (yield from self._next())).isalpha() or character in ("_", "-"):
-            label.append(character)
+            letters.append(character)
         self._unread(character)
-        return "".join(label)
+        return "".join(letters)
 
     def _skipped(self, held: list[str]) -> Generator[None, str, str]:
-        """The next character that is no white space; all of it is held."""
+        """The next character that is no white space; all characters are added to `held`."""
         while True:
             character = yield from self._next()
             held.append(character)
@@ -81,7 +81,7 @@ class CallForms(Thinking):
                 return character
 
     def _closed(self, kind: str) -> Reading:
-        """Skip what closes a call."""
+        """Skip the end marks of a call."""
         self._part_content()
         self._after, self._blank = kind, False
         fences = 1
@@ -97,52 +97,52 @@ class CallForms(Thinking):
                 return
 
     def _object(self, marked: bool, before: str = "") -> Reading:
-        """A call, or several, in one JSON object, whose "{" is read. `before`: what was held in front of it."""
+        """Parse one or several calls in a JSON object whose "{" was read. `before`: text held back before it."""
         scan, call = JsonText(), _Call(self._count)
         scan.push("{")
-        known = marked
+        is_call = marked
         while not scan.done and (character := (yield from self._next())):
             if character == "<" and not scan.quoted and (mark := (yield from self._word(character, CLOSING))):
                 self._unread(mark)
                 break
             scan.push(character)
-            if not known:
+            if not is_call:
                 verdict = self._begins_call(scan)
                 if verdict is False:
                     self._give_up(before + "".join(scan.raw))
                     return
-                known = bool(verdict)
+                is_call = bool(verdict)
             self._stream(scan, call)
         scan.finish()
-        written = "".join(scan.raw)
-        read, error = _calls_in(loads("".join(scan.text)) if scan.done else None, self._parameters if marked else ())
-        known_names = [name for name, _ in read if name in self._parameters]
+        source = "".join(scan.raw)
+        calls, error = _calls_in(loads("".join(scan.text)) if scan.done else None, self._parameters if marked else ())
+        named = [name for name, _ in calls if name in self._parameters]
         if not scan.done and not marked and not call.streamed:
-            found = regex.search(r'"name"\s*+:\s*+"((?:[^"\\]|\\.)*+)"', written)
-            known_names = [found[1]] if found and found[1] in self._parameters else []
-        if not (marked or call.streamed or known_names):
-            self._say(before + written)  # JSON, but not a call
+            match = regex.search(r'"name"\s*+:\s*+"((?:[^"\\]|\\.)*+)"', source)
+            named = [match[1]] if match and match[1] in self._parameters else []
+        if not (marked or call.streamed or named):
+            self._say(before + source)  # JSON that is no call
             self._after = None
             return
         if call.streamed:
-            said = "".join(call.said)
-            # The braces around whole arguments are often forgotten, or cut off.
-            arguments = loads(said) if scan.arguments_end else None
-            self._add(call, scan.name, arguments, said, error)
-        elif not read:
-            self._add(call, known_names[0] if known_names else "", None, written.strip(), error)
+            arguments_text = "".join(call.said)
+            # Models often forget the last brace of the call, or it is cut off.
+            arguments = loads(arguments_text) if scan.arguments_end else None
+            self._add(call, scan.name, arguments, arguments_text, error)
+        elif not calls:
+            self._add(call, named[0] if named else "", None, source.strip(), error)
         else:
-            for name, arguments in read:
-                said = written.strip() if arguments is None else ""
-                self._add(call, name, arguments, said, error)
+            for name, arguments in calls:
+                arguments_text = source.strip() if arguments is None else ""
+                self._add(call, name, arguments, arguments_text, error)
                 call = _Call(self._count)
         yield from self._closed("call")
 
     def _begins_call(self, scan: JsonText) -> bool | None:
-        """Whether an object that no mark announces may be a call; None until that is known."""
-        head, written = scan.head, scan.string
+        """Whether an object without a mark before it may be a call; None while undecided."""
+        head, partial = scan.head, scan.string
         if not head:
-            return None if written is None or any(key.startswith(written) for key in _FIRST_KEYS) else False
+            return None if partial is None or any(key.startswith(partial) for key in _FIRST_KEYS) else False
         key = head[0][1:-1]
         if head[0][0] != '"' or key not in _FIRST_KEYS or (len(head) > 1 and head[1] != ":"):
             return False
@@ -152,14 +152,14 @@ class CallForms(Thinking):
             return True
         if len(head) > 2:
             return head[2][:1] == '"' and loads(head[2]) in self._parameters
-        if written is None:
+        if partial is None:
             return None
-        if "\\" in written:  # each character may be spelled with up to twelve
-            return None if len(written) <= 12 * self._longest else False
-        return None if any(name.startswith(written) for name in self._parameters) else False
+        if "\\" in partial:  # an escaped character may take up to twelve
+            return None if len(partial) <= 12 * self._longest else False
+        return None if any(name.startswith(partial) for name in self._parameters) else False
 
     def _stream(self, scan: JsonText, call: _Call, name: str | None = None) -> None:
-        """Give out what of the arguments is new."""
+        """Return the new part of the arguments to the caller."""
         if scan.arguments_at is None:
             return
         text = scan.text[scan.arguments_at + len(call.said) : scan.arguments_end]
@@ -172,7 +172,7 @@ class CallForms(Thinking):
         call.said += text
 
     def _add(self, call: _Call, name: str, arguments: dict[str, Any] | None, said: str, error: str = "") -> None:
-        """A call is whole."""
+        """Add a complete call."""
         if self._count and not self._parallel:
             return
         self._count += 1
@@ -184,25 +184,25 @@ class CallForms(Thinking):
         if not call.streamed:
             self._give(call.index, said, id=call.id, name=name)
 
-    def _unreadable(self, read: list[str], error: str) -> Reading:
-        """A call that is in none of the forms ends with its line, or with what closes it."""
+    def _unreadable(self, characters: list[str], error: str) -> Reading:
+        """Add an invalid call in no known notation; it ends with its line, or at an end mark."""
         while (character := (yield from self._next())) and character != "\n":
             if character in CLOSING.first and (mark := (yield from self._word(character, CLOSING))):
                 character = mark
                 break
-            read.append(character)
+            characters.append(character)
         self._unread(character)
-        self._add(_Call(self._count), "", None, "".join(read).strip(), error)
+        self._add(_Call(self._count), "", None, "".join(characters).strip(), error)
         yield from self._closed("call")
 
-    def _xml(self, mark: str, held: str, anyone: bool) -> Reading:
-        """<function=name>...</function>. `anyone`: whether a name that is no tool's makes a call too."""
+    def _xml(self, mark: str, before: str, anyone: bool) -> Reading:
+        """Parse <function=name>...</function>. `anyone`: also accept a name that is not a tool's."""
         name: list[str] = []
         while (character := (yield from self._next())) and character not in '"<>\n':
             name.append(character)
-        called = "".join(name)
-        if not character or character not in '">' or not (anyone or called in self._parameters):
-            self._give_up(held + called + character)
+        tool = "".join(name)
+        if not character or character not in '">' or not (anyone or tool in self._parameters):
+            self._give_up(before + tool + character)
             return
         while character == '"' and (character := (yield from self._next())) not in ("", ">"):
             character = '"'
@@ -215,22 +215,22 @@ class CallForms(Thinking):
         if end not in XML.values():
             self._unread(end)
         text = "".join(body)
-        arguments = xml_arguments(text, self._parameters.get(called, {})) if end else None
-        self._add(_Call(self._count), called, arguments, text.strip())
+        arguments = xml_arguments(text, self._parameters.get(tool, {})) if end else None
+        self._add(_Call(self._count), tool, arguments, text.strip())
         yield from self._closed("call")
 
     def _named(self, character: str) -> Reading:
-        """A call that begins with its name."""
-        read: list[str] = []
+        """Parse a call that begins with the tool's name."""
+        characters: list[str] = []
         name = ""
         while character and character not in "([{<\n":
-            read.append(character)
+            characters.append(character)
             character = yield from self._next()
-        name = _bare_name("".join(read), self._parameters)
-        fenced = False
+        name = _bare_name("".join(characters), self._parameters)
+        in_fence = False
         while True:
             if character == "(":
-                yield from self._python(read, name, marked=True)
+                yield from self._python(characters, name, marked=True)
                 return
             if character == "{" and name:
                 yield from self._arguments(name)
@@ -249,25 +249,25 @@ class CallForms(Thinking):
             if mark in CLOSING.whole or not character:
                 arguments: dict[str, Any] | None = {} if mark and name in self._parameters else None
                 self._unread(mark or character)
-                said = "" if arguments is not None else "".join(read).strip()
-                self._add(_Call(self._count), name if arguments is not None else "", arguments, said, _FORM)
+                source = "" if arguments is not None else "".join(characters).strip()
+                self._add(_Call(self._count), name if arguments is not None else "", arguments, source, _FORM)
                 yield from self._closed("call")
                 return
-            if not mark and character == "`" and not fenced and (yield from self._word(character, FENCE)):
+            if not mark and character == "`" and not in_fence and (yield from self._word(character, FENCE)):
                 yield from self._label()
-                fenced = True
+                in_fence = True
             elif not mark and character not in SPACE:
                 self._unread(character)
-                yield from self._unreadable(read, _FORM)
+                yield from self._unreadable(characters, _FORM)
                 return
-            if character == "\n" and name not in self._parameters and not fenced:
+            if character == "\n" and name not in self._parameters and not in_fence:
                 self._unread(character)
-                yield from self._unreadable(read, _FORM)
+                yield from self._unreadable(characters, _FORM)
                 return
             character = yield from self._next()
 
     def _arguments(self, name: str) -> Reading:
-        """A JSON object of arguments, whose "{" is read."""
+        """Parse a JSON object of arguments whose "{" was read."""
         scan, call = JsonText(arguments=True), _Call(self._count)
         scan.push("{")
         self._stream(scan, call, name)
@@ -282,7 +282,7 @@ class CallForms(Thinking):
         yield from self._closed("call")
 
     def _tagged(self, name: str, mark: str) -> Reading:
-        """GLM's <arg_key>key</arg_key><arg_value>value</arg_value>..., up to what closes the call."""
+        """Parse GLM's <arg_key>key</arg_key><arg_value>value</arg_value>..., up to the end mark."""
         body = [mark]
         end = ""
         while character := (yield from self._next()):
@@ -295,21 +295,21 @@ class CallForms(Thinking):
         self._add(_Call(self._count), name, arguments, text.strip())
         yield from self._closed("call")
 
-    def _python_unmarked(self, held: str) -> Reading:
-        """A call in Python whose name's first character is read, the last of what is held."""
-        name = held[-1]
-        while any(known.startswith(name) for known in self._parameters):
+    def _python_unmarked(self, before: str) -> Reading:
+        """Parse a call in Python without a mark; `held` ends with the first character of its name."""
+        name = before[-1]
+        while any(tool.startswith(name) for tool in self._parameters):
             character = yield from self._next()
             if character == "(" and name in self._parameters:
-                yield from self._python([held + name[1:]], name, marked=False)
+                yield from self._python([before + name[1:]], name, marked=False)
                 return
             name += character
             if not character:
                 break
-        self._give_up(held + name[1:])
+        self._give_up(before + name[1:])
 
-    def _python(self, read: list[str], name: str, marked: bool) -> Reading:
-        """A call in Python, whose "(" is read."""
+    def _python(self, before: list[str], name: str, marked: bool) -> Reading:
+        """Parse a call in Python whose "(" was read."""
         scan: list[str] = []
         quote, escaped, depth = "", False, 1
         while depth and (character := (yield from self._next())):
@@ -326,14 +326,14 @@ class CallForms(Thinking):
             else:
                 depth += (character in "([{") - (character in ")]}")
             scan.append(character)
-        written = "".join(scan)
-        arguments = None if depth else python_arguments(written[:-1], self._parameters.get(name, {}))
+        source = "".join(scan)
+        arguments = None if depth else python_arguments(source[:-1], self._parameters.get(name, {}))
         if arguments is None and not marked:
-            self._say("".join([*read, "(", written]))
+            self._say("".join([*before, "(", source]))
             self._after = None
             return
-        said = "".join([*read, "(", written]).strip()
-        self._add(_Call(self._count), name if arguments is not None else "", arguments, said, _FORM)
+        call_text = "".join([*before, "(", source]).strip()
+        self._add(_Call(self._count), name if arguments is not None else "", arguments, call_text, _FORM)
         yield from self._closed("python")
 
 
@@ -341,9 +341,9 @@ _CUT = "the arguments are not a JSON object; they may have been cut off by max_t
 _FORM = 'a call is {"name": ..., "arguments": {...}}'
 
 
-def _bare_name(written: str, tools: Mapping[str, Any]) -> str:
-    """The tool's name, without what some models put around it: functions.name:0, name.call, call:name."""
-    name = written.strip()
+def _bare_name(text: str, tools: Mapping[str, Any]) -> str:
+    """The tool's name without additions that some models make: functions.name:0, name.call, call:name."""
+    name = text.strip()
     if name in tools:
         return name
     bare = name.removeprefix("functions.").removeprefix("call:").removesuffix(".call").rstrip(string.digits)
@@ -353,17 +353,19 @@ def _bare_name(written: str, tools: Mapping[str, Any]) -> str:
 def _calls_in(
     value: Any, tools: Mapping[str, Any] | Sequence[str]
 ) -> tuple[list[tuple[str, dict[str, Any] | None]], str]:
-    """Names and arguments of the calls that a JSON object holds, arguments None where they are none, and why.
+    """The calls in a JSON value: (name, arguments) each, arguments None if invalid; and an error message.
 
     Args:
-        tools: names that may also stand as the only key, before the arguments.
+        tools: names that may also be an object's only key, with the arguments as its value.
     """
     if not isinstance(value, Mapping):
         return [], "the call is not a JSON object; it may have been cut off by max_tokens"
     if isinstance(value.get("tool_calls"), list):
-        read = [_calls_in(inner, ()) for inner in value["tool_calls"]]
-        return [call for calls, _ in read for call in calls], next((error for _, error in read if error), _FORM)
-    if isinstance(value.get("function"), Mapping):  # as OpenAI writes it
+        inner_calls = [_calls_in(inner, ()) for inner in value["tool_calls"]]
+        return [call for calls, _ in inner_calls for call in calls], next(
+            (error for _, error in inner_calls if error), _FORM
+        )
+    if isinstance(value.get("function"), Mapping):  # OpenAI's notation
         value = value["function"]
     name = next((value[key] for key in _NAME_KEYS if key in value), None)
     key = next((key for key in _ARGUMENT_KEYS if key in value), None)

@@ -1,17 +1,17 @@
-"""Calls of tools read out of an answer's text, whole or while it grows.
+"""Parses an answer's text into content, tool calls and reasoning, in one piece or while it is streamed.
 
-Members are trained on different spellings of a call. Read are, with what each family puts around them:
+Models are trained on different notations of a call. These are parsed, together with each family's marks around them:
 
-- JSON: ``{"name": ..., "arguments": {...}}`` (Hermes, Qwen, Llama 3, Granite, Mistral, Cohere, ...), also as OpenAI
-  nests it, in ``{"tool_calls": [...]}``, in a list, in fenced code, and as small models misspell it (see json_text.py)
+- JSON: ``{"name": ..., "arguments": {...}}`` (Hermes, Qwen, Llama 3, Granite, Mistral, Cohere, ...), also in OpenAI's
+  nesting, in ``{"tool_calls": [...]}``, in a list, in fenced code, and with small models' typical errors (json_text.py)
 - XML: ``<function=name><parameter=key>value</parameter></function>`` (Qwen3-Coder, Seed, StepFun), ``<invoke
   name="...">`` (MiniMax, DeepSeek-V4)
 - a name, then arguments: ``name<arg_key>key</arg_key><arg_value>value</arg_value>`` (GLM, Ling), ``name[ARGS]{...}``
   (Mistral), ``name<sep>{...}`` (DeepSeek, Kimi)
 - Python: ``[name(key="value"), ...]`` (Llama 4, LFM2)
 
-What no mark announces is a call only where it begins a line and names one of the tools: any other JSON is what the
-caller asked for. What is reasoning is no call, whatever stands in it.
+A text without a mark is a call only if it begins a line and names one of the tools; other JSON may be the answer that
+the caller asked for. Reasoning is never parsed for calls.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ AnswerPart = str | ReasoningPart | CallPart
 
 
 def parse_tool_calls(text: str, tools: Sequence[Tool], *, parallel: bool = True) -> ParsedAnswer:
-    """An answer taken apart into content, calls and reasoning; text that is neither stays content as it is.
+    """Split a complete answer into content, calls and reasoning. Text that is neither call nor reasoning is content.
 
     Args:
-        text: a whole answer.
-        tools: the tools that were offered; without any, no text is a call.
-        parallel: whether an answer may hold several calls; else those after the first are dropped.
+        text: a complete answer.
+        tools: the offered tools; without tools no text is a call.
+        parallel: whether an answer may have several calls; otherwise calls after the first are dropped.
     """
     stream = ToolStream(tools, parallel=parallel)
     stream.feed(text)
@@ -44,7 +44,8 @@ def parse_tool_calls(text: str, tools: Sequence[Tool], *, parallel: bool = True)
 
 @dataclass
 class _Part:
-    """Pieces of one kind that follow each other; kind is the index of a call for pieces of its arguments."""
+    """Successive pieces of one kind. `kind` is "content", "reasoning", or the index of the call whose arguments they
+    are."""
 
     kind: str | int
     pieces: list[str]
@@ -59,42 +60,42 @@ class _Part:
 
 
 class ToolStream(CallForms):
-    """Takes an answer apart while it grows.
+    """Splits an answer into content, calls and reasoning while it is streamed.
 
-    Text that may become a call is held back until that is known. The arguments of a call in JSON are given out as
-    they are written, those of other calls at their end. The work is linear in the text.
+    Text that may become a call is held back until this is decided. The arguments of a JSON call are returned as they
+    are written, those of other calls at their end. The time is linear in the length of the text.
 
     Args:
-        tools: the tools that were offered; without any, no text is a call.
-        parallel: whether an answer may hold several calls; else those after the first are dropped.
+        tools: the offered tools; without tools no text is a call.
+        parallel: whether an answer may have several calls; otherwise calls after the first are dropped.
 
     Raises:
-        OptionError: tools that could not be offered.
+        OptionError: invalid tools.
     """
 
     def __init__(self, tools: Sequence[Tool], *, parallel: bool = True) -> None:
         check_tools(tools, None, None)
         self._marks = Words([*THOUGHTS, *(OPENING.whole if tools else ())])
         self._out: list[_Part] = []
-        self._spaces: list[str] = []  # white space that is content only if more content follows
-        self._skipping = False  # white space right here is not content
+        self._spaces: list[str] = []  # white space, content only if more content follows
+        self._skipping = False  # white space here is no content
         self._content: list[str] = []
         self._reasoning: list[str] = []
         super().__init__({tool["function"]["name"]: tool_parameters(tool) for tool in tools}, parallel)
 
     @property
     def answer(self) -> ParsedAnswer:
-        """All of it, once finish() was called."""
+        """The complete result, once finish() was called."""
         texts = "".join(self._content), tuple(self._calls), tuple(self._invalid), "".join(self._reasoning)
         return ParsedAnswer(*texts)
 
     def feed(self, text: str) -> list[AnswerPart]:
-        """What one more piece of the answer makes sure: content, reasoning and parts of calls, in order."""
+        """Add a piece of the answer; return the new parts that are now final: content, reasoning, calls, in order."""
         self._put(text)
         return self._taken()
 
     def finish(self) -> list[AnswerPart]:
-        """What was still held back, once no more text comes."""
+        """End the answer; return the parts that were held back."""
         self._end()
         if self._spaces and not self._count and not self._skipping:
             self._give("content", "".join(self._spaces))
@@ -115,20 +116,20 @@ class ToolStream(CallForms):
     # Content and reasoning
 
     def _say(self, text: str) -> None:
-        """The text is content, but for white space at its end, which waits for what follows."""
+        """Add content. White space at its end waits for more content."""
         for character in text:
             self._blank = character == "\n" or (self._blank and character in " \t")
             if not character.isspace():
-                sure = "".join([*self._spaces, character])
+                final = "".join([*self._spaces, character])
                 self._spaces.clear()
                 self._skipping = False
-                self._content.append(sure)
-                self._give("content", sure)
+                self._content.append(final)
+                self._give("content", final)
             elif not self._skipping:
                 self._spaces.append(character)
 
     def _part_content(self) -> None:
-        """What comes next is no content; what content follows begins on a line of its own."""
+        """What follows is no content; later content begins on a new line."""
         self._spaces = ["\n"] if self._content else []
         self._skipping = True
 
@@ -158,7 +159,7 @@ class ToolStream(CallForms):
 
     def _marked(self, mark: str) -> Reading:
         if mark in THOUGHTS:
-            if not self._blank and self._after is None:  # told of, not used
+            if not self._blank and self._after is None:  # a mention of the mark, not reasoning
                 self._say(mark)
                 return
             if self._reasoning:
@@ -167,20 +168,20 @@ class ToolStream(CallForms):
             self._part_content()
             self._blank, self._after = True, self._after or "thought"
             return
-        held = [mark]
+        before = [mark]
         while True:
             if mark in XML:
-                yield from self._xml(mark, "".join(held), anyone=len(held) > 1)
+                yield from self._xml(mark, "".join(before), anyone=len(before) > 1)
                 return
-            character = yield from self._skipped(held)
+            character = yield from self._skipped(before)
             if not character:
-                self._give_up("".join(held))
+                self._give_up("".join(before))
                 return
             mark = (yield from self._word(character, OPENING)) if character in OPENING.first else ""
             if mark:
-                held[-1] = mark
+                before[-1] = mark
             elif character == "`" and (yield from self._word(character, FENCE)):
-                held[-1] = "```" + (yield from self._label())
+                before[-1] = "```" + (yield from self._label())
             elif character != "[":
                 break
         if character == "{":
@@ -189,19 +190,19 @@ class ToolStream(CallForms):
             yield from self._named(character)
 
     def _unmarked(self, character: str) -> Reading:
-        held = [character]
+        before = [character]
         if character == "`":
             if not (yield from self._word(character, FENCE)):
                 self._give_up(character)
                 return
-            held = ["```", (yield from self._label())]
-            character = yield from self._skipped(held)
+            before = ["```", (yield from self._label())]
+            character = yield from self._skipped(before)
         bracket = character == "["
         if bracket:
-            character = yield from self._skipped(held)
+            character = yield from self._skipped(before)
         if character == "{":
-            yield from self._object(marked=False, before="".join(held[:-1]))
+            yield from self._object(marked=False, before="".join(before[:-1]))
         elif (bracket or self._after == "python") and character:
-            yield from self._python_unmarked("".join(held))
+            yield from self._python_unmarked("".join(before))
         else:
-            self._give_up("".join(held))
+            self._give_up("".join(before))

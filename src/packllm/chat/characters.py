@@ -1,4 +1,4 @@
-"""Text that is read one character at a time, while it grows."""
+"""Parsers that read a growing text one character at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Reading = Generator[None, str, None]
 
 
 class Words:
-    """Spellings to look for; none begins another."""
+    """Strings to search for; none may be a prefix of another."""
 
     def __init__(self, spellings: Iterable[str]) -> None:
         self.whole = frozenset(spellings)
@@ -18,13 +18,13 @@ class Words:
 
 
 class Characters:
-    """Reads a text in pieces, by a coroutine that asks for one character at a time and may go back.
+    """Reads a text that comes in pieces. A coroutine asks for one character at a time and may go back.
 
-    What is read out of a text so cannot depend on how it was cut into pieces, and the work is what the coroutine
-    does for each character.
+    So the result cannot depend on how the text was cut into pieces, and the time is what the coroutine needs per
+    character.
 
     Attributes:
-        examined: characters asked for so far, those read again included.
+        examined: number of characters requested so far; characters read twice count twice.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Characters:
         next(self._reading)
 
     def _read(self) -> Reading:
-        """Takes the text; must not end before it does."""
+        """The coroutine that parses the text; it must not end before the text does."""
         raise NotImplementedError
 
     def _put(self, text: str) -> None:
@@ -43,7 +43,7 @@ class Characters:
             self._reading.send(character)
 
     def _end(self) -> None:
-        """No more text comes."""
+        """End the text."""
         if not self._over:
             self._over = True
             with suppress(StopIteration):
@@ -60,12 +60,12 @@ class Characters:
         self._again.extend(reversed(text))
 
     def _word(self, first: str, words: Words) -> Generator[None, str, str]:
-        """The one of `words` that begins with the character just read; "", with nothing more read, if none does."""
-        read = first
-        while read not in words.whole:
-            character = (yield from self._next()) if read in words.begun else ""
+        """The word of `words` here, whose character `first` was read; "" if there is none, with nothing else read."""
+        prefix = first
+        while prefix not in words.whole:
+            character = (yield from self._next()) if prefix in words.begun else ""
             if not character:
-                self._unread(read[1:])
+                self._unread(prefix[1:])
                 return ""
-            read += character
-        return read
+            prefix += character
+        return prefix

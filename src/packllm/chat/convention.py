@@ -1,10 +1,10 @@
-"""How tools, calls and results are put to a member whose chat template has no place for them.
+"""Tools, calls, results and schemas as plain text, for chat templates that do not support them.
 
-The tools are listed in the system message, one JSON object a line, and a call is answered as JSON alone:
-``{"name": "<tool>", "arguments": {...}}``. An assistant's earlier calls are written in that form; a tool's result is
-a user's message, "Result of <tool>: ...". A JSON schema that the answer must fit is told in the system message too.
+The system message lists the tools, one JSON object a line, and asks for a call as JSON alone:
+``{"name": "<tool>", "arguments": {...}}``. Earlier calls of the assistant are written in that form. A tool's result is
+a user message, "Result of <tool>: ...". A JSON schema for the answer is also part of the system message.
 
-Everything here joins traced texts by +, so that what they are of is not forgotten (see traced.py).
+Texts are joined by + only: this keeps their trace, that is, which message each character is from (see traced.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BEFORE_USER = ("system", "developer")
 
 
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What the system message says of the tools."""
+    """The part of the system message about the tools."""
     lines = "\n".join(_json(tool.get("function", tool)) for tool in tools)
     call = _json({"name": "<tool>", "arguments": {"<argument>": "<value>"}})
     return (
@@ -32,17 +32,17 @@ def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
-    """What the system message says of the form of the answer."""
+    """The part of the system message about the form of the answer."""
     return f"Answer with JSON alone, in the form of this JSON schema:\n{_json(schema)}"
 
 
 def documents_text(documents: Sequence[Any]) -> str:
-    """What the system message says of documents."""
+    """The part of the system message about documents."""
     return "Documents:\n" + "\n".join(map(_json, documents))
 
 
 def with_system(messages: Sequence[Message], text: str) -> list[Message]:
-    """The messages with `text` at the end of the system message, or as one."""
+    """The messages with `text` appended to the system message, or as a new one."""
     if not text:
         return list(messages)
     if messages[0]["role"] == "system":
@@ -62,28 +62,28 @@ def written_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def system_for_developer(messages: Sequence[Message]) -> list[Message]:
-    """The messages with developers' words as the system's."""
+    """The messages with developer messages as system messages."""
     return [{**m, "role": _SYSTEM} if m["role"] == "developer" else m for m in messages]
 
 
 def folded(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the system's words before the next words of the user's, or as such."""
+    """The messages with each system message moved to the start of the next user message, or made a user message."""
     turns: list[Message] = []
-    held: str = ""
+    pending: str = ""
     for message in messages:
         if message["role"] in _BEFORE_USER:
-            held = _join(held, message.get("content") or "")
-        elif held and message["role"] == "user":
-            turns.append({**message, "content": _join(held, message["content"])})
-            held = ""
+            pending = _join(pending, message.get("content") or "")
+        elif pending and message["role"] == "user":
+            turns.append({**message, "content": _join(pending, message["content"])})
+            pending = ""
         else:
             turns.append(message)
-    return [*turns, {"role": _USER, "content": held}] if held else turns
+    return [*turns, {"role": _USER, "content": pending}] if pending else turns
 
 
 def written_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages with calls written as text; results stay what they are."""
-    written: list[Message] = []
+    """The messages with calls written as text; results are not changed."""
+    results: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
         if calls:
@@ -91,28 +91,28 @@ def written_calls(messages: Sequence[Message]) -> list[Message]:
             for call in calls:
                 content = _join(content, _json(call["function"]), "\n")
             message = {"role": _ASSISTANT, "content": content}
-        written.append(message)
-    return written
+        results.append(message)
+    return results
 
 
 def written_out(messages: Sequence[Message]) -> list[Message]:
-    """The messages with calls written as text and results as the user's messages."""
-    names: dict[str, str] = {}  # of the calls so far: some number them anew at each turn
-    written: list[Message] = []
-    for message, kept in zip(messages, written_calls(messages), strict=True):
+    """The messages with calls written as text and results as user messages."""
+    names: dict[str, str] = {}  # tool name by call id; some clients use the same ids again in each turn
+    results: list[Message] = []
+    for message, result in zip(messages, written_calls(messages), strict=True):
         if message["role"] == "assistant":
             names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
         if message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""))
-            of = " of " + name if name else ""
-            kept = {"role": _USER, "content": "Result" + of + ": " + message["content"]}
-        written.append(kept)
-    return written
+            origin = " of " + name if name else ""
+            result = {"role": _USER, "content": "Result" + origin + ": " + message["content"]}
+        results.append(result)
+    return results
 
 
 def alternating(messages: Sequence[Message]) -> list[Message]:
-    """The messages, written out, for a template that wants users and assistants to take turns: the system's words
-    go before the user's, and messages of one role in a row become one."""
+    """The messages in plain text for a template that needs user and assistant to alternate: system messages become part
+    of user messages, and successive messages of one role are joined."""
     turns: list[Message] = []
     for message in written_out(messages):
         role = _USER if message["role"] in _BEFORE_USER else message["role"]

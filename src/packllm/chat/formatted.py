@@ -1,4 +1,4 @@
-"""A prompt that somebody formatted already, and which parts of it are the words that were put into it."""
+"""Prompts that the caller has formatted already, and which parts of them are the caller's contents."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Formatted(Traced):
     """Text that goes to the members without their chat templates.
 
     Attributes:
-        words: what is scored of it, by source; all of the text where the words put into it cannot be told from what is
-            around them. Then nothing in it is a control token.
-        vouched: whether they can be told.
+        words: the scored parts, by source. If the contents cannot be located in the text, all of it is scored and
+            nothing in it is a control token.
+        vouched: whether the contents were located.
     """
 
     words: dict[int, str]
@@ -26,22 +26,23 @@ class Formatted(Traced):
 
     @classmethod
     def whole(cls, text: str) -> Formatted:
-        """A formatted text of which nothing else is known."""
+        """A formatted text without known contents."""
         return cls._made(text, [(len(text), 0, 0)], {0: text}, vouched=False)
 
     @classmethod
     def by(
         cls, write: Callable[[list[str]], str], contents: Sequence[str], scored: Sequence[int] | None = None
     ) -> Formatted:
-        """What `write` makes of contents; those with the indices `scored` (all) are the user's.
+        """The text that `write` makes of contents; the contents at the indices `scored` (None: all) are scored.
 
-        Control tokens outside the contents are meant. Where they are is told by writing marks in their place too.
+        Control tokens outside the contents keep their meaning. The contents are located by a second call of `write`
+        with random marks in their place.
         """
         text = write(list(contents))
         marks = [f"{secrets.randbits(64):020d}" for _ in contents]
         try:
             around = re.split("|".join(marks), write(marks)) if marks else [text]
-        except Exception:  # a formatter that looks at its contents may not take these
+        except Exception:  # a formatter may check its contents and refuse marks
             around = []
         if len(around) != len(contents) + 1 or _filled(around, contents) != text:
             return cls.whole(text)
@@ -64,12 +65,12 @@ def _filled(around: Sequence[str], contents: Sequence[str]) -> str:
 
 
 class Tokens(Formatted):
-    """A text given as token ids, which members of their vocabulary read as they are; others read the text.
+    """A prompt given as token ids. Members with the ids' vocabulary read the ids, others read their text.
 
     Attributes:
         ids: at least one.
-        vocabulary: of the ids.
-        offsets: where each token is in the text; bytes of one character share its place.
+        vocabulary: the vocabulary of the ids.
+        offsets: (start, end) of each token in the text; the bytes of one character share its offsets.
     """
 
     ids: list[int]
@@ -78,13 +79,14 @@ class Tokens(Formatted):
 
     @classmethod
     def of(cls, ids: Sequence[int], vocabulary: Vocabulary) -> Tokens:
-        """
+        """A prompt of these ids.
+
         Raises:
-            PromptError: an id that the vocabulary does not have, or none that is text.
+            PromptError: the vocabulary lacks an id, or no id is text.
         """
-        strange = next((i for i in ids if not 0 <= i < len(vocabulary) or i in vocabulary.unused), None)
-        if strange is not None:
-            raise PromptError(f"the prompt holds the token id {strange}; ids are 0 to {len(vocabulary) - 1}")
+        invalid = next((i for i in ids if not 0 <= i < len(vocabulary) or i in vocabulary.unused), None)
+        if invalid is not None:
+            raise PromptError(f"the prompt has the token id {invalid}; valid ids are 0 to {len(vocabulary) - 1}")
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         text, offsets = "", []
         for i in ids:
@@ -93,18 +95,18 @@ class Tokens(Formatted):
             offsets.append((start, max(len(text), start + bool(piece))))
         text += decoder.decode(b"", final=True)
         if not text:
-            raise PromptError("the prompt's token ids hold no text; give at least one character")
+            raise PromptError("the prompt's token ids contain no text; give at least one character")
         self = cls._made(text, [(len(text), 0, 0)], {0: text}, vouched=True)
         assert isinstance(self, Tokens)
         self.ids, self.vocabulary, self.offsets = list(ids), vocabulary, offsets
         return self
 
     def ids_in(self, other: Vocabulary) -> list[int] | None:
-        """The ids in a vocabulary of the same family; None: it is of another, or has not all the tokens."""
+        """The ids in another vocabulary of the same family; None if it is of another family or lacks a token."""
         if other.same_as(self.vocabulary):
             return self.ids
         if not other.akin(self.vocabulary):
             return None
-        own = {token: i for i, token in enumerate(other.tokens) if token}
-        found = [own.get(self.vocabulary.tokens[i]) for i in self.ids]
-        return None if None in found else [i for i in found if i is not None]
+        id_of = {token: i for i, token in enumerate(other.tokens) if token}
+        ids = [id_of.get(self.vocabulary.tokens[i]) for i in self.ids]
+        return None if None in ids else [i for i in ids if i is not None]

@@ -1,4 +1,4 @@
-"""JSON as models write it: most of it is JSON, some is nearly so."""
+"""Parses JSON as models write it, including common errors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _HEAD = 7  # tokens up to the arguments of a call: "name" : "..." , "arguments" 
 
 
 def loads(text: str) -> Any:
-    """JSON as a value; None for what is not JSON of Unicode text. A number beyond a float's range is infinite, as
-    json.loads has it."""
+    """Parse JSON; None if it is invalid or contains no valid Unicode. As in json.loads, numbers too large for a float
+    become infinite."""
     try:
         value = json.loads(text, parse_constant=_refuse)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
+        json.dumps(value, ensure_ascii=False).encode()  # fails on lone surrogates
     except (ValueError, RecursionError):
         return None
     return value
 
 
 def tolerant_loads(text: str) -> Any:
-    """As loads, of one object or array that may be misspelt as JsonText mends it."""
+    """As loads, for one object or array, with the corrections of JsonText."""
     scan = JsonText()
     for character in text.strip():
         if scan.done:
@@ -36,19 +36,19 @@ def _refuse(constant: str) -> Any:
 
 
 class JsonText:
-    """An object that is read one character at a time, and mended where it is nearly JSON: single quotes, Python's
-    words, raw line breaks in strings, backslashes that escape nothing, a comma too many.
+    """An object that is parsed one character at a time. It corrects single quotes, Python's words (True, None), raw
+    line breaks in strings, invalid escapes and trailing commas.
 
     Args:
-        arguments: the object is the arguments themselves, not a call that holds them.
+        arguments: the object is the arguments of a call, not a call that contains them.
 
     Attributes:
         raw: the characters read.
-        text: pieces of JSON, in order; what may have to be mended is held back.
-        done: the object is whole.
-        head: the first tokens directly in the object: strings in double quotes, else single characters.
-        string: the string directly in the object that is being read, as far as it is; None between strings.
-        arguments_at, arguments_end: where in `text` the arguments begin and end, if a name comes before them.
+        text: pieces of correct JSON, in order; pieces that may need a correction are held back.
+        done: whether the object is complete.
+        head: the first tokens at the object's top level: strings in double quotes, otherwise single characters.
+        string: the top-level string that is being read, so far; None outside of one.
+        arguments_at, arguments_end: indices in `text` where the arguments begin and end, if a name precedes them.
     """
 
     def __init__(self, arguments: bool = False) -> None:
@@ -67,7 +67,7 @@ class JsonText:
 
     @property
     def quoted(self) -> bool:
-        """Whether it is inside a string."""
+        """Whether the last character is inside a string."""
         return bool(self._quote)
 
     @property
@@ -78,11 +78,11 @@ class JsonText:
 
     @property
     def name(self) -> str:
-        """The name that comes before the arguments."""
+        """The name before the arguments."""
         return loads(self.head[2])
 
     def push(self, character: str) -> None:
-        """Read one more character."""
+        """Read one character."""
         self.raw.append(character)
         if self._quote:
             self._in_string(character)
@@ -95,14 +95,14 @@ class JsonText:
             self._between(character)
 
     def finish(self) -> None:
-        """No more characters come."""
+        """End the text."""
         self._flush_word()
 
     def _between(self, character: str) -> None:
         if character in SPACE:
             (self._gap if self._gap else self.text).append(character)
             return
-        if character in "}]" and self._gap:  # a comma too many
+        if character in "}]" and self._gap:  # a trailing comma
             self.text += self._gap[1:]
             self._gap = []
         self._flush_gap()

@@ -1,4 +1,4 @@
-"""How models mark their calls of tools: what stands before them, between their parts, and after them."""
+"""The marks that models write before, inside and after their tool calls."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ WRAPPERS = {
     "<|function_call|>": "",
     "[TOOL_CALLS]": "",
 }
-"""What stands before and after calls."""
+"""Marks before and after calls."""
 XML = {
     "<function=": "</function>",
     '<invoke name="': "</invoke>",
     '<atem:invoke name="': "</atem:invoke>",
     '<｜DSML｜invoke name="': "</｜DSML｜invoke>",
 }
-"""What an XML call begins and ends with; its name follows."""
+"""Marks before and after a call in XML; the name follows the first."""
 NAME_FOLLOWS = ("<｜tool▁sep｜>", "<|tool_call:name|>")
 ARGUMENTS_FOLLOW = (
     "[ARGS]",
@@ -49,7 +49,7 @@ ARGUMENTS_FOLLOW = (
 TAGGED = ("<arg_key>", "<arg_key:opensource>")
 
 CALL_MARKS = frozenset({*WRAPPERS, *WRAPPERS.values(), *XML, *NAME_FOLLOWS, *ARGUMENTS_FOLLOW, "[CALL_ID]"} - {""})
-"""Spellings that a call may be told by; where they are control tokens, the text of an answer has to show them."""
+"""All marks of calls. If they are control tokens, an answer's text must include them, so that calls can be parsed."""
 
 OPENING = Words([*WRAPPERS, *XML])
 CLOSING = Words({*WRAPPERS.values(), "</function>"} - {""})

@@ -1,8 +1,8 @@
-"""What a prompt may be: text, or messages in OpenAI's form.
+"""Prompts: text, or messages in OpenAI's format.
 
-In packllm's normal form a message has a role and content that is text. An assistant's may have "tool_calls", whose
-arguments are a mapping wherever they are JSON, and "reasoning_content"; a tool's has the "tool_call_id" it answers.
-Other keys stay as they are, for templates that know them.
+In packllm's normal form a message has a role and its content as text. An assistant message may have "tool_calls", with
+arguments as a mapping if they are JSON, and "reasoning_content". A tool message has the "tool_call_id" that it answers.
+Other keys are not changed: some templates know them.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "text-plain": "text", "refusal": "refusal"}
-"""Where the words of a part are, by its type."""
+"""Which key of a part has its text, by the part's type."""
 REASONING_PARTS = {"thinking": "thinking", "reasoning": "reasoning", "redacted_thinking": ""}
-"""The same for what a model thought earlier, which is no content; the last is encrypted by its provider."""
+"""The same for earlier reasoning, which is no content; the last type is encrypted by its provider."""
 SILENT_PARTS = (
     *("server_tool_call", "server_tool_call_chunk", "server_tool_result"),
     *("server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result"),
     *("mcp_tool_use", "mcp_tool_result", "web_search_call", "file_search_call", "code_interpreter_call", "mcp_call"),
     *("cache_point", "cachePoint"),
 )
-"""What another provider did by itself, and marks for its cache: no words of the conversation."""
+"""Parts about another provider's own actions, and marks for its cache. They have no text of the conversation."""
 
 
 CONTEXT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQuestion: {question}"
 
 
 def with_context(question: str, passages: Sequence[str]) -> str:
-    """A question with documents before it; alone without any."""
+    """A question with passages before it; the question alone if there are none."""
     return CONTEXT.format(context="\n\n".join(p.strip() for p in passages), question=question) if passages else question
 
 
 def check(prompt: Prompt, chat_template: bool) -> Prompt:
-    """The prompt as encode() takes it: text, or messages in the normal form.
+    """Check a prompt and return it as encode() takes it: text, or messages in the normal form.
 
     Raises:
-        PromptError: empty, an unknown role, content that is not text, text that is not Unicode, calls that are
-            no calls, a tool's result without a call before it.
+        PromptError: an empty prompt, an unknown role, content that is no text, text that is no valid Unicode, an
+            invalid tool call, or a tool result without a call before it.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -62,7 +62,7 @@ def check(prompt: Prompt, chat_template: bool) -> Prompt:
         elif message["role"] == "tool" and (not called or message.get("tool_call_id") not in {None, *called}):
             raise PromptError(
                 f"message {at} is the result of tool call {message.get('tool_call_id')!r}, which no message before it "
-                f"makes; keep the assistant's message with its tool_calls, or send the result as a user's message"
+                f"makes; keep the assistant message with its tool_calls, or send the result as a user message"
             )
     return messages
 
@@ -77,33 +77,36 @@ def _check_message(message: Any, at: int) -> Message:
     if role != "assistant" and "content" not in message:
         raise PromptError(f"message {at} must be a mapping with 'role' and 'content', not {shown(message)}")
     content, reasoning = _check_content(message.get("content"), at)
-    checked = {**message, "role": role, "content": content}
+    result = {**message, "role": role, "content": content}
     if role == "tool" and not isinstance(message.get("tool_call_id"), str | None):
         raise PromptError(f"message {at} has tool_call_id={shown(message['tool_call_id'])}; an id is text")
     if role == "assistant":
-        checked |= _check_assistant(message, content, reasoning, at)
-        if checked["reasoning_content"] is None:
-            del checked["reasoning_content"]
-    return checked
+        result |= _check_assistant(message, content, reasoning, at)
+        if result["reasoning_content"] is None:
+            del result["reasoning_content"]
+    return result
 
 
 def _check_assistant(message: Message, content: str, reasoning: str, at: int) -> dict[str, Any]:
-    """What only an assistant's message has."""
-    thought = message.get("reasoning_content")
-    if not isinstance(thought, str | None):
-        raise PromptError(f"message {at} has reasoning_content={shown(thought)}; reasoning is text")
-    check_unicode(thought or "")
+    """Check the fields that only an assistant message has."""
+    reasoning_content = message.get("reasoning_content")
+    if not isinstance(reasoning_content, str | None):
+        raise PromptError(f"message {at} has reasoning_content={shown(reasoning_content)}; reasoning is text")
+    check_unicode(reasoning_content or "")
     refusal = message.get("refusal")
     if not isinstance(refusal, str | None):
         raise PromptError(f"message {at} has refusal={shown(refusal)}; a refusal is text")
-    checked: dict[str, Any] = {"content": content or refusal or "", "reasoning_content": thought or reasoning or None}
-    check_unicode(checked["content"])
+    result: dict[str, Any] = {
+        "content": content or refusal or "",
+        "reasoning_content": reasoning_content or reasoning or None,
+    }
+    check_unicode(result["content"])
     if "tool_calls" in message:
         calls = message["tool_calls"]
         if not isinstance(calls, list | tuple | None):
             raise PromptError(f"message {at} has tool_calls={shown(calls)}; give a list of calls")
-        checked["tool_calls"] = [_check_call(call, at) for call in calls or ()]
-    return checked
+        result["tool_calls"] = [_check_call(call, at) for call in calls or ()]
+    return result
 
 
 def _check_content(content: Any, at: int) -> tuple[str, str]:
@@ -145,18 +148,18 @@ def _part_text(part: Any, at: int) -> str:
 
 
 def _thought(part: Mapping[str, Any], kind: str) -> str:
-    """What a part says of reasoning: OpenAI gives none, or summaries of it."""
-    words = part.get(REASONING_PARTS[kind])
-    if isinstance(words, str):
-        return words
+    """The reasoning in a part. OpenAI gives none, or summaries of it."""
+    reasoning = part.get(REASONING_PARTS[kind])
+    if isinstance(reasoning, str):
+        return reasoning
     summary = part.get("summary")
     summaries = summary if isinstance(summary, list | tuple) else ()
-    told = [one.get("text") for one in summaries if isinstance(one, Mapping)]
-    return "\n".join(text for text in told if isinstance(text, str))
+    texts = [one.get("text") for one in summaries if isinstance(one, Mapping)]
+    return "\n".join(line for line in texts if isinstance(line, str))
 
 
 def _check_call(call: Any, at: int) -> Mapping[str, Any]:
-    """The call with its arguments as a mapping, which is what templates expect, wherever they are JSON."""
+    """A tool call with its arguments as a mapping if they are JSON, as templates expect."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError(
@@ -171,16 +174,16 @@ def _check_call(call: Any, at: int) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-    checked = {"type": "function", **call, "function": {**function, "arguments": arguments}}
+    result = {"type": "function", **call, "function": {**function, "arguments": arguments}}
     try:
-        json.dumps(checked, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"message {at} holds a tool call that is not JSON: {error}") from None
-    return checked
+    return result
 
 
 def check_unicode(text: str) -> None:
-    """PromptError if the text holds half of a surrogate pair."""
+    """Raise PromptError if the text contains half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""From text or messages to each member's token ids, and which of them are scored."""
+"""Encodes prompts (text or messages) as each member's token ids, and finds the ids that are scored."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Encoded:
     """A prompt in one member's tokens.
 
     Attributes:
-        ids: token ids, with what the tokenizer or template puts before and around the text.
-        text: the scored text: the user's words as given, or the part of them that score_on names. The same
-            for every member, whatever its template trims.
-        positions: indices into ids of the tokens of that text that have a token before them.
-        starts, ends: character offsets of those tokens in `text`.
+        ids: token ids, including those that the tokenizer or template adds around the text.
+        text: the scored text: the user's words, or the part of them that score_on names. It is the same for every
+            member, whatever its template trims.
+        positions: indices in `ids` of the scored text's tokens, except one at index 0.
+        starts, ends: character offsets of these tokens in `text`.
     """
 
     ids: list[int]
@@ -43,7 +43,7 @@ class Encoded:
 
 
 class TooLong(Exception):
-    """A prompt is far longer than a window; `tokens` of it were counted before that was clear."""
+    """A prompt is far longer than a window; at least `tokens` tokens were counted."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens)
@@ -51,20 +51,20 @@ class TooLong(Exception):
 
 
 class Encoder:
-    """One tokenizer's way from prompts to ids, safe for text that nobody vouches for.
+    """Encodes prompts with one tokenizer; safe for untrusted text.
 
-    Control tokens, which are all that were added to the tokenizer but runs of white space, are renamed, in a copy of
-    it, to names that cannot be guessed. Only what the chat template itself writes is given those names, so a control
-    token spelled inside a message is encoded as the plain text it is, and everything else exactly as the tokenizer
-    would.
+    Control tokens are all tokens that were added to the tokenizer, except runs of white space. A copy of the tokenizer
+    knows them by names that nobody can guess, and only text of the chat template itself is translated to these names.
+    So a control token that is spelled in a message is encoded as plain text, and all other text as the tokenizer
+    encodes it.
 
     Attributes:
-        template: source of the chat template, None without one.
-        vocabulary: bytes of each token id.
+        template: source of the chat template; None if there is none.
+        vocabulary: the bytes of each token id.
 
     Raises:
-        VocabularyError: the tokenizer has no `tokenizers` backend, or an odd one.
-        LoadError: the chat template cannot be read, or does not end.
+        VocabularyError: the tokenizer has no `tokenizers` backend, or a malformed one.
+        LoadError: the chat template is invalid, or does not terminate.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -73,7 +73,7 @@ class Encoder:
         self.vocabulary = Vocabulary.from_json(data, tokenizer)
         self._renderer = Renderer(tokenizer)
         self.template: str | None = self._renderer.template
-        self._nonce = f"{secrets.randbits(64):020d}"  # digits: no normaliser changes their case
+        self._nonce = f"{secrets.randbits(64):020d}"  # digits, because normalisers may change the case of letters
         self._alias = self._rename(data)
         self._backend = Tokenizer.from_str(json.dumps(data))
         self._backend.no_padding()
@@ -88,7 +88,7 @@ class Encoder:
             self.vocabulary = self.vocabulary.with_role("end_of_turn", self.end_of_turn)
 
     def _rename(self, data: dict[str, Any]) -> dict[str, str]:
-        # Some tokenizers add runs of white space as tokens: these are text. Any other is none, whatever its flags.
+        # Some tokenizers add runs of white space as tokens: these are text. All other added tokens are control tokens.
         self._control = [dict(t) for t in data["added_tokens"] if self.vocabulary.tokens[t["id"]].strip()]
         alias = {t["content"]: f"\ue000{self._nonce}{i:x}\ue001" for i, t in enumerate(self._control)}
         for token in data["added_tokens"]:
@@ -102,15 +102,15 @@ class Encoder:
             model["vocab"] = [[alias.get(piece, piece), score] for piece, score in model["vocab"]]
         if model.get("unk_token") in alias:
             model["unk_token"] = alias[model["unk_token"]]
-        data["post_processor"] = None  # it adds BOS and the like, which _prefix does, and trims offsets
+        data["post_processor"] = None  # it would trim offsets, and add BOS, which _prefix does
         return alias
 
     @cached_property
     def _prefix(self) -> list[int]:
-        """What the tokenizer puts before a text: BOS, or nothing."""
-        bare = self._tokenizer("a", add_special_tokens=False).input_ids
+        """The ids that the tokenizer puts before a text: BOS or none."""
+        plain = self._tokenizer("a", add_special_tokens=False).input_ids
         full = self._tokenizer("a").input_ids
-        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
         return full[:at]
 
     @cached_property
@@ -134,17 +134,18 @@ class Encoder:
     ) -> Encoded:
         """Token ids of a checked prompt.
 
-        Text is encoded as the tokenizer does, BOS included where it adds one. Messages go through the chat
-        template, with the mark that an answer follows; so do tools, where the template has a place for them. What
-        it has no place for, leaves out or refuses is told in words (see convention.py), a JSON schema always.
+        Text is encoded as the tokenizer does, with BOS if it adds one. Messages go through the chat template, and the
+        text ends with its generation prompt. The template also gets the tools, if it supports them. Parts that it does
+        not support, leaves out or refuses become text of the system message (see convention.py); a JSON schema always
+        does.
 
         Args:
             prompt: text, or checked messages.
             score_on: the part of the user's text that is scored; None: all of it.
-            tools: in OpenAI's form.
-            json_schema: of the answer.
+            tools: in OpenAI's format.
+            json_schema: schema of the answer.
             template_kwargs: more variables of the chat template.
-            window: tokens that the member reads. A prompt of far more is not encoded whole.
+            window: the member's context window in tokens; a prompt that is far longer is not encoded completely.
 
         Raises:
             PromptError: the template refuses the messages or leaves out a part of them, or score_on does not
@@ -157,32 +158,34 @@ class Encoder:
             prefix = self._prefix
             self._warn(prompt)
         else:
-            prefix = [] if self.template else self._prefix  # a chat template writes its own BOS
+            prefix = [] if self.template else self._prefix  # a chat template adds BOS itself
             text = self._renderer.render(prompt, tools, json_schema, template_kwargs)
             check_unicode(text)
             words = {i: m.get("content") or "" for i, m in enumerate(prompt) if m["role"] == "user"}
         scored = places(words, score_on)
-        if isinstance(prompt, Tokens) and (given := prompt.ids_in(self.vocabulary)) is not None:
+        if isinstance(prompt, Tokens) and (known_ids := prompt.ids_in(self.vocabulary)) is not None:
             spans = _spans(scored, [(0, 0, 0, len(prompt))])
-            return Encoded(list(given), scored_text(words, scored), *_positions(prompt.offsets, spans, 0))
-        written, runs = self._written(text)
-        if prefix and any(written.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
+            return Encoded(list(known_ids), scored_text(words, scored), *_positions(prompt.offsets, spans, 0))
+        spelled, runs = self._written(text)
+        if prefix and any(spelled.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
             prefix = []
         if window is not None:
-            self._check_length(written, window)
-        encoding = self._backend.encode(written, add_special_tokens=False)
+            self._check_length(spelled, window)
+        encoding = self._backend.encode(spelled, add_special_tokens=False)
         ids = [*prefix, *(self._real_id.get(i, i) for i in encoding.ids)]
         if not ids:
-            raise PromptError("prompt comes to no tokens: the chat template or the tokenizer leaves nothing of it")
+            raise PromptError(
+                "prompt has no tokens: the chat template or the tokenizer drops all of it; give other text"
+            )
         spans = _spans(scored, runs)
         return Encoded(ids, scored_text(words, scored), *_positions(encoding.offsets, spans, len(prefix)))
 
     def _warn(self, prompt: str) -> None:
-        """Say it where control tokens that were probably meant are taken as text."""
-        if isinstance(prompt, Formatted) and not prompt.vouched and (found := self._find_control.search(prompt)):
+        """Warn if control tokens of a formatted prompt, which were probably intended, are encoded as text."""
+        if isinstance(prompt, Formatted) and not prompt.vouched and (control := self._find_control.search(prompt)):
             warnings.warn(
-                f"the formatted prompt spells the control token {found[0]!r}, which is encoded as plain text: what is "
-                f"the user's in it cannot be told. Give messages, so that the chat template writes control tokens",
+                f"the formatted prompt spells the control token {control[0]!r}, which is encoded as plain text: "
+                f"the user's part of the prompt is unknown. Give messages: then the chat template adds control tokens",
                 stacklevel=2,
             )
 
@@ -190,7 +193,7 @@ class Encoder:
         return self.vocabulary.tokens[token_id].decode(errors="replace")
 
     def _written(self, text: Traced) -> tuple[str, list[tuple[int, int, int, int]]]:
-        """The text with the control tokens that its template wrote renamed, and where its contents are in it:
+        """The text with the template's control tokens renamed, and the places of its contents:
         (source, start in the source, start in the text, length)."""
         pieces: list[str] = []
         runs: list[tuple[int, int, int, int]] = []
@@ -207,8 +210,8 @@ class Encoder:
         return "".join(pieces), runs
 
     def _check_length(self, text: str, window: int) -> None:
-        """TooLong if the text is far longer than a window, found out piece by piece: a token that a cut makes or
-        hides does not matter, for the bound is twice the window."""
+        """Raise TooLong if the text is far longer than a window. The text is tokenized in pieces; tokens that change at
+        the cuts do not matter, because the limit is twice the window."""
         size = 4 * max(window, 1024)
         if len(text) <= 2 * size:
             return
@@ -219,12 +222,12 @@ class Encoder:
                 raise TooLong(tokens)
 
     def plain(self, text: str) -> list[int]:
-        """Ids of `text` alone: no BOS, no control tokens."""
+        """Ids of `text` alone, without BOS and control tokens."""
         return [self._real_id.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of `text` as it continues a prompt whose own ids stay as they are: without BOS, and without
-        the space that some tokenizers put before a text."""
+        """Ids of `text` as the continuation of a prompt whose ids do not change: without BOS, and without the space
+        that some tokenizers put before a text."""
         for anchor in ("\n", ".", "a"):
             before, both = self.plain(anchor), self.plain(anchor + text)
             if both[: len(before)] == before:
@@ -233,11 +236,11 @@ class Encoder:
 
     @cached_property
     def has_words(self) -> bool:
-        """Whether a pre-tokenizer splits text into words before it is split into tokens."""
+        """Whether the tokenizer has a pre-tokenizer that splits text into words."""
         return len(set(self._backend.encode("a b c", add_special_tokens=False).word_ids)) > 1
 
     def starts(self, text: str) -> set[int]:
-        """Character offsets at which the words of `text` start; its tokens, where the tokenizer has no words."""
+        """Character offsets at which the words of `text` start; those of its tokens if the tokenizer has no words."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         words = [None, *encoding.word_ids]
         return {
@@ -248,7 +251,7 @@ class Encoder:
 
 
 class Place(NamedTuple):
-    """A part of a user's content that is scored."""
+    """A scored part of a user message."""
 
     source: int
     start: int
@@ -256,7 +259,7 @@ class Place(NamedTuple):
 
 
 def places(words: Mapping[int, str], score_on: str | None) -> list[Place]:
-    """What is scored of the user's contents.
+    """The scored parts of the user's messages.
 
     Raises:
         PromptError: score_on does not occur in them.
@@ -264,40 +267,41 @@ def places(words: Mapping[int, str], score_on: str | None) -> list[Place]:
     if score_on is None:
         return [Place(i, 0, len(text)) for i, text in words.items()]
     find = re.compile(re.escape(score_on))
-    found = [Place(i, at.start(), at.end()) for i, text in words.items() for at in find.finditer(text)]
-    if not found:
+    results = [Place(i, at.start(), at.end()) for i, text in words.items() for at in find.finditer(text)]
+    if not results:
         raise PromptError(f"score_on={cut(score_on)!r} does not occur in the user's text of the prompt")
-    return found
+    return results
 
 
 def scored_text(words: Mapping[int, str], scored: Sequence[Place]) -> str:
-    """The scored parts, one after the other."""
+    """The scored parts, joined."""
     return "".join(words[place.source][place.start : place.stop] for place in scored)
 
 
 def _spans(places: Sequence[Place], runs: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int]]:
-    """Where a text shows what is scored, in order: (start, stop, from an offset in it to one in the scored text).
+    """Spans of a rendered text that show scored parts, in order: (start, stop, difference to the offset in the scored
+    text).
 
-    A content that is shown twice counts where it is shown first; one that is shown before an earlier one, nowhere.
+    If a message is shown twice, the first time counts. A message that is shown before an earlier one does not count.
     """
     by_source: dict[int, list[tuple[int, int, int, int]]] = {}
     for run in runs:
         by_source.setdefault(run[0], []).append(run)
     spans: list[tuple[int, int, int]] = []
-    reached = base = 0
+    text_end = base = 0
     at = 0
     while at < len(places):
         source = places[at].source
         last = at
         while last < len(places) and places[last].source == source:
             last += 1
-        told = 0  # of the content, up to here
+        done = 0  # end of what was shown of this message
         for _, start, shown, length in by_source.get(source, ()):
-            low, high = max(start, told), start + length
-            if shown < reached or low >= high:
+            low, high = max(start, done), start + length
+            if shown < text_end or low >= high:
                 continue
-            told = high
-            reached = shown + length
+            done = high
+            text_end = shown + length
             while at < last:
                 place = places[at]
                 begin, end = max(low, place.start), min(high, place.stop)
@@ -316,7 +320,7 @@ def _spans(places: Sequence[Place], runs: Sequence[tuple[int, int, int, int]]) -
 def _positions(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, int]], prefix: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens inside the spans that have a token before them, and their offsets in the scored text."""
+    """The tokens inside the spans, except one at index 0, with their offsets in the scored text."""
     positions: list[int] = []
     starts: list[int] = []
     ends: list[int] = []

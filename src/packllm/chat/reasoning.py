@@ -1,7 +1,7 @@
-"""Reasoning that a model writes before or between its answers, told apart from them by marks.
+"""Separates the reasoning that a model writes before its answer from the answer, by marks.
 
-Each family has marks of its own, spelled as text or as control tokens. Where the chat template opens the reasoning
-itself, at the end of the prompt, the answer begins inside of it and holds the closing mark alone.
+Each family has its own marks, spelled as text or as control tokens. Some chat templates open the reasoning at the end
+of the prompt: then the answer begins inside it and contains only the closing mark.
 """
 
 from __future__ import annotations
@@ -25,66 +25,66 @@ THOUGHTS = {
     "<|inner_prefix|>": "<|inner_suffix|>",
     "<|think|>": "<|end|>",
 }
-"""What closes reasoning, by what opens it."""
+"""The closing mark of reasoning, by its opening mark."""
 
 _HEADERS = (
     "<|channel|>final<|message|>",
     "<|start|>assistant<|channel|>final<|message|>",
     "<|begin|>assistant<|content|>",
 )
-"""What some models write before the answer itself."""
+"""Headers that some models write before the answer itself."""
 _OPENED_IN_PROMPTS = {**THOUGHTS, "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]"}
 _OPENING = Words([*THOUGHTS, *_HEADERS])
 
 
 @dataclass(frozen=True)
 class ReasoningPart:
-    """A piece of reasoning while an answer streams."""
+    """A piece of reasoning in a streamed answer."""
 
     text: str
 
 
 def opened_by(prompt: str) -> str | None:
-    """What closes the reasoning that a prompt ends inside of; None where it does not."""
+    """The closing mark of the reasoning that the end of a prompt opens; None if it opens none."""
     end = prompt.rstrip()
     return next((close for mark, close in _OPENED_IN_PROMPTS.items() if end.endswith(mark.rstrip())), None)
 
 
 def marks_in(template: str | None) -> frozenset[str]:
-    """The marks of the reasoning that a chat template knows of."""
-    known = {mark: close for mark, close in THOUGHTS.items() if mark in (template or "")}
-    return frozenset({*known, *known.values(), *(_HEADERS if known else ())})
+    """The marks of reasoning that occur in a chat template."""
+    used = {mark: close for mark, close in THOUGHTS.items() if mark in (template or "")}
+    return frozenset({*used, *used.values(), *(_HEADERS if used else ())})
 
 
 class Thinking(Characters):
-    """Characters, some of them reasoning."""
+    """A parser of text that may contain reasoning."""
 
     def _reason(self, text: str) -> None:
-        """Takes a piece of reasoning."""
+        """Collect a piece of reasoning."""
         raise NotImplementedError
 
     def _thought(self, close: str) -> Reading:
-        """Read reasoning up to and with what closes it; white space around it is not part of it."""
-        closing, begun = Words([close]), False
+        """Read reasoning including its closing mark, without the white space around it."""
+        closing, started = Words([close]), False
         spaces: list[str] = []
         while character := (yield from self._next()):
             if character in closing.first and (yield from self._word(character, closing)):
                 return
             spaces.append(character)
             if not character.isspace():
-                self._reason("".join(spaces) if begun else character)
-                begun = True
+                self._reason("".join(spaces) if started else character)
+                started = True
                 spaces.clear()
 
 
 class ReasoningStream(Thinking):
-    """Takes the reasoning off the beginning of a growing answer.
+    """Separates the reasoning at the beginning of a growing answer.
 
     Args:
-        close: what closes the reasoning that the prompt has opened, if it has.
+        close: the closing mark of the reasoning that the prompt opens; None if it opens none.
 
     Attributes:
-        over: no reasoning can follow; all further text is the answer.
+        over: whether no more reasoning can follow; then all further text is the answer.
     """
 
     def __init__(self, close: str | None = None) -> None:
@@ -95,7 +95,7 @@ class ReasoningStream(Thinking):
         super().__init__()
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
-        """What one more piece makes sure: of the reasoning, and of the answer."""
+        """Add a piece; return the (reasoning, answer) that is now final."""
         if self.over:
             return "", text
         self._put(text)

@@ -1,8 +1,8 @@
-"""A conversation as one member's chat template writes it, with nothing of it lost in silence.
+"""Renders a conversation with a member's chat template, and makes sure that no part of it is lost.
 
-The template is given the messages as transformers gives them. What it refuses, or leaves out without a word (a system
-message, tools, calls), is put to it another way: the ways go from what the template was written for to words alone
-(see convention.py), and the first that shows everything is taken.
+The template first gets the messages as transformers would give them. Some templates refuse parts or silently leave them
+out (a system message, tools, calls). Then other forms of the messages are tried in turn, the last one plain text (see
+convention.py); the first form that shows everything is used.
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""How messages are put to a member without a chat template: one line a message, "User: ..."."""
+"""The template of a member without one: one line a message, "User: ..."."""
 
 TOOL_NAMES = ("xml_tools", "json_tools", "custom_tools", "available_tools", "functions", "python_tools")
-"""Other names under which templates take tools."""
+"""Other variables in which templates expect tools."""
 
-_COMMAND = re.compile(r"/(no_?)?think\b")  # what some templates obey, and leave out
+_COMMAND = re.compile(r"/(no_?)?think\b")  # a command that some templates follow and do not show
 
-SHOWN = 200  # most characters of anything that an error quotes
+SHOWN = 200  # maximum length of a quotation in an error message
 
 Tools = Sequence[Mapping[str, Any]]
 
 
 def cut(text: Any) -> str:
-    """What an error may quote of a text."""
+    """A text shortened for quotation in an error message."""
     text = str.__str__(text) if isinstance(text, str) else str(text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 class Renderer:
-    """What a tokenizer's chat templates make of messages.
+    """Renders messages with a tokenizer's chat templates.
 
     Attributes:
-        template: the template's source, all of them where there are several by name; None without any.
+        template: the template's source; if there are several by name and none is "default", all of them. None if there
+            is none.
 
     Raises:
-        LoadError: a template that cannot be compiled.
+        LoadError: a template cannot be compiled.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        named = getattr(tokenizer, "chat_template", None) or None
-        named = named if isinstance(named, Mapping) or named is None else {"default": named}
-        self.template: str | None = None if named is None else named.get("default") or "".join(named.values())
+        templates = getattr(tokenizer, "chat_template", None) or None
+        templates = templates if isinstance(templates, Mapping) or templates is None else {"default": templates}
+        self.template: str | None = (
+            None if templates is None else templates.get("default") or "".join(templates.values())
+        )
         try:
             tokens = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
             self._named = {
-                name: Template(source, tokens) for name, source in (named or {"default": PLAIN_TEMPLATE}).items()
+                name: Template(source, tokens) for name, source in (templates or {"default": PLAIN_TEMPLATE}).items()
             }
-        except Exception as error:  # jinja's own errors, and whatever odd sources raise
+        except Exception as error:  # jinja's errors, and any other that a malformed template raises
             raise LoadError(f"the chat template cannot be read: {cut(error)}") from None
 
     def render(
@@ -70,37 +73,37 @@ class Renderer:
         schema: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> Traced:
-        """The text of checked messages, with the mark that an answer follows. The content of message i is source i.
+        """The text of checked messages, with the generation prompt at its end. The content of message i is source i.
 
         Raises:
-            PromptError: the template refuses the messages in any form, or leaves a part out, or does not end.
+            PromptError: the template refuses the messages in any form, leaves out a part, or does not terminate.
         """
-        given = _Given.of(messages, tools, variables or {})
+        inputs = _Given.of(messages, tools, variables or {})
         refusal: PromptError | None = None
         lost: str | None = None
-        for shape, shown_as, said in self._ways(given, schema):
+        for shape, tool_variables, system_text in self._ways(inputs, schema):
             try:
-                text = self._apply(given, shape(convention.with_system(given.messages, said)), shown_as)
+                text = self._apply(inputs, shape(convention.with_system(inputs.messages, system_text)), tool_variables)
             except PromptError as error:
                 refusal = refusal or error
                 if isinstance(error.__cause__, TooMuchWork):
                     raise
                 continue
-            lost = given.lost(text, said, bool(shown_as))
+            lost = inputs.lost(text, system_text, bool(tool_variables))
             if lost is None:
                 return text
-        raise refusal or PromptError(f"the chat template leaves out {lost}, whatever way it is put")
+        raise refusal or PromptError(f"the chat template leaves out {lost} in every form; use another chat_template")
 
     def after_answer(self) -> str:
-        """What the template writes after an assistant's answer, in a first exchange; "" where it cannot be told.
+        """What the template writes after an assistant's first answer; "" if unknown.
 
         Raises:
-            LoadError: the template does not end.
+            LoadError: the template does not terminate.
         """
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        given = _Given.of(turn, (), {})
+        inputs = _Given.of(turn, (), {})
         try:
-            text = self._apply(given, given.messages, {}, answer_follows=False)
+            text = self._apply(inputs, inputs.messages, {}, answer_follows=False)
         except PromptError as error:
             if isinstance(error.__cause__, TooMuchWork):
                 raise LoadError(str(error)) from error.__cause__
@@ -115,17 +118,17 @@ class Renderer:
     def _ways(
         self, given: _Given, schema: Mapping[str, Any] | None
     ) -> Iterator[tuple[Callable[[Sequence[Message]], Sequence[Message]], dict[str, Any], str]]:
-        """How the messages are arranged, under which names tools are given, what the system message says more."""
+        """The forms to try: how messages are arranged, the variables with tools, more text of the system message."""
         form = "" if schema is None else convention.schema_text(schema)
         documents = given.variables.get("documents")
-        known = self._choose(bool(given.tools)).variables
-        if documents and "documents" not in known:
+        variables_used = self._choose(bool(given.tools)).variables
+        if documents and "documents" not in variables_used:
             form = "\n\n".join(filter(None, (convention.documents_text(documents), form)))
-        words = "\n\n".join(filter(None, (convention.tools_text(given.tools) if given.tools else "", form)))
+        system_text = "\n\n".join(filter(None, (convention.tools_text(given.tools) if given.tools else "", form)))
         native: list[dict[str, Any]] = [{}]
         if given.tools:
             native = [{"tools": given.tools}]
-            native += [{"tools": given.tools, name: given.tools} for name in TOOL_NAMES if name in known]
+            native += [{"tools": given.tools, name: given.tools} for name in TOOL_NAMES if name in variables_used]
         shapes: list[Callable[[Sequence[Message]], Sequence[Message]]] = [list]
         if given.calls:
             shapes.append(convention.written_arguments)
@@ -140,12 +143,12 @@ class Renderer:
                 for names in native:
                     yield convention.written_calls, names, form
             for shape in shapes:
-                yield shape, {}, words
-        yield convention.written_out, {}, words
-        yield convention.alternating, {}, words
+                yield shape, {}, system_text
+        yield convention.written_out, {}, system_text
+        yield convention.alternating, {}, system_text
 
     def _choose(self, tools: bool) -> Template:
-        """As transformers chooses among templates with names."""
+        """The template that transformers would choose among those with names."""
         name = "tool_use" if tools and "tool_use" in self._named else "default"
         return self._named.get(name) or next(iter(self._named.values()))
 
@@ -157,23 +160,23 @@ class Renderer:
         values |= {"messages": messages, "add_generation_prompt": answer_follows}
         try:
             return self._choose(bool(tools)).render(given.size, values)
-        except Exception as error:  # jinja raises what the template's author chose
+        except Exception as error:  # templates raise any error that their authors chose
             roles = ", ".join(str(message["role"]) for message in messages)
             problem = f"the chat template refuses messages with roles [{cut(roles)}]: {cut(error)}"
-            # A cause that quotes the prompt would carry all of it into logs.
+            # A cause that quotes the prompt would put all of it into logs.
             raise PromptError(problem) from (error if len(str(error)) <= SHOWN else None)
 
 
 @dataclass
 class _Given:
-    """What a template is given, its strings numbered by what they belong to.
+    """The input of a template, with its strings numbered by their source: a message, a call or a tool.
 
     Attributes:
         messages, tools, variables: copies, of plain types, with traced strings.
-        calls: sources of the calls of each message that makes some. A template that shows the first alone is let.
+        calls: sources of each message's calls. It suffices if a template shows one call of a message.
         offered: sources of the tools.
-        named: names of tools and of what is called, by source.
-        size: characters in all of it.
+        named: names of tools and calls, by source.
+        size: number of characters in total.
     """
 
     messages: list[dict[str, Any]]
@@ -186,35 +189,37 @@ class _Given:
 
     @classmethod
     def of(cls, messages: Sequence[Message], tools: Tools, variables: Mapping[str, Any]) -> _Given:
-        given = cls([], [], {})
-        given.variables = {name: given._plain(value) for name, value in variables.items()}
+        self_ = cls([], [], {})
+        self_.variables = {name: self_._plain(value) for name, value in variables.items()}
         source = len(messages)
         for i, message in enumerate(messages):
-            kept = given._plain({k: v for k, v in message.items() if k not in ("role", "content", "tool_calls")})
+            other_fields = self_._plain(
+                {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls")}
+            )
             fields: dict[str, Any] = {}
-            for key, value in message.items():  # in the caller's order: templates may show it
+            for key, value in message.items():  # in the caller's order, which templates may show
                 if key == "role":
                     fields[key] = own(value) if value in (*ROLES, "developer") else str(value)
                 elif key == "content" and isinstance(value, str):
                     fields[key] = content(value, i)
-                    given.size += len(value)
+                    self_.size += len(value)
                 elif key == "tool_calls" and value and message["role"] == "assistant":
-                    given.calls.append(list(range(source, source + len(value))))
-                    given.named |= {source + j: call["function"]["name"] for j, call in enumerate(value)}
-                    fields[key] = [given._plain(call, source + j) for j, call in enumerate(value)]
+                    self_.calls.append(list(range(source, source + len(value))))
+                    self_.named |= {source + j: call["function"]["name"] for j, call in enumerate(value)}
+                    fields[key] = [self_._plain(call, source + j) for j, call in enumerate(value)]
                     source += len(value)
                 else:
-                    fields[key] = kept.get(key, value)
-            given.messages.append(fields)
+                    fields[key] = other_fields.get(key, value)
+            self_.messages.append(fields)
         for tool in tools:
-            given.offered.append(source)
-            given.named[source] = tool.get("function", tool).get("name", "")
-            given.tools.append(given._plain(tool, source))
+            self_.offered.append(source)
+            self_.named[source] = tool.get("function", tool).get("name", "")
+            self_.tools.append(self_._plain(tool, source))
             source += 1
-        return given
+        return self_
 
     def _plain(self, value: Any, source: int = UNKNOWN) -> Any:
-        """The value in JSON's types, as transformers hands it to a template; its strings are of this source."""
+        """The value in JSON's types, as transformers gives it to a template; its strings get this source."""
         if isinstance(value, str):
             self.size += len(value)
             return content(str.__str__(value), source) if source >= 0 else str.__str__(value)
@@ -227,39 +232,41 @@ class _Given:
             return [self._plain(inner, source) for inner in value]
         return f"<{type(value).__name__}>"
 
-    def lost(self, text: Traced, said: str, tools: bool) -> str | None:
-        """What a text does not show, in words; None if nothing: of the messages, of what the system message says
-        more, and of the tools.
+    def lost(self, text: Traced, system_text: str, tools: bool) -> str | None:
+        """The first part of the input that a text does not show, in words; None if it shows everything: messages, added
+        text of the system message, tools.
 
-        Words beside calls and in an assistant's earlier reasoning are left out by design in many templates.
+        Many templates leave out text beside calls and earlier reasoning: that is accepted.
         """
-        if said not in text:
-            return "what it is told of tools and of the answer's form"
-        seen = {source for _, source, _ in runs_of(text)}
+        if system_text not in text:
+            return "the system message's text about tools and the form of the answer"
+        shown_sources = {source for _, source, _ in runs_of(text)}
         missing = [
-            (f"message {i} ({message['role']})", [words, json.dumps(words, ensure_ascii=False)[1:-1]])
+            (f"message {i} ({message['role']})", [spelling, json.dumps(spelling, ensure_ascii=False)[1:-1]])
             for i, message in enumerate(self.messages)
-            if i not in seen and (words := _words(message))
+            if i not in shown_sources and (spelling := _words(message))
         ]
         for sources in [*self.calls, *([source] for source in self.offered if tools)]:
-            if not seen.intersection(sources):
+            if not shown_sources.intersection(sources):
                 name = self.named[sources[0]]
                 missing.append((f"the tool {cut(name)!r}", [json.dumps(name, ensure_ascii=False), repr(name)]))
         if not missing:
             return None
-        rest = _unplaced(text).replace(said or "\0", "")
-        return next((what for what, spellings in missing if not any(words in rest for words in spellings)), None)
+        unknown_text = _unplaced(text).replace(system_text or "\0", "")
+        return next(
+            (what for what, spellings in missing if not any(spelling in unknown_text for spelling in spellings)), None
+        )
 
 
 def _words(message: Message) -> str:
-    """What of a message must be shown."""
+    """The part of a message that must be shown."""
     words = _COMMAND.sub("", str.__str__(message.get("content") or "")).strip()
     by_design = message["role"] == "assistant" and (message.get("tool_calls") or "</think>" in words)
     return "" if by_design else words
 
 
 def _unplaced(text: Traced) -> str:
-    """The parts of a text of which nothing is known."""
+    """The parts of a text with unknown source."""
     at, parts = 0, []
     for length, source, _ in runs_of(text):
         if source == UNKNOWN:
@@ -269,7 +276,7 @@ def _unplaced(text: Traced) -> str:
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning under each of the names by which templates ask for it."""
+    """The message with its reasoning under every key by which templates look for it."""
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -1,4 +1,4 @@
-"""JSON schemas of Python types, which say all that their values are held to."""
+"""JSON schemas of Python types, complete enough that any value that satisfies one can be parsed."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _KEYS = {"int": r"^-?(?:0|[1-9][0-9]*)$", "float": r"^-?(?:0|[1-9][0-9]*)(?:\.[0
 
 
 class _Full(GenerateJsonSchema):
-    """pydantic's, which leaves out how a Decimal and a number that is a key are spelled."""
+    """pydantic's generator, plus the spelling of Decimals and of numbers as keys."""
 
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
-        made = super().decimal_schema(schema)
-        for option in made.get("anyOf", ()):
+        result = super().decimal_schema(schema)
+        for option in result.get("anyOf", ()):
             if option.get("type") == "string":
                 option["pattern"] = _DECIMAL
-        return made
+        return result
 
     def dict_schema(self, schema: Any) -> JsonSchemaValue:
-        made = super().dict_schema(schema)
+        result = super().dict_schema(schema)
         pattern = _KEYS.get(schema.get("keys_schema", {}).get("type", ""))
-        return {**made, "propertyNames": {"pattern": pattern}} if pattern else made
+        return {**result, "propertyNames": {"pattern": pattern}} if pattern else result
 
 
 def schema_of_type(kind: Any) -> dict[str, Any]:
-    """The JSON schema of what pydantic can read as `kind`: a model class, a dataclass, an enumeration, list[int] ...
+    """The JSON schema of a type that pydantic can parse: a model class, a dataclass, an enumeration, list[int], ...
 
     Raises:
-        PydanticUserError: there is none.
+        PydanticUserError: the type has no schema.
     """
     return TypeAdapter(kind).json_schema(schema_generator=_Full)

@@ -1,8 +1,8 @@
-"""Chat templates: compiled as transformers does, rendered with traced strings and in bounded work.
+"""Chat templates: compiled as transformers does, rendered with traced strings and a limited amount of work.
 
-A template comes with a model from anywhere. It runs in jinja's sandbox, and every step, call and character that it
-makes is charged to a budget that depends on its input alone: nested loops, recursion and texts that double themselves
-end in an error, at the same place each time.
+A template comes with a model, so it is untrusted code. It runs in jinja's sandbox. A budget that depends only on its
+input pays for every loop step, call and character. So nested loops, recursion and growing strings end in an error, at
+the same place each time.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from markupsafe import Markup
 
 from packllm.chat.traced import Traced, formatted, joined, leaves, own, placed, shown, trusted
 
-WORK = 2**24  # characters that any template may make
-WORK_PER_CHARACTER = 256  # and so many more for each one that it is given
-STEP, CALL = 16, 128  # what a turn of a loop and a call count, in characters
-LONGEST = 2**20  # characters of a template's source
+WORK = 2**24  # budget of any template, in characters
+WORK_PER_CHARACTER = 256  # more budget for each character of its input
+STEP, CALL = 16, 128  # cost of a loop step and of a call, in characters
+LONGEST = 2**20  # maximum length of a template's source, in characters
 
 
 class TooMuchWork(TemplateError):
-    """A template makes more steps or text than its input can ask for."""
+    """A template needs more steps or text than its budget allows."""
 
 
 class Template:
     """One chat template.
 
     Args:
-        source: jinja's source.
-        tokens: what the tokenizer calls its special tokens, such as bos_token.
+        source: jinja source.
+        tokens: the tokenizer's special tokens by name, such as bos_token.
 
     Attributes:
         variables: names that it reads and does not set itself.
 
     Raises:
-        TemplateError: the source is no template, or far too long.
+        TemplateError: the source is invalid, or far too long.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
         if len(source) > LONGEST:
-            raise TooMuchWork(f"a chat template of {len(source)} characters; at most {LONGEST} are read")
+            raise TooMuchWork(f"the chat template has {len(source)} characters; the limit is {LONGEST}")
         self._environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self._tokens = {name: own(token) for name, token in (tokens or {}).items()}
         self._environment.begin(len(source))
@@ -64,17 +64,17 @@ class Template:
             raise TemplateError("the chat template is nested too deeply") from None
 
     def render(self, size: int, values: Mapping[str, Any]) -> Traced:
-        """The template's text; `size` is how many characters `values` hold.
+        """The rendered text; `size` is the number of characters in `values`.
 
         Raises:
-            TemplateError, or whatever the template's operations raise.
+            TemplateError: the template raises it, or exceeds its budget. Its operations may raise other errors too.
         """
         self._environment.begin(size)
         return shown(self._compiled.render({**self._tokens, **values}))
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment, with accounts of where text is from and of the work done."""
+    """transformers' environment, which also traces where text is from and counts the work."""
 
     intercepted_binops = frozenset({"+", "*", "%", "**"})
 
@@ -92,7 +92,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
 
     def begin(self, size: int) -> None:
-        """A new rendering, of so many characters."""
+        """Start the budget of a rendering with an input of `size` characters."""
         self._budget.left = WORK + WORK_PER_CHARACTER * size
 
     def charge(self, work: int) -> None:
@@ -100,7 +100,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if self._budget.left < 0:
             raise TooMuchWork("it makes far more steps or text than its input can ask for")
 
-    # What the rewritten template calls
+    # Called by the rewritten template
 
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
@@ -114,16 +114,16 @@ class _Environment(ImmutableSandboxedEnvironment):
     def joined(self, values: Sequence[Any]) -> Traced:
         return self.concat(map(shown, values))
 
-    # What jinja calls
+    # Called by jinja
 
     def concat(self, pieces: Iterable[str]) -> Traced:
-        kept = []
+        texts = []
         for piece in pieces:
             self.charge(len(piece) + 1)
-            kept.append(piece)
-        return joined(kept)
+            texts.append(piece)
+        return joined(texts)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # the names that jinja gives
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # names as in jinja
         __self.charge(CALL)
         text = getattr(__obj, "__self__", None)
         if isinstance(text, str):
@@ -162,7 +162,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return traced
 
     def _before(self, name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Charge what a string's method is about to make."""
+        """Charge for the text that a string method is about to make."""
         if name == "replace" and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
             self.charge(text.count(args[0]) * len(args[1]))
         elif name == "join" and args:
@@ -174,29 +174,29 @@ class _Environment(ImmutableSandboxedEnvironment):
         return args
 
     def _accounted(self, name: str, function: Any) -> Any:
-        """A filter that is charged for, and whose text is trusted where all that it is given is."""
+        """A filter with its cost charged; its result is trusted if all its arguments are."""
         passes = hasattr(function, "jinja_pass_arg")
 
         @wraps(function)
-        def accounted(*args: Any, **kwargs: Any) -> Any:
-            given = [*(args[1:] if passes else args), *kwargs.values()]
-            self.charge(STEP + _numbers(given) + sum(map(_size, given)))
-            if name == "join" and len(given) == 1:
-                args = (*args, own(""))  # so that the traced strings are joined by a traced one
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            arguments = [*(args[1:] if passes else args), *kwargs.values()]
+            self.charge(STEP + _numbers(arguments) + sum(map(_size, arguments)))
+            if name == "join" and len(arguments) == 1:
+                args = (*args, own(""))  # a traced separator keeps the trace of the strings
             elif name == "replace":
-                old, new = (str(text) for text in given[1:3])
-                self.charge(str(given[0]).count(old) * len(new))
+                old, new = (str(text) for text in arguments[1:3])
+                self.charge(str(arguments[0]).count(old) * len(new))
             elif name == "format":
-                self.charge(_form_size(str(given[0]), "%", given[1:]))
+                self.charge(_form_size(str(arguments[0]), "%", arguments[1:]))
             result = function(*args, **kwargs)
             self.charge(_size(result))
-            return own(result) if type(result) is str and all(map(trusted, given)) else result
+            return own(result) if type(result) is str and all(map(trusted, arguments)) else result
 
-        return accounted
+        return charged
 
 
 class _Tracing(NodeTransformer):
-    """Rewrites a template: its constants become traced, its loops counted."""
+    """Rewrites a template: constants become traced strings, and loop steps are counted."""
 
     def __init__(self, environment: _Environment) -> None:
         self._environment = environment
@@ -218,7 +218,7 @@ class _Tracing(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         node.node = self.visit(node.node)
-        if not isinstance(node.arg, nodes.Const):  # a key goes nowhere
+        if not isinstance(node.arg, nodes.Const):  # a constant key is never shown
             node.arg = self.visit(node.arg)
         return self._call("weighed", node, node) if isinstance(node.arg, nodes.Slice) else node
 
@@ -239,7 +239,7 @@ class _Tracing(NodeTransformer):
 
 
 class _Generation(Extension):
-    """{% generation %} marks what an assistant wrote; it shows its body."""
+    """{% generation %} marks what an assistant wrote; only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
 
@@ -253,7 +253,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` without what dict's attributes lead to."""
+    """`dict` without access to dict's other attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
@@ -278,7 +278,7 @@ class _Namespace(Namespace):
 
 
 class _Safe(Markup):
-    """What a template called safe. What it is joined to makes another one, which nobody trusts."""
+    """A text that the template marked as safe. Text that is joined to it becomes an untrusted Markup."""
 
     _trusted = False
 
@@ -295,9 +295,9 @@ def _finalized(value: Any) -> Any:
 
 
 def _safe(value: Any) -> Markup:
-    marked = _Safe(value)
-    marked._trusted = trusted(value)
-    return marked
+    safe = _Safe(value)
+    safe._trusted = trusted(value)
+    return safe
 
 
 def _raise_exception(message: Any) -> None:
@@ -305,8 +305,8 @@ def _raise_exception(message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    now = datetime.now().strftime(form)
-    return own(now) if trusted(form) else now
+    text = datetime.now().strftime(form)
+    return own(text) if trusted(form) else text
 
 
 def _tojson(
@@ -325,12 +325,12 @@ def _count(value: Any) -> int:
 
 
 def _numbers(values: Iterable[Any]) -> int:
-    """How much numbers may ask for: a width, a length."""
+    """Upper bound of the characters that numbers may stand for, such as a width or a length."""
     return sum(_count(inner) for value in values for inner in (value if isinstance(value, tuple) else (value,)))
 
 
 def _form_size(form: str, mark: str, values: Sequence[Any]) -> int:
-    """At most so many characters come of a format."""
+    """Upper bound of the characters that a format produces."""
     widths = sum(int(number[:9]) for number in re.findall(r"\d+", form))
-    given = sum(len(value) if isinstance(value, str) else _size(value) * STEP for value in values)
-    return widths + _numbers(values) + form.count(mark) * given
+    argument_size = sum(len(value) if isinstance(value, str) else _size(value) * STEP for value in values)
+    return widths + _numbers(values) + form.count(mark) * argument_size

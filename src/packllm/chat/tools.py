@@ -1,4 +1,4 @@
-"""Tools: what a caller may offer, and calls of them."""
+"""Tools that a caller may offer, and calls of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ID_LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that a member made: which tool, with which arguments. `id` is unique."""
+    """A tool call that a member made: the tool's name and its arguments. `id` is unique."""
 
     id: str
     name: str
@@ -29,7 +29,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A call that cannot be read: what was written, and what is wrong with it."""
+    """A tool call that cannot be parsed: its text and what is wrong with it."""
 
     id: str
     name: str
@@ -39,8 +39,7 @@ class InvalidToolCall:
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """An answer taken apart: the text beside the calls, the calls in order, calls that cannot be read, and what the
-    model reasoned."""
+    """A parsed answer: the text beside the calls, the calls in order, invalid calls, and the reasoning."""
 
     content: str
     calls: tuple[ToolCall, ...] = ()
@@ -50,12 +49,12 @@ class ParsedAnswer:
 
 @dataclass(frozen=True)
 class CallPart:
-    """A piece of a call while it streams.
+    """A piece of a call in a streamed answer.
 
     Attributes:
-        index: number of the call in the answer, invalid ones included.
-        id, name: of the call, on its first part only.
-        arguments: piece of the JSON text of the arguments; all pieces joined are the whole.
+        index: number of the call in the answer, invalid calls included.
+        id, name: of the call; on its first part only.
+        arguments: a piece of the JSON text of the arguments; joined, the pieces are the complete text.
     """
 
     index: int
@@ -65,20 +64,20 @@ class CallPart:
 
 
 def new_call_id() -> str:
-    """Nine letters and digits: unique, and of the form that Mistral's templates insist on."""
+    """Nine letters and digits: unique, and in the format that Mistral's templates require."""
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(9))
 
 
 def check_tools(tools: Sequence[Tool], tool_choice: str | None, json_schema: Mapping[str, Any] | None) -> None:
-    """OptionError unless the three make sense, alone and together."""
+    """Raise OptionError unless the three are valid, alone and together."""
     if not isinstance(tools, list | tuple):
-        raise OptionError(f"tools={shown(tools)} is no list of tools")
+        raise OptionError(f"tools={shown(tools)} is no list; give a list of tools")
     names = [_checked_name(tool, at) for at, tool in enumerate(tools)]
     for name in names:
         if names.count(name) > 1:
             raise OptionError(f"tools hold {names.count(name)} tools of the name {name!r}; give each its own name")
         if name in RESERVED:
-            raise OptionError(f"a tool is called {name!r}, which tool_choice keeps for itself; rename the tool")
+            raise OptionError(f"a tool is called {name!r}, which is a value of tool_choice; rename the tool")
     if tool_choice is not None and not tools:
         raise OptionError(f"tool_choice={tool_choice!r} without tools; give tools, or leave tool_choice out")
     if tool_choice is not None and tool_choice not in (*CHOICES, *names):

@@ -1,10 +1,9 @@
-"""Text that knows where each of its characters came from, through all that a chat template does to it.
+"""Strings that know where each of their characters is from, after all operations of a chat template.
 
-A template joins, cuts, trims and splits what it is given, and asks about it. It is rendered with the real contents, and
-every string in it is a Traced one: its value is what Python makes of it, and beside it runs say which characters the
-template wrote itself, which are a content's (and which part of it), and of which nothing is known. Only what the
-template wrote may be a control token. An operation that keeps no account gives characters of which nothing is known:
-what is forgotten is distrusted.
+A template joins, cuts, trims and splits strings, and compares them. It is rendered with the real contents, and every
+string in it is a Traced one. Its value is the usual one; its runs say which characters the template wrote itself, which
+are from a content (and from which part of it), and which are of unknown source. Only what the template wrote may be a
+control token. The result of an operation that is not traced has unknown source: so it is not trusted.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from typing import Any, SupportsIndex
 
 from markupsafe import Markup
 
-TEMPLATE = -1  # source of what the template wrote
-UNKNOWN = -2  # source of what came another way: it is somebody's text
-ASTRAY = -1  # start of a run that shows its source changed
+TEMPLATE = -1  # source of the template's own text
+UNKNOWN = -2  # unknown source: untrusted text
+ASTRAY = -1  # start of a run whose text differs from its source
 
 Run = tuple[int, int, int]  # length, source, start in the source
 
 
 class Traced(str):
-    """A string with its runs, in order. Without any given, nothing is known of it."""
+    """A string with its runs, in order. Without runs its source is unknown."""
 
     _runs: tuple[Run, ...]
 
@@ -37,7 +36,7 @@ class Traced(str):
         return self
 
     def __add__(self, other: Any) -> Any:
-        if not isinstance(other, str) or isinstance(other, Markup):  # Markup escapes what it is joined to
+        if not isinstance(other, str) or isinstance(other, Markup):  # Markup escapes the other operand
             return NotImplemented
         return joined((self, other))
 
@@ -58,9 +57,9 @@ class Traced(str):
         marks = list(re.finditer(r"%[%s]", self))
         if str.count(self, "%") != sum(len(mark[0].replace("%s", "%")) for mark in marks):
             return Traced(text)
-        parts, at, left = [], 0, iter(values)
+        parts, at, rest = [], 0, iter(values)
         for mark in marks:
-            parts += [self[at : mark.start()], self[mark.start()] if mark[0] == "%%" else shown(next(left))]
+            parts += [self[at : mark.start()], self[mark.start()] if mark[0] == "%%" else shown(next(rest))]
             at = mark.end()
         return _checked(text, [*parts, self[at:]])
 
@@ -77,7 +76,7 @@ class Traced(str):
     def __iter__(self) -> Iterator[str]:
         return (self[at] for at in range(len(self)))
 
-    # What takes a part away
+    # Methods that remove a part
 
     def strip(self, chars: str | None = None) -> Traced:
         return self.lstrip(chars).rstrip(chars)
@@ -94,7 +93,7 @@ class Traced(str):
     def removesuffix(self, suffix: str, /) -> Traced:
         return self[: len(str.removesuffix(self, suffix))]
 
-    # What takes it apart
+    # Methods that split
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(str.split(self, sep, maxsplit), sep)
@@ -103,9 +102,11 @@ class Traced(str):
         return self._located(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        whole = self._located(str.splitlines(self, True), "")
+        with_ends = self._located(str.splitlines(self, True), "")
         return (
-            whole if keepends else [line[: len(bare)] for line, bare in zip(whole, str.splitlines(self), strict=True)]
+            with_ends
+            if keepends
+            else [line[: len(without_end)] for line, without_end in zip(with_ends, str.splitlines(self), strict=True)]
         )
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
@@ -115,7 +116,7 @@ class Traced(str):
         return tuple(self._located(list(str.rpartition(self, sep)), ""))  # type: ignore[return-value]
 
     def _located(self, parts: list[str], between: str | None) -> list[str]:
-        """The parts with their runs: with so much between them, or, for None, white space."""
+        """The parts with their runs. `between`: the separator; None: white space of any length."""
         located: list[str] = []
         at = 0
         for part in parts:
@@ -125,7 +126,7 @@ class Traced(str):
             at += len(part) + len(between or "")
         return located
 
-    # What changes it
+    # Methods that change characters
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Traced:
         text = str.replace(self, old, new, count)
@@ -137,7 +138,7 @@ class Traced(str):
         between: list[str] = []
         for part in parts:
             between += [self, part]
-        str.join("", between)  # TypeError for what is no string
+        str.join("", between)  # raises TypeError if an item is no string
         return joined(between[1:])
 
     def lower(self) -> Traced:
@@ -159,7 +160,7 @@ class Traced(str):
         return self._changed(str.swapcase)
 
     def _changed(self, change: Callable[[str], str]) -> Traced:
-        """Letters that stay keep their place; of the others only the source is known."""
+        """Letters that do not change keep their place; of the others only the source is known."""
         text = change(self)
         if text == self or trusted(self):
             return Traced(text, self._runs) if text == self else own(text)
@@ -188,12 +189,12 @@ class Traced(str):
 
 
 def own(text: str) -> Traced:
-    """Text that the template writes."""
+    """Text of the template itself."""
     return Traced(text, ((len(text), TEMPLATE, 0),))
 
 
 def content(text: str, source: int) -> Traced:
-    """Text number `source` of those that the template is given."""
+    """A text of the template's input, with number `source`."""
     return Traced(text, ((len(text), source, 0),))
 
 
@@ -202,14 +203,14 @@ def runs_of(text: str) -> tuple[Run, ...]:
 
 
 def trusted(value: Any) -> bool:
-    """Whether the template wrote all of it; a number may be anybody's."""
+    """Whether the template wrote all of it. A number counts as trusted, None too."""
     if isinstance(value, Traced):
         return all(source == TEMPLATE for _, source, _ in value._runs)
     return value is None or isinstance(value, int | float)
 
 
 def shown(value: Any) -> Traced:
-    """A value as a template puts it out."""
+    """A value as a template prints it."""
     text = str(value)
     if isinstance(text, Traced):
         return text
@@ -217,13 +218,13 @@ def shown(value: Any) -> Traced:
 
 
 def joined(parts: Iterable[str]) -> Traced:
-    """The parts, one after the other."""
+    """The parts, joined, with their runs."""
     parts = list(parts)
     return Traced(str.join("", parts), (run for part in parts for run in runs_of(part)))
 
 
 def formatted(form: Traced, field: Callable[[str], Any], whole: Callable[[], str]) -> Traced:
-    """`form.format(...)`: `field` gives what stands for a field, `whole` the result as Python has it."""
+    """`form.format(...)`: `field` gives the value of a field, `whole` Python's own result."""
     write = own if trusted(form) else Traced
     parts: list[str] = []
     number = 0
@@ -240,24 +241,24 @@ def formatted(form: Traced, field: Callable[[str], Any], whole: Callable[[], str
 
 
 def placed(text: str, leaves: Iterable[tuple[Traced, str]]) -> Traced:
-    """`text` with the runs of strings found in it in this order, each as it is written there."""
+    """`text` with the runs of the strings in it; each comes with its spelling in the text, in order of occurrence."""
     parts: list[str] = []
     at = 0
-    for leaf, written in leaves:
-        start = text.find(written, at)
+    for leaf, spelling in leaves:
+        start = text.find(spelling, at)
         if start < 0:
             continue
         source = next((source for _, source, _ in leaf._runs if source >= 0), UNKNOWN)
-        moved = Traced(written, leaf._runs if written == leaf else [(len(written), source, ASTRAY)])
-        # Quoted text is never a control token, not even where the template spelled it.
-        runs = [(n, UNKNOWN if of == TEMPLATE else of, begin) for n, of, begin in moved._runs]
-        parts += [text[at:start], Traced(written, runs)]
-        at = start + len(written)
+        traced = Traced(spelling, leaf._runs if spelling == leaf else [(len(spelling), source, ASTRAY)])
+        # Quoted text is never a control token, even if the template wrote it.
+        runs = [(n, UNKNOWN if origin == TEMPLATE else origin, begin) for n, origin, begin in traced._runs]
+        parts += [text[at:start], Traced(spelling, runs)]
+        at = start + len(spelling)
     return joined([*parts, text[at:]])
 
 
 def leaves(value: Any) -> Iterator[Traced]:
-    """The traced strings in a value, in the order in which JSON writes them."""
+    """The traced strings in a value, in the order in which JSON contains them."""
     if isinstance(value, Traced):
         yield value
     elif isinstance(value, Mapping):
@@ -270,24 +271,28 @@ def leaves(value: Any) -> Iterator[Traced]:
 
 
 def _checked(text: str, parts: Sequence[str]) -> Traced:
-    whole = joined(parts)
-    return whole if whole == text else Traced(text)
+    result = joined(parts)
+    return result if result == text else Traced(text)
 
 
 def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
-    merged: list[Run] = []
+    results: list[Run] = []
     for run in runs:
         length, source, start = run
         if not length:
             continue
-        if merged:
-            before, of, begin = merged[-1]
-            follows = source < 0 or (start == begin == ASTRAY) or (begin != ASTRAY and start == begin + before)
-            if source == of and follows:
-                merged[-1] = before + length, source, begin
+        if results:
+            previous_length, previous_source, previous_start = results[-1]
+            follows = (
+                source < 0
+                or (start == previous_start == ASTRAY)
+                or (previous_start != ASTRAY and start == previous_start + previous_length)
+            )
+            if source == previous_source and follows:
+                results[-1] = previous_length + length, source, previous_start
                 continue
-        merged.append(run)
-    return tuple(merged)
+        results.append(run)
+    return tuple(results)
 
 
 def _cut(runs: Sequence[Run], start: int, stop: int) -> Iterator[Run]:

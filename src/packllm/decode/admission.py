@@ -1,5 +1,4 @@
-"""Requests in flight share a bound on the memory of their caches: those beyond it wait their turn, first come first
-served."""
+"""A bound on the memory of the KV caches of all requests in flight; requests beyond it wait in order of arrival."""
 
 from __future__ import annotations
 
@@ -9,17 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LOOK = 0.05
-"""Seconds between looks whether a request that waits is still wanted."""
+"""Seconds between checks whether a waiting request was cancelled."""
 
 
 class Admission:
-    """A bound on bytes in flight.
+    """A bound on the bytes of caches in flight.
 
     Args:
-        limit: most bytes; a request that needs more runs alone. None: no bound.
+        limit: upper bound in bytes; a request that needs more runs alone. None: no bound.
 
     Attributes:
-        waiting: tickets of those that wait, in order.
+        waiting: tickets of waiting requests, first come first.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -30,11 +29,11 @@ class Admission:
 
     @contextmanager
     def admitted(self, need: int, check: Callable[[], object]) -> Iterator[None]:
-        """While this is open, `need` bytes are this request's; it opens when they are there.
+        """Reserve `need` bytes for a request while the context is open; wait until they are free.
 
         Args:
             need: bytes.
-            check: called while it waits; what it raises ends the wait.
+            check: called while the request waits; an exception from it ends the wait.
         """
         ticket = object()
         with self._condition:

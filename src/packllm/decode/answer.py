@@ -1,4 +1,4 @@
-"""Answers: a request that is read and weighed, decoded into pieces of text."""
+"""The answers of a request: prefill, weights, then decoding into chunks of text."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from packllm.results import Chunk
 
 
 def chunks(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk], None, None]:
-    """Prefill, then decode: pieces of text as (row, Chunk), n rows a prompt, until all are finished. What is reasoned
-    before the answer of a conversation comes apart from its text. Where weights move, the first piece has those that
-    the answer started from; the last one explains the answer, if asked for.
+    """Prefill, then decode: yield (row, Chunk) until all rows are finished; a prompt has n rows. The reasoning before
+    an answer is separated from its text. With adaptive weights, a row's first chunk has the weights from before the
+    answer. The last chunk has the explanation, if the options ask for one.
 
-    Closing the iterator frees the caches; at most the step under way is finished.
+    Closing the iterator frees the caches, after the decode step in progress at most.
 
     Raises:
         AnswerTimeout: see Request.check_time.
     """
-    begun: set[int] = set()
+    started: set[int] = set()
     with closing(_pieces(request, decoding)) as pieces:
-        told = apart(request, pieces)
-        for r, chunk in explained(request, told) if request.options.explains else told:
-            first = r not in begun and chunk.finish_reason is None
-            begun.add(r)
+        separated = apart(request, pieces)
+        for r, chunk in explained(request, separated) if request.options.explains else separated:
+            first = r not in started and chunk.finish_reason is None
+            started.add(r)
             yield r, replace(chunk, weights=chunk.weights.at_start) if first else chunk
 
 
 def _pieces(request: Request, decoding: Decoding) -> Generator[tuple[int, Chunk], None, None]:
-    """As chunks(), with all that is written as text."""
+    """As chunks(), with reasoning still part of the text."""
     try:
         with request.admission.admitted(request.cache_bytes(), request.check):
             request.prefill()

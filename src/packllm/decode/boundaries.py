@@ -1,4 +1,4 @@
-"""Where a segment may end: at word boundaries that several tokenizers have in common (Cool-Fusion §2.1)."""
+"""Where a segment may end: at word boundaries that several tokenizers share (Cool-Fusion §2.1)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from packllm.chat.prompt import Encoder
 def common_boundaries(text: str, encoders: Sequence[Encoder]) -> list[int]:
     """Ascending offsets inside `text` at which a word ends for every tokenizer.
 
-    The last word is unfinished as long as text may follow, so the end of `text` is not among them.
+    The end of `text` is not among them: the last word may still continue.
 
-    A tokenizer's words are those of its own pre-tokenizer. One without (SentencePiece, Gemma) ends a word
-    where one of its tokens ends before white space, after line breaks, or between two scripts.
+    A tokenizer's words are those of its pre-tokenizer. For a tokenizer without one (SentencePiece, Gemma) a word ends
+    where a token ends before white space, after a line break, or between two scripts.
     """
     common = {at for at in range(1, len(text)) if not inside_character(text, at)}
     for encoder in encoders:
@@ -28,8 +28,8 @@ def common_boundaries(text: str, encoders: Sequence[Encoder]) -> list[int]:
 
 
 def inside_character(text: str, at: int) -> bool:
-    """Whether what is read as one character goes across offset `at`: a letter and its combining marks, an
-    emoji of several code points, a flag."""
+    """Whether offset `at` lies inside what readers see as one character: a letter with its combining marks, an emoji
+    of several code points, a flag."""
     before, after = text[at - 1], text[at]
     if before == _JOINER or after == _JOINER or unicodedata.category(after)[0] == "M" or _is_skin_tone(after):
         return True
@@ -38,7 +38,7 @@ def inside_character(text: str, at: int) -> bool:
     start = at
     while start > 0 and _is_regional(text[start - 1]):
         start -= 1
-    return (at - start) % 2 == 1  # flags are pairs
+    return (at - start) % 2 == 1  # a flag is a pair of regional indicators
 
 
 _JOINER = "\u200d"
@@ -53,7 +53,7 @@ def _is_skin_tone(character: str) -> bool:
 
 
 def _parts(before: str, after: str) -> bool:
-    """Whether a word ends between two characters, going by white space and scripts alone."""
+    """Whether a word ends between two characters, judged by white space and scripts alone."""
     if before.isspace() or after.isspace():
         return not before.isspace() or (before in "\r\n" and after not in "\r\n")
     return before.isalpha() and after.isalpha() and _script(before) != _script(after)

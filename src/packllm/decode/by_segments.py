@@ -1,4 +1,4 @@
-"""Segment by segment (Cool-Fusion): members of any vocabularies write, judge, and the best segment wins."""
+"""Segment by segment (Cool-Fusion): members with any vocabularies write and rate segments; the best one is kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from packllm.results import Chunk, FinishReason, TokenLogprob
 
 
 def check_segments(request: Request) -> None:
-    """OptionError where the answer must keep to a form, tokens are penalised, or weights adapt to segments that no
-    mixture rates."""
+    """Raise OptionError where the answer must have a form, penalties apply to tokens, or weights adapt although the
+    scoring uses no mixture."""
     _check_scoring(request)
     if request.grammar is not None:
         raise OptionError(
@@ -29,31 +29,31 @@ def check_segments(request: Request) -> None:
         )
     if request.options.penalises:
         raise OptionError(
-            f"decoding={request.options.decoding!r} has no tokens in common that a penalty or logit_bias could be for; "
+            f"decoding={request.options.decoding!r} has no common tokens that a penalty or logit_bias could apply to; "
             f"use decoding='tokens' or 'mined'"
         )
 
 
 def check_reranked(request: Request) -> None:
-    """As check_segments; OptionError too where log-probabilities are asked for."""
+    """As check_segments; also raise OptionError where log-probabilities are requested."""
     check_segments(request)
     if request.options.tells_logprobs:
         raise OptionError(
-            "decoding='cool+rerank' rates whole answers, each written by other members: logprobs of their parts would "
-            "be of different distributions; use decoding='cool', or Pack.score"
+            "decoding='cool+rerank' compares whole answers of different groups of members, so there is no single "
+            "distribution for logprobs; use decoding='cool', or Pack.score"
         )
 
 
 def _check_scoring(request: Request) -> None:
     if request.options.adapt and request.options.scoring != "mixture":
         raise OptionError(
-            f"adapt=True moves the weights of a mixture, and scoring={request.options.scoring!r} rates segments by "
-            f"none; use scoring='mixture' or adapt=False"
+            f"adapt=True adapts the weights of a mixture, but scoring={request.options.scoring!r} uses no mixture; "
+            f"use scoring='mixture' or adapt=False"
         )
 
 
 def by_segments(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    """(row, Chunk) of the rows that are not done, one row after the other."""
+    """Decode the unfinished rows one after the other; yield (row, Chunk)."""
     for r, row in enumerate(rows):
         if not row.done:
             yield from _segments(_Team(request, r, row))
@@ -61,7 +61,7 @@ def by_segments(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, C
 
 
 def reranked(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    """As by_segments; the best of that and of each member's own answer, in one piece."""
+    """As by_segments, but choose the best among the fused answer and each member's own; one chunk a row."""
     for r, row in enumerate(rows):
         if not row.done:
             yield from _best(_Team(request, r, row))
@@ -69,10 +69,10 @@ def reranked(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chun
 
 
 class _Team:
-    """The members that run for one prompt.
+    """The running members of one prompt.
 
     Raises:
-        OptionError: weights below 0 in a mixture; see check_segments.
+        OptionError: the mixture has negative weights; see check_segments.
     """
 
     def __init__(self, request: Request, index: int, row: Row) -> None:
@@ -86,34 +86,36 @@ class _Team:
             raise OptionError("scoring='mixture' cannot carry negative weights; use 'log' or 'perplexity'")
 
     def writers(self, which: Sequence[int], row: Row) -> Writers:
-        """Some of them at the end of the prompt."""
+        """Writers of the members `which`, at the end of the prompt."""
         request, options = self.request, self.request.options
 
         def open_at(k: int) -> AnyWriter:
             line = request.lines[k, self.index]
             return ServerWriter(line.fork()) if isinstance(line, ServerLine) else Writer(line.fork(), options.stop)
 
-        made = request.failures.each(open_at, which, row)
+        writers = request.failures.each(open_at, which, row)
         top = (options.top_logprobs or 0) if options.records else None
-        return Writers(made, row, options.scoring, options.align, request.failures, top)
+        return Writers(writers, row, options.scoring, options.align, request.failures, top)
 
     def stream(self) -> TextStream:
         return TextStream(self.request.members[self._top].vocabulary, self.request.options.stop)
 
-    def last(self, text: str, reason: FinishReason, count: int, told: tuple[TokenLogprob, ...] | None = None) -> Chunk:
+    def last(
+        self, text: str, reason: FinishReason, count: int, logprobs: tuple[TokenLogprob, ...] | None = None
+    ) -> Chunk:
         usage = replace(self.request.usage(self.index, self._top), completion_tokens=count)
-        return Chunk(text, self.row.weights, reason, usage, self.request.spent(), logprobs=told)
+        return Chunk(text, self.row.weights, reason, usage, self.request.spent(), logprobs=logprobs)
 
 
 def _segments(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
     row = team.row
-    with closing(team.writers(team.running, row)) as together:
-        for text, reason, count in together.answer(row.limit, team.stream()):
+    with closing(team.writers(team.running, row)) as writers:
+        for text, reason, count in writers.answer(row.limit, team.stream()):
             team.request.first_token()
             if reason is not None:
-                yield team.index, team.last(text, reason, count, together.told())
+                yield team.index, team.last(text, reason, count, writers.take_logprobs())
             elif text:
-                yield team.index, Chunk(text, row.weights, logprobs=together.told())
+                yield team.index, Chunk(text, row.weights, logprobs=writers.take_logprobs())
 
 
 def _best(team: _Team) -> Generator[tuple[int, Chunk], None, None]:

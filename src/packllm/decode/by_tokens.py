@@ -1,4 +1,4 @@
-"""Token by token: the members that run fuse their next-token distributions, in one vocabulary."""
+"""Token by token: the running members fuse their next-token distributions over one vocabulary."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from packllm.errors import OptionError, VocabularyError
 from packllm.results import Chunk, FinishReason, Usage
 
 Ids = Callable[[Ensemble, Sequence[Row]], Iterator[tuple[int, int]]]
-"""Chooses the tokens of rows: (row, token id), each as soon as it is chosen."""
+"""Chooses the tokens of rows: yields (row, token id) as soon as each is chosen."""
 
 
 def check_models(request: Request) -> None:
-    """VocabularyError where a member that may run gives no distribution of the next token."""
-    if told := difference([request.members[k] for k in request.candidates], vocabularies=False):
-        raise VocabularyError(f"{told}, which decoding={request.options.decoding!r} cannot use; use 'cool' or 'auto'")
+    """Raise VocabularyError where a candidate member gives no next-token distribution."""
+    if fault := difference([request.members[k] for k in request.candidates], vocabularies=False):
+        raise VocabularyError(f"{fault}, which decoding={request.options.decoding!r} cannot use; use 'cool' or 'auto'")
 
 
 def check_tokens(request: Request) -> None:
-    """VocabularyError where members that may run have different vocabularies, or are on servers that do not tell
-    enough."""
+    """Raise VocabularyError where candidate members have different vocabularies, or run on servers that report too few
+    log-probabilities."""
     if request.provable(request.candidates):
         return
     check_models(request)
     options, which = request.options, request.candidates
     if options.weighting == "top1":  # one member runs
         return
-    if told := difference([request.members[k] for k in which]):
+    if fault := difference([request.members[k] for k in which]):
         raise VocabularyError(
-            f"{told}, which decoding={options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
+            f"{fault}, which decoding={options.decoding!r} cannot fuse; use decoding='cool', 'mined' or 'auto'"
         )
 
 
 def difference(members: Sequence[Author], vocabularies: bool = True) -> str:
-    """Which of the members is no token model, or (with vocabularies) which have different ones, and how much of them is
-    the same; "" where none."""
-    far = next((member for member in members if member.kind != "token model"), None)
-    if far is not None:
-        return f"member {far.name!r} is no token model but {'an' if far.kind == 'author' else 'a'} {far.kind}"
+    """Say which of the members is no token model, or (with vocabularies=True) which two have different vocabularies
+    and how much these overlap; "" if neither is the case."""
+    remote = next((member for member in members if member.kind != "token model"), None)
+    if remote is not None:
+        return f"member {remote.name!r} is no token model but {'an' if remote.kind == 'author' else 'a'} {remote.kind}"
     first = members[0]
     other = next((member for member in members[1:] if not member.vocabulary.akin(first.vocabulary)), None)
     if other is None or not vocabularies:
@@ -65,30 +65,30 @@ def difference(members: Sequence[Author], vocabularies: bool = True) -> str:
 
 
 def check_drawn(request: Request) -> None:
-    """As check_tokens; OptionError too where a token is more than a draw from the plain mixture."""
+    """As check_tokens; also raise OptionError where sampling needs more than one draw from the plain mixture."""
     check_lazy(request.options)
     check_tokens(request)
 
 
 def by_tokens(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    """(row, Chunk) of the rows that are not done, with drafts where they pay."""
+    """Decode the unfinished rows, with draft tokens where they save time; yield (row, Chunk)."""
     options = request.options
     for row in rows:
         if row.moving is not None and not row.done:
             row.moving.sleep(row.weights, options.sleep)
     places = options.draft_tokens
     if places is None and options.seed is not None and options.temperature > 0:
-        places = 1  # what is drafted uses up random numbers: a seeded text would depend on its batch
+        places = 1  # drafts consume random numbers: with them a seeded answer would depend on its batch
     return _written(request, rows, lambda ensemble, rows: speculative_ids(ensemble, rows, places))
 
 
 def drawn(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    """As by_tokens, each token of one member that is drawn by its weight."""
+    """As by_tokens; each token comes from one member, drawn by the weights."""
     return _written(request, rows, lazy_ids)
 
 
 def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    """As by_tokens, greedy, with members on servers that tell their likeliest next tokens alone; row by row."""
+    """As by_tokens, greedy and row by row, for members on servers that report only their most likely tokens."""
     for r, row in enumerate(rows):
         if row.done:
             continue
@@ -102,9 +102,9 @@ def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk]
                 text, reason = answer.push(token)
                 row.done = reason is not None
                 if row.done:
-                    told = replace(request.usage(r, members.top), completion_tokens=answer.count)
-                    told = replace(told, rounds=members.rounds, proved_at_once=members.at_once)
-                    yield r, Chunk(text, row.weights, reason, told, request.spent())
+                    usage = replace(request.usage(r, members.top), completion_tokens=answer.count)
+                    usage = replace(usage, rounds=members.rounds, proved_at_once=members.at_once)
+                    yield r, Chunk(text, row.weights, reason, usage, request.spent())
                     break
                 if text:
                     yield r, Chunk(text, row.weights)
@@ -114,14 +114,14 @@ def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple
     lines: dict[tuple[int, int], Line] = {}
     shared: dict[int, Shared | None] = {}
     for r in (r for r, row in enumerate(rows) if not row.done):
-        own, shared[r] = in_one_vocabulary(request.token_lines(r))
-        lines |= {(k, r): line for k, line in own.items()}
+        row_lines, shared[r] = in_one_vocabulary(request.token_lines(r))
+        lines |= {(k, r): line for k, line in row_lines.items()}
     ensemble = Ensemble(lines, rows, request.failures)
     answers = {}
     for r in shared:
         try:
             answers[r] = _answer(request, r, rows[r], ensemble.running(r), shared[r])
-        except OptionError:  # no answer of the form fits: what was read is told, nothing is decoded
+        except OptionError:  # the limit is too short for the form: report the prompt's usage, decode nothing
             yield r, Chunk("", rows[r].weights, usage=request.usage(r, ensemble.top(r)))
             raise
     for r, token in ids(ensemble, rows):
@@ -131,11 +131,11 @@ def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple
         rows[r].done = reason is not None
         if reason is not None:
             usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
-            logprobs, recorder = rows[r].told(), rows[r].recorder
+            logprobs, recorder = rows[r].take_logprobs(), rows[r].recorder
             end = None if recorder is None else recorder.end
             yield r, Chunk(text, rows[r].weights, reason, usage, request.spent(), logprobs=logprobs, end=end)
         elif text:
-            yield r, Chunk(text, rows[r].weights, logprobs=rows[r].told())
+            yield r, Chunk(text, rows[r].weights, logprobs=rows[r].take_logprobs())
 
 
 def _answer(request: Request, index: int, row: Row, running: Sequence[int], shared: Shared | None) -> Answer:
@@ -158,17 +158,17 @@ def _answer(request: Request, index: int, row: Row, running: Sequence[int], shar
 
 
 class Answer:
-    """A row's tokens becoming text, until an end token, a stop string or the limit.
+    """Turns a row's tokens into text until an end token, a stop string or the limit.
 
     Args:
         text: turns tokens into text.
         ends: ids that end an answer.
-        limit: most tokens.
-        prompt: the usage before the first token.
-        constraint: the form that the answer has, if one is guaranteed.
+        limit: maximum number of tokens.
+        prompt: the usage of the prompt.
+        constraint: the grammar that the answer must follow, if any.
 
     Attributes:
-        count: tokens so far, without the one that ended the answer.
+        count: tokens so far, without the end token.
     """
 
     def __init__(
@@ -187,16 +187,16 @@ class Answer:
         return replace(self._prompt, completion_tokens=self.count)
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
-        """The text that one more token makes sure, and why the answer ends with it, if it does."""
-        cut: FinishReason = "length" if self._constraint is not None and self._constraint.cut else "stop"
+        """Add a token; return the text that is now final, and the finish reason if the answer ends here."""
+        end_reason: FinishReason = "length" if self._constraint is not None and self._constraint.cut else "stop"
         if token in self._ends:
-            return self._text.finish(), cut
+            return self._text.finish(), end_reason
         self.count += 1
         text = self._text.push(token)
         if self._text.stopped:
             return text, "stop"
         if self._constraint is not None and self._constraint.complete:
-            return text + self._text.finish(), cut
+            return text + self._text.finish(), end_reason
         if self.count < self._limit:
             return text, None
         text += self._text.finish()

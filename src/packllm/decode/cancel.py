@@ -1,4 +1,4 @@
-"""One notion of cancelling: before every forward pass a request asks whether anybody still waits for it."""
+"""Cancelling a request. Before every forward pass a request checks whether its result is still wanted."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ T = TypeVar("T")
 
 
 class Stop:
-    """Whether a request is to end.
+    """Whether a request has to end.
 
     Args:
-        event: ends it, once set; whoever waits for the result then gets CancelledError.
+        event: ends the request once it is set; the caller who waits for the result gets CancelledError.
 
     Attributes:
-        closed: set where nobody waits for a result any more.
+        closed: True once nobody waits for the result.
     """
 
     def __init__(self, event: Event | None = None) -> None:
         self._event, self.closed = event, False
 
     def check(self) -> None:
-        """CancelledError if the request is to end."""
+        """Raise CancelledError if the request has to end."""
         if self.closed or (self._event is not None and self._event.is_set()):
             raise CancelledError("the request was cancelled")
 
 
 class Stream(Generator[T, None, None]):
-    """A generator that any thread may close, also while another one waits for its next item: the work then ends
-    before its next forward pass, in the thread that does it, and that thread finds the generator exhausted.
+    """A generator that any thread may close, even while another thread waits for its next item. The work then ends
+    before its next forward pass, in the thread that runs it; for that thread the generator is exhausted.
 
     Args:
-        items: the generator, whose work asks `stop`.
-        stop: of these items alone.
+        items: the generator, whose work calls stop.check().
+        stop: belongs to these items only.
     """
 
     def __init__(self, items: Generator[T, None, None], stop: Stop) -> None:
@@ -45,11 +45,11 @@ class Stream(Generator[T, None, None]):
     def send(self, value: None) -> T:
         try:
             item = self._items.send(value)
-        except (CancelledError, ValueError):  # the latter: another thread closes it just now
+        except (CancelledError, ValueError):  # ValueError: another thread is closing it
             if self._stop.closed:
                 raise StopIteration from None
             raise
-        if self._stop.closed:  # by another thread, too late for that item
+        if self._stop.closed:  # another thread closed it while this item was made
             self._items.close()
             raise StopIteration
         return item
@@ -58,10 +58,10 @@ class Stream(Generator[T, None, None]):
         return self._items.throw(*error)
 
     def close(self) -> None:
-        """End the work and free what it holds: now, or where it is under way, before its next forward pass."""
+        """End the work and free its resources: at once, or before the next forward pass if one is running."""
         self._stop.closed = True
         try:
             self._items.close()
-        except ValueError:  # it is executing; whoever runs it closes it
+        except ValueError:  # it is running; the thread that runs it closes it
             if not getattr(self._items, "gi_running", False):
                 self._items.close()

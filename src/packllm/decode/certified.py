@@ -1,8 +1,8 @@
-"""Exact greedy fusion, token by token, of members that tell only their likeliest next tokens.
+"""Exact greedy fusion, token by token, with members on servers that report only their most likely tokens.
 
-A token that a server does not name has at most the probability of the last one that it does. So each token's fused
-probability has a lower and an upper bound, and the likeliest is proved where its lower bound is above the upper bounds
-of all others. Where it is not, the servers are asked for the tokens that are still in question.
+A token that a server does not report has at most the probability of the last one that it does. This bounds each token's
+fused probability from below and above. A token is proved to be the most likely one if its lower bound is above the
+upper bounds of all others. Otherwise the servers are asked for the tokens that are still in question.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from packllm.errors import MemberError
 T = TypeVar("T")
 
 _ROUNDS = 12
-"""Times that servers are asked for one token."""
+"""How many times servers are asked for one token, at most."""
 
 
 class Far:
-    """A member on a server at the end of a text, in ids.
+    """A member on a server, at the end of a text of token ids.
 
     Args:
-        line: of its request.
-        shared: the ids in which it answers, and which of their members it is; None: its own.
+        line: its line in the request.
+        shared: the shared ids that it uses, and its index among their members; None: its own ids.
     """
 
     def __init__(self, line: ServerLine, shared: tuple[Shared, int] | None) -> None:
@@ -44,22 +44,22 @@ class Far:
         self._top = Top({}, 0.0)
 
     def close(self) -> None:
-        """It is not asked any more."""
+        """Cancel the requests that its server is answering."""
         self._line.close()
 
     def own(self, token: int) -> int:
-        """The member's own id of a shared one; its end for the END."""
+        """The member's own id of a shared id; one of its end ids for END."""
         if self._shared is None:
             return token
         shared, at = self._shared
         return min(self.member.end_ids) if token == shared.end else shared.own(at, [token])[0]
 
     def look(self) -> None:
-        """Ask for the likeliest tokens after the ids."""
+        """Ask the server for the most likely next tokens."""
         self._top = self._tops.top(self.ids, self._line.bill, self._line.gate)
 
     def look_for(self, tokens: Sequence[int]) -> bool:
-        """Ask for these as well; whether anything more is known now."""
+        """Ask the server for these tokens too; return whether anything new is known."""
         own = [self.own(token) for token in tokens]
         if self._shared is not None and self._shared[0].end in tokens:
             own += self.member.end_ids
@@ -70,7 +70,7 @@ class Far:
         return True
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """float64 (V,), the least and the most that the log-probability of each token can be."""
+        """float64 (V,) twice: the lower and upper bounds of each token's log-probability."""
         size = len(self.member.vocabulary)
         low, high = torch.full((size,), -torch.inf).double(), torch.full((size,), self._top.rest).double()
         places = torch.tensor(list(self._top.known))
@@ -82,17 +82,17 @@ class Far:
 
 
 class Certified:
-    """Members that run for one prompt, some on servers.
+    """The members that run for one prompt, some of them on servers.
 
     Args:
-        lines: by index.
-        shared: the ids that they share; None: all of them.
-        row: the prompt's weights, which may lose a member that fails.
-        failures: what becomes of it.
+        lines: by index of the member.
+        shared: the ids that they share; None: all members have the same ids.
+        row: the prompt's weights; a member that fails may be dropped from them.
+        failures: decides whether a failed member is dropped.
 
     Attributes:
-        rounds: times that servers were asked.
-        at_once: tokens that the first of them proved.
+        rounds: how many times servers were asked.
+        at_once: how many tokens the first round proved.
     """
 
     def __init__(
@@ -110,18 +110,18 @@ class Certified:
 
     @property
     def top(self) -> int:
-        """The member of the largest weight."""
+        """The member with the largest weight."""
         return max([*self._lines, *self._far], key=self._row.weights.values.__getitem__)
 
     def ids(self) -> Iterator[int]:
-        """Tokens, until nobody asks for more."""
+        """Yield tokens without end."""
         while True:
             token = self._choose()
             yield token
             self._each(partial(self._read, token))
 
     def close(self) -> None:
-        """What servers are asked just now comes to nothing."""
+        """Cancel the requests that servers are answering."""
         for far in self._far.values():
             far.close()
 
@@ -140,31 +140,31 @@ class Certified:
 
     def _give_up(self, k: int) -> None:
         if k in self._far:
-            reason = "what its server tells does not prove which token is the likeliest; use decoding='cool'"
+            reason = "its server reports too little to prove which token is the most likely; use decoding='cool'"
             raise MemberError(self._far[k].member.name, reason)
 
     def _choose(self) -> int:
-        """The likeliest token of the fused distribution, of equals the smallest id."""
+        """The most likely token of the fused distribution; the smallest id among equals."""
         self._each(self._look)
-        asked = 0
+        rounds = 0
         while True:
             self.rounds += 1
-            asked += 1
+            rounds += 1
             low, high = self._fused()
             best = int((low == low.max()).nonzero()[0])
             rivals = high > low[best]
             rivals[:best] |= high[:best] == low[best]
             rivals[best] = False
             if not rivals.any() and low[best] > -1e29:
-                self.at_once += asked == 1
+                self.at_once += rounds == 1
                 return best
             count = min(NAMED - 1, int(rivals.sum()))
-            wanted = [best, *torch.where(rivals, high, -torch.inf).topk(count).indices.tolist()]
-            if asked == _ROUNDS or not any(self._each(partial(self._look_for, wanted)).values()):
+            questioned = [best, *torch.where(rivals, high, -torch.inf).topk(count).indices.tolist()]
+            if rounds == _ROUNDS or not any(self._each(partial(self._look_for, questioned)).values()):
                 self._each(self._give_up)
 
     def _fused(self) -> tuple[Tensor, Tensor]:
-        """Bounds of the fused score of each token, which orders tokens as their probabilities do."""
+        """Lower and upper bounds of each token's fused score, which orders tokens as their probabilities do."""
         weights = self._row.weights
         rows = {k: line.here.double().cpu() for k, line in self._lines.items()}
         bounds = {k: (row, row) for k, row in rows.items()} | {k: far.bounds() for k, far in self._far.items()}

@@ -1,10 +1,10 @@
-"""The shortest way that a grammar leaves to the end of an answer, in bytes, and in tokens of a vocabulary.
+"""The shortest completion that a grammar allows, in bytes, and in tokens of a vocabulary.
 
-The grammar is llguidance's, which tells of a place only which bytes may follow. So the way is searched, the cheapest
-first, over copies of the matcher. Places that look alike (the same bytes may follow, in the same brackets after as
-many items, as far into a value) count as the same; a few of each are followed. What is found is always a whole
-answer; that it is the shortest holds where places that look alike are alike, as they are in all JSON whose values do
-not decide what follows them.
+llguidance's matcher tells only which bytes may come next. So this module searches over copies of the matcher, the
+cheapest completion first. Positions that look alike count as one state: the same next bytes, the same open brackets
+with the same number of items, the same length of the current value. Only a few positions of each state are followed.
+A result is always a complete answer. It is the shortest one if positions that look alike do allow the same
+completions; this is true of all JSON in which no value decides what may follow it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from packllm.decode.patterns import lacking
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of a grammar beside what its matcher tells of the next byte.
+    """Facts about a grammar that its matcher does not tell.
 
     Attributes:
         names: required properties of its objects.
-        patterns: of its strings.
+        patterns: regular expressions of its strings.
     """
 
     names: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
 
     def pieces(self, place: Place) -> Iterator[bytes]:
-        """Texts that may end the string at this place, or the key that it is."""
+        """Texts that may complete the string at this place, or the key that the string is."""
         string = place.string
         if string == "" and place.stack:
             for name in self.names:
@@ -51,11 +51,11 @@ class Hints:
 
 EMPTY: Mapping[int, bytes] = MappingProxyType({})
 
-_ALIKE = 3  # places that look alike, followed at most
-_MOST_PLACES = (6000, 4000)  # that a search visits: one that goes straight, and one by length
-_MOST_BYTES = 64  # of so many different next bytes all are tried, of more all but most letters and digits
-_LONGER = 1000  # cost of going on with what could end
-_LONGEST_PIECE = 24  # bytes of a token that are looked for in a way
+_ALIKE = 3  # followed positions that look alike, at most
+_MOST_PLACES = (6000, 4000)  # positions that a search visits at most: depth first, and by length
+_MOST_BYTES = 64  # up to so many next bytes all are tried; of more, all but most letters and digits
+_LONGER = 1000  # cost of a continuation where the value or answer could end
+_LONGEST_PIECE = 24  # longest token considered, in bytes
 
 _QUOTE, _COMMA, _CLOSERS = 0x22, 0x2C, [0x7D, 0x5D]
 _STRUCTURE = frozenset(b",}]")
@@ -65,12 +65,13 @@ _PREFERRED = {byte: rank for rank, byte in enumerate(dict.fromkeys(b"".join([b'"
 
 
 class Place(NamedTuple):
-    """Where in JSON a text ends.
+    """The position in JSON where a text ends.
 
     Attributes:
-        stack: the open brackets, each with the items before the last comma in it.
-        leaf: the value or key so far, if it is no bracket.
-        quoted, escaped: whether within a string, and right after a backslash in it.
+        stack: the open brackets, each with the number of its commas so far.
+        leaf: the current value or key so far, unless it is a bracket.
+        quoted: whether the text ends inside a string.
+        escaped: whether it ends right after a backslash in a string.
     """
 
     stack: tuple[tuple[int, int], ...] = ()
@@ -102,12 +103,12 @@ class Place(NamedTuple):
 
     @property
     def looks(self) -> tuple:
-        """What of it matters for what follows, as far as it can be told."""
+        """The parts of the position that matter for what may follow, as far as they are known."""
         return self.stack, len(self.leaf), self.quoted, self.escaped
 
     @property
     def string(self) -> str | None:
-        """The string so far, if it is within one and not in the middle of a character."""
+        """The string so far, if the text ends inside one and not in the middle of a character."""
         try:
             return json.loads(self.leaf + b'"', strict=False) if self.quoted and not self.escaped else None
         except ValueError:
@@ -115,12 +116,12 @@ class Place(NamedTuple):
 
 
 class Way:
-    """Bytes that lead to an end, and the fewest tokens that spell what is left of them from each place on.
+    """A completion in bytes, and the fewest tokens that spell its remainder from each offset.
 
     Args:
         text: the bytes.
-        ids: of a vocabulary's text tokens, by their bytes.
-        need: tokens from each place on, where they are known: of the last places.
+        ids: the ids of a vocabulary's text tokens, by their bytes.
+        need: fewest tokens from each of the last len(need) offsets, where they are known already.
     """
 
     def __init__(self, text: bytes, ids: Mapping[bytes, int], need: Sequence[int] = (0,)) -> None:
@@ -134,15 +135,15 @@ class Way:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it takes."""
+        """The fewest tokens that spell it."""
         return self._need[0]
 
     def after(self, size: int) -> Way:
-        """What is left of it after so many bytes."""
+        """The remainder after the first `size` bytes."""
         return Way(self.text[size:], self._ids, self._need[size:])
 
     def first(self) -> int:
-        """The token that it begins with, of the longest that leave the fewest."""
+        """Its first token: one that leaves the fewest tokens, the longest of those."""
         sizes = [n for n in range(1, min(_LONGEST_PIECE, len(self.text)) + 1) if self.text[:n] in self._ids]
         return self._ids[self.text[: min(sizes, key=lambda n: (self._need[n], -n))]]
 
@@ -150,21 +151,23 @@ class Way:
 def shortest(
     matcher: Matcher, place: Place, spelled: np.ndarray, hints: Hints, tails: Mapping[int, bytes] = EMPTY
 ) -> bytes | None:
-    """The shortest text from here to an end; None if none is found.
+    """The shortest text from `place` to an end; None if the search fails.
 
     Args:
-        matcher: over bytes; it stays where it is.
-        place: where the text so far ends.
-        spelled: bool (256,): the bytes that can be written.
+        matcher: over bytes; it is not changed.
+        place: the position where the text so far ends.
+        spelled: bool (256,): the bytes that are tokens by themselves.
         hints: of the grammar.
-        tails: by number of open brackets: what may follow the end of a value there, known from before.
+        tails: by number of open brackets: a known completion after the end of a value at that depth.
     """
-    # First by length. A long way, which would have all shorter ones tried before it, is then gone straight.
+    # First by length. A long completion would have all shorter ones tried before it: it is then searched depth first.
     for weight in (1, 0):
-        most = _MOST_PLACES[weight] // (6 if tails else 1)  # a token that leads too far is not worth more
-        found = _search(matcher, place, spelled, hints, tails, weight, most)
-        if found is not None:
-            return found
+        most = _MOST_PLACES[weight] // (
+            6 if tails else 1
+        )  # a search with known tails is one of many, for one token each
+        text = _search(matcher, place, spelled, hints, tails, weight, most)
+        if text is not None:
+            return text
     return None
 
 
@@ -179,15 +182,15 @@ def _search(
 ) -> bytes | None:
     order = count()
     alike: Counter[tuple] = Counter()
-    # (cost, of equal cost the longest if lengths do not count, then the first, text so far,
-    #  matcher before the text's last piece or None at the end, that piece, place after it)
+    # (cost, order among equal costs: the longest if lengths do not count, then the first; text so far;
+    #  matcher before the text's last piece, None at an end; that piece; position after it)
     heap: list[tuple[int, int, int, bytes, Matcher | None, bytes, Place]] = [(0, 0, 0, b"", matcher, b"", place)]
 
     def push(cost: int, text: bytes, matcher: Matcher | None, piece: bytes, place: Place) -> None:
         heapq.heappush(heap, (cost, (weight - 1) * len(text), next(order), text, matcher, piece, place))
 
-    hinted = 6 if place.escaped else 0  # bytes: where the hints are asked for again
-    common = max(map(len, tails.values()), default=0)  # to come in any case, so that it tells no place from another
+    hinted = 6 if place.escaped else 0  # up to this length in bytes, the hints are used again
+    common = max(map(len, tails.values()), default=0)  # every completion costs at least this
     for _ in range(most):
         if not heap:
             return None
@@ -215,27 +218,27 @@ def _search(
             push(cost, text, None, b"", place)
         closers = mask[_CLOSERS].any()
         endable = bool(mask[-1] or (mask[_QUOTE] if place.quoted else closers or mask[_COMMA]))
-        tried = [bytes([byte]) for byte in _tried(np.flatnonzero(mask[:-1] & spelled))]
+        pieces = [bytes([byte]) for byte in _tried(np.flatnonzero(mask[:-1] & spelled))]
         if place.quoted and not endable and (place.leaf == b'"' or len(text) <= hinted):
-            tried += [piece for piece in hints.pieces(place) if at.follows(piece)]
-        for piece in tried:
+            pieces += [piece for piece in hints.pieces(place) if at.follows(piece)]
+        for piece in pieces:
             ends = b'"' in piece if place.quoted else piece in b"}]" or (piece == b"," and not closers)
-            more = weight * len(piece) + _LONGER * (endable and not ends) + (0 if weight else 10 * (piece in b"{["))
-            push(cost + more, text + piece, at, piece, place.after(piece))
+            extra = weight * len(piece) + _LONGER * (endable and not ends) + (0 if weight else 10 * (piece in b"{["))
+            push(cost + extra, text + piece, at, piece, place.after(piece))
     return None
 
 
 def _tried(allowed: np.ndarray) -> list[int]:
-    """The next bytes to try: all, or if they are many, of letters and digits some."""
+    """The next bytes to try: all, or, if they are many, only some of the letters and digits."""
     if len(allowed) > _MOST_BYTES:
-        there = set(allowed.tolist())
-        marks, *kinds = ([byte for byte in kind if byte in there] for kind in _KINDS)
+        allowed_set = set(allowed.tolist())
+        marks, *kinds = ([byte for byte in kind if byte in allowed_set] for kind in _KINDS)
         allowed = np.array([*marks, *(byte for kind in kinds for byte in kind[:2] + kind[2:][-1:])])
     return sorted(allowed.tolist(), key=_PREFERRED.__getitem__)
 
 
 def tails_of(way: bytes, place: Place) -> dict[int, bytes]:
-    """For each number of open brackets: the way from where a value has ended there, as `way` from `place` passes it."""
+    """By number of open brackets: the part of `way` that follows the end of a value at that depth."""
     tails: dict[int, bytes] = {}
     for at, byte in enumerate(way):
         depth = len(place.stack)
@@ -247,5 +250,5 @@ def tails_of(way: bytes, place: Place) -> dict[int, bytes]:
 
 
 def spelled_bytes(ids: Mapping[bytes, int]) -> np.ndarray:
-    """bool (256,): which bytes are tokens by themselves."""
+    """bool (256,): the bytes that are tokens by themselves."""
     return np.array([bytes([byte]) in ids for byte in range(256)])

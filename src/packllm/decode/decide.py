@@ -1,4 +1,4 @@
-"""Decisions: which of several labels the pack would answer with, and how sure it and its members are."""
+"""Decisions: which of several labels the pack would answer with, and the probabilities of the pack and its members."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Decision:
     """A choice among labels.
 
     Attributes:
-        choice: the likeliest label, of equals the first.
+        choice: the most likely label; the first among equals.
         probabilities: of each label, given that the answer begins with one of them; they sum to 1.
-        weights: what each member counted for.
-        mass: the probability that the answer begins with a label at all; small where the prompt does not lead to one.
+        weights: the members' weights.
+        mass: the probability that the answer begins with any label; small if the prompt does not ask for one.
         members: {name: probabilities} of each member that ran, by itself.
-        disagreement: Σ λ_k KL(member k || pack) in nats over the labels: 0 where all members agree. NaN for weights
-            below 0.
+        disagreement: Σ λ_k KL(member k || pack) in nats over the labels: 0 if all members agree. NaN if a weight is
+            negative.
     """
 
     choice: str
@@ -45,7 +45,7 @@ class Decision:
 
 
 def check_choices(choices: Sequence[str]) -> list[str]:
-    """The labels; OptionError unless there are two or more, not empty and all different."""
+    """The labels. Raise OptionError unless there are at least two, all different and none empty."""
     labels = choices if isinstance(choices, list | tuple) else ()
     if len(labels) < 2 or not all(isinstance(label, str) and label for label in labels):
         raise OptionError(f"choices={shown(choices)}: give a list of two or more labels that are not empty")
@@ -61,41 +61,42 @@ def decision(
     weights: Weights,
     empty: Sequence[float] | None = None,
 ) -> Decision:
-    """A decision from log-likelihoods.
+    """Make a decision from log-likelihoods.
 
-    A label that begins another ("yes", "yes, but") counts for the answers that do not go on as the other.
+    A label may begin another one ("yes", "yes, but"). It then counts only for answers that do not continue as the
+    longer label.
 
     Args:
         fused: the pack's log p(label), in nats.
         members: each member's.
         weights: of the pack.
-        empty: the pack's after an empty prompt, which each label's is divided by (contextual calibration, arXiv
-            2102.09690); mass and members are as they are.
+        empty: the pack's log p(label) after an empty prompt; each label's probability is divided by it (contextual
+            calibration, arXiv 2102.09690). `mass` and `members` are not changed by it.
     """
-    alone = _alone(labels, fused)
-    rated = alone if empty is None else [p - q for p, q in zip(alone, _alone(labels, empty), strict=True)]
-    pack = _normalised(rated)
-    plain = _normalised(alone)
-    each = {name: _normalised(_alone(labels, given)) for name, given in members.items()}
+    exclusive = _alone(labels, fused)
+    scores = exclusive if empty is None else [p - q for p, q in zip(exclusive, _alone(labels, empty), strict=True)]
+    pack = _normalised(scores)
+    plain = _normalised(exclusive)
+    of_members = {name: _normalised(_alone(labels, member)) for name, member in members.items()}
     return Decision(
         labels[max(range(len(labels)), key=pack.__getitem__)],
         dict(zip(labels, pack, strict=True)),
         weights,
-        math.fsum(math.exp(logprob) for logprob in alone),
-        {name: dict(zip(labels, given, strict=True)) for name, given in each.items()},
-        _disagreement(plain, each, weights),
+        math.fsum(math.exp(logprob) for logprob in exclusive),
+        {name: dict(zip(labels, member, strict=True)) for name, member in of_members.items()},
+        _disagreement(plain, of_members, weights),
     )
 
 
 def _alone(labels: Sequence[str], logprobs: Sequence[float]) -> list[float]:
-    """log p that a text begins with a label and with no longer one."""
-    found = []
+    """log p that a text begins with a label but with no longer label."""
+    results = []
     for label, logprob in zip(labels, logprobs, strict=True):
         longer = [i for i, other in enumerate(labels) if other != label and other.startswith(label)]
         longest = [i for i in longer if not any(j != i and labels[i].startswith(labels[j]) for j in longer)]
-        rest = math.exp(logprob) - math.fsum(math.exp(logprobs[i]) for i in longest)
-        found.append(logprob if not longest else math.log(rest) if rest > 0 else -math.inf)
-    return found
+        remainder = math.exp(logprob) - math.fsum(math.exp(logprobs[i]) for i in longest)
+        results.append(logprob if not longest else math.log(remainder) if remainder > 0 else -math.inf)
+    return results
 
 
 def _normalised(logprobs: Sequence[float]) -> list[float]:
@@ -112,7 +113,7 @@ def _disagreement(pack: Sequence[float], members: Mapping[str, Sequence[float]],
     shares = dict(zip(weights.names, weights.values, strict=True))
     return math.fsum(
         shares[name] * p * (math.log(p) - math.log(max(q, 1e-300)))
-        for name, given in members.items()
-        for p, q in zip(given, pack, strict=True)
+        for name, member in members.items()
+        for p, q in zip(member, pack, strict=True)
         if p > 0
     )

@@ -1,4 +1,4 @@
-"""Decodings: how members write one answer together. All of them are in DECODINGS, as weightings are in WEIGHTINGS."""
+"""Decodings: how members write one answer together. DECODINGS lists them, as WEIGHTINGS lists the weightings."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Decoding:
     """One way of decoding.
 
     Attributes:
-        check: raises OptionError or VocabularyError, before anything runs, where it cannot serve a request.
-        decode: (row, Chunk) of the rows that are not done; the last chunk of each has a finish_reason. The request is
-            read and weighed.
-        mapped: members of other vocabularies read and answer in the ids of the one that knows the prompt best. Then
-            each prompt has a vocabulary of its own, and is decoded by itself.
+        check: raises OptionError or VocabularyError if it cannot serve a request, before anything runs.
+        decode: decodes the unfinished rows and yields (row, Chunk); each row's last chunk has a finish_reason. The
+            request is prefilled and has its weights.
+        mapped: members with other vocabularies are mapped to the ids of the reference, the member with the lowest
+            perplexity on the prompt. Then each prompt has its own vocabulary and is decoded by itself.
     """
 
     check: Callable[[Request], None]
@@ -37,38 +37,38 @@ class Decoding:
 
 
 def _any(request: Request) -> None:
-    """Serves every request."""
+    """Accept every request."""
 
 
 def _named(name: str, decode: Decode) -> Decode:
-    """As `decode`; its last chunks say the name."""
+    """`decode`, with `name` as the decoding in its last chunks."""
 
-    def told(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
+    def decode_named(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
         with closing(decode(request, rows)) as chunks:
             for r, chunk in chunks:
                 yield r, chunk if chunk.finish_reason is None else replace(chunk, decoding=name)
 
-    return told
+    return decode_named
 
 
 _TOKENS, _PROVED, _COOL = _named("tokens", by_tokens), _named("tokens", proved), _named("cool", by_segments)
 
 
 def _auto(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    """The finest way that all members that run support: token by token where they are token models of one vocabulary,
-    else segment by segment."""
+    """The finest decoding that all running members support: token by token if they are token models with one
+    vocabulary, else segment by segment."""
     ways = {r: _finest(request, r) for r in range(len(rows))}
     mixed = [r for r, way in ways.items() if way is not _TOKENS]
     needs_one = request.grammar is not None or request.options.penalises
     if mixed and (needs_one or log.isEnabledFor(logging.INFO)):
-        told = difference([request.members[k] for k in request.running(mixed[0])])
+        problem = difference([request.members[k] for k in request.running(mixed[0])])
         if needs_one:
             raise VocabularyError(
-                f"{told}; the form that json_schema or tool_choice demands, penalties and logit_bias need one "
-                f"vocabulary; use decoding='mined' or weighting='top1'"
+                f"{problem}; json_schema, tool_choice='required', penalties and logit_bias need one vocabulary; "
+                f"use decoding='mined' or weighting='top1'"
             )
         if ways[mixed[0]] is _COOL:
-            log.info("%s: they write segment by segment (decoding='cool'); decoding='mined' serves too", told)
+            log.info("%s: decoding segment by segment (decoding='cool'); decoding='mined' is possible too", problem)
     for way in (_COOL, _PROVED, _TOKENS):
         for r, row in enumerate(rows):
             row.done = ways[r] is not way
@@ -83,8 +83,8 @@ def _finest(request: Request, row: int) -> Decode:
 
 
 def _tokens(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
-    far = any(not request.one_vocabulary(request.running(r)) for r in range(len(rows)))
-    yield from (_PROVED if far else _TOKENS)(request, rows)
+    some_remote = any(not request.one_vocabulary(request.running(r)) for r in range(len(rows)))
+    yield from (_PROVED if some_remote else _TOKENS)(request, rows)
 
 
 DECODINGS: dict[str, Decoding] = {
@@ -98,7 +98,7 @@ DECODINGS: dict[str, Decoding] = {
 
 
 def find(name: str) -> Decoding:
-    """The decoding of that name; OptionError with the valid names otherwise."""
+    """The decoding of that name. Raise OptionError with the valid names if there is none."""
     if name not in DECODINGS:
         raise OptionError(f"decoding={name!r} is unknown; valid: {', '.join(DECODINGS)}")
     return DECODINGS[name]

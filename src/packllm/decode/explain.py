@@ -1,4 +1,4 @@
-"""Explanations of a request: its prompts' parts, and who carried the tokens of its answers."""
+"""Explanations of a request: the parts of its prompt, and each member's share of the answer's tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packllm.weights.result import Weights
 
 
 def explanation(request: Request, row: int) -> Explanation:
-    """Of a prompt that is read and weighed, with `explain`."""
+    """Explain a prompt that is prefilled and has weights; needs the option `explain`."""
     weights, (live, common) = request.weights[row], request.evidence[row]
     text = next(iter(request.encoded[row].values())).text
     unit = weights.unit if common.tokens is None or weights.unit == "byte" else "token"
@@ -25,7 +25,7 @@ def explanation(request: Request, row: int) -> Explanation:
     units = _bytes(text, common.spans) if unit == "byte" else [1] * len(common.spans)
     names, matrix = [request.members[k].name for k in live], common.matrix.tolist()
 
-    def told(start: int, end: int) -> Part:
+    def part_of(start: int, end: int) -> Part:
         inside = [at for at, span in enumerate(common.spans) if _is_inside(text, span, start, end)]
         columns = {name: [logprobs[at] for at in inside] for name, logprobs in zip(names, matrix, strict=True)}
         return part(text[start:end], _by_name(weights), columns, [units[at] for at in inside])
@@ -34,13 +34,13 @@ def explanation(request: Request, row: int) -> Explanation:
         weights.names,
         weights.values,
         unit,
-        tuple(told(*span) for span in _messages(request.prompts[row], text)),
-        tuple(told(*span) for span in places(text, request.options.passages)),
+        tuple(part_of(*span) for span in _messages(request.prompts[row], text)),
+        tuple(part_of(*span) for span in places(text, request.options.passages)),
     )
 
 
 def explained(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
-    """Pieces of answers, the last of each with its explanation."""
+    """Add an explanation to the last chunk of each row."""
     tokens: dict[int, list[CarriedToken]] = {}
     decoders: dict[int, codecs.IncrementalDecoder] = {}
     for r, chunk in pieces:
@@ -55,8 +55,8 @@ def explained(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator
 
 
 def _carried(token: TokenLogprob, weights: Weights, decoder: codecs.IncrementalDecoder) -> CarriedToken:
-    named = _by_name(weights)
-    return CarriedToken(decoder.decode(bytes(token.bytes)), token.logprob, shares(named, token.members), named)
+    by_name = _by_name(weights)
+    return CarriedToken(decoder.decode(bytes(token.bytes)), token.logprob, shares(by_name, token.members), by_name)
 
 
 def _by_name(weights: Weights) -> dict[str, float]:
@@ -64,7 +64,7 @@ def _by_name(weights: Weights) -> dict[str, float]:
 
 
 def _messages(prompt: Prompt, text: str) -> Iterator[tuple[int, int]]:
-    """Where the user's messages are in the scored text; all of that where it is a part of them."""
+    """Spans of the user's messages in the scored text; one span of all of it if the two differ."""
     if isinstance(prompt, Formatted):
         contents = list(prompt.words.values())
     elif isinstance(prompt, str):
@@ -80,16 +80,16 @@ def _messages(prompt: Prompt, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_inside(text: str, span: tuple[int, int], start: int, end: int) -> bool:
-    """Whether a token lies in a part; the space before its word may lie before that."""
+    """Whether a token lies inside a part; a space before its word may lie before the part."""
     first, last = span
     word = last - len(text[first:last].lstrip())
     return start <= word and start < last <= end
 
 
 def _bytes(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Bytes of each span; those of a character that several share count once."""
-    counts, reached = [], 0
+    """Bytes of each span; the bytes of a character that several spans share count once."""
+    counts, last_end = [], 0
     for start, end in spans:
-        counts.append(len(text[max(start, reached) : end].encode()))
-        reached = max(reached, end)
+        counts.append(len(text[max(start, last_end) : end].encode()))
+        last_end = max(last_end, end)
     return counts

@@ -1,4 +1,4 @@
-"""What becomes of a request whose members fail: decided here and nowhere else."""
+"""The failure policy: what happens to a request when some of its members fail. No other module decides this."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ T = TypeVar("T")
 
 
 class Weighed(Protocol):
-    """What has weights, which may lose a member."""
+    """An object with weights, from which a member may be dropped."""
 
     weights: Weights
 
 
 class Failures:
-    """The members of one request that failed so far, and whether it goes on without them. Safe to use from several
-    threads: members on different devices may fail at the same time.
+    """The members of one request that failed so far, and whether the request continues without them. Safe to use from
+    several threads: members on different devices may fail at the same time.
 
     Args:
         names: the names of all members of the pack.
-        candidates: indices of those that may run.
-        drop: go on without a member that fails, instead of raising.
+        candidates: indices of the members that may run.
+        drop: continue without a failed member instead of raising.
 
     Attributes:
-        drop: as given.
-        members: indices of those that failed and are done without.
+        drop: as above.
+        members: indices of the failed members that the request continues without.
     """
 
     def __init__(self, names: Sequence[str], candidates: Collection[int], drop: bool) -> None:
@@ -45,38 +45,38 @@ class Failures:
     def lose(
         self, error: Exception, among: Collection[int], weights: Sequence[Weights] = ()
     ) -> tuple[set[int], list[Weights]]:
-        """Go on without the members that an error names, or raise it.
+        """Continue without the members that an error names, or raise the error.
 
         Args:
-            error: what was raised.
-            among: the members whose work it came from. Where it names none of them alone, all failed: a pass that
-                members share takes them all along.
-            weights: of each prompt in which they count for something, if it is weighed.
+            error: the exception.
+            among: the members whose work raised it. If the error names none of these, all of them are dropped: they
+                shared the pass that failed.
+            weights: of each prompt in which these members have weight, if weights are known.
 
         Returns:
-            The members to do without, and the weights without them.
+            The members to drop, and the weights without them.
 
         Raises:
-            Exception: the error, where it is no MemberError, members are not to be dropped, or nobody is left to go
-                on, be it for one of the prompts.
+            Exception: the error itself, if it is no MemberError, members are not to be dropped, or a prompt would have
+                no member left.
         """
         if not isinstance(error, MemberError):
             raise error
-        lost = {k for k in among if self._names[k] == error.member} or set(among)
-        left = [without(one, lost) for one in weights]
+        dropped = {k for k in among if self._names[k] == error.member} or set(among)
+        remaining = [without(one, dropped) for one in weights]
         with self._lock:
-            if not self.drop or self._candidates <= self.members | lost or None in left:
+            if not self.drop or self._candidates <= self.members | dropped or None in remaining:
                 raise error
-            self.members |= lost
+            self.members |= dropped
         log.warning("going on without a member: %s", error)
-        return lost, [one for one in left if one is not None]
+        return dropped, [one for one in remaining if one is not None]
 
     def each(self, act: Callable[[int], T], which: Collection[int], row: Weighed) -> dict[int, T]:
-        """What `act` gives for each of these members; the row's weights lose those that fail, if the request goes on
-        without them.
+        """Call `act` for each of these members and return its results. A member that fails is dropped from the row's
+        weights if the request continues without it.
 
         Raises:
-            MemberError: it does not, or all of these failed.
+            MemberError: the request does not continue, or all of these members failed.
         """
         results: dict[int, T] = {}
         failed: MemberError | None = None
@@ -93,14 +93,14 @@ class Failures:
 
 
 def without(weights: Weights, members: Collection[int]) -> Weights | None:
-    """Weights with these members at 0 and the others renormalised; None where the others make no distribution."""
+    """Weights with these members at 0 and the others renormalised; None if the others sum to 0 or less."""
     values = [0.0 if k in members else value for k, value in enumerate(weights.values)]
-    if math.fsum(values) <= 0:  # nobody is left, or of DExperts' base, expert and anti-expert the wrong ones
+    if math.fsum(values) <= 0:  # no member is left, or only DExperts' anti-expert
         return None
     return replace(weights, values=normalised(values), fused_nll=None, gap=None)
 
 
 def normalised(values: Sequence[float]) -> tuple[float, ...]:
-    """The values over their sum."""
+    """The values divided by their sum."""
     total = math.fsum(values)
     return tuple(value / total for value in values)

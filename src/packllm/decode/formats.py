@@ -1,11 +1,11 @@
-"""Patterns of the formats of strings: what all who read such a value accept, with no date that is none.
+"""Regular expressions of string formats. Every usual parser accepts the strings that match, and dates are real dates.
 
-The formats are JSON schema's (2020-12, 7.3) and those of pydantic's types. Every other format is an annotation.
+The formats are those of JSON schema (2020-12, 7.3) and of pydantic's types. Any other format is only an annotation.
 """
 
 from __future__ import annotations
 
-_YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9][0-9]|[0-9][1-9][0-9]{2}|[1-9][0-9]{3})"  # not 0000, which Python has not
+_YEAR = r"(?:[0-9]{3}[1-9]|[0-9]{2}[1-9][0-9]|[0-9][1-9][0-9]{2}|[1-9][0-9]{3})"  # 0000 is no year in Python
 _LEAP = (
     r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|"
     r"(?:0[48]|[2468][048]|[13579][26])00)"
@@ -16,7 +16,7 @@ _DATE = (
 )
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 
-_NUMBER = r"[0-9]{1,6}"  # of years or seconds: none that a timedelta cannot hold
+_NUMBER = r"[0-9]{1,6}"  # few enough digits for a timedelta, be it years or seconds
 _CLOCK = rf"T(?:{_NUMBER}H(?:{_NUMBER}M(?:{_NUMBER}S)?)?|{_NUMBER}M(?:{_NUMBER}S)?|{_NUMBER}S)"
 _DAYS = rf"(?:{_NUMBER}Y(?:{_NUMBER}M(?:{_NUMBER}D)?)?|{_NUMBER}M(?:{_NUMBER}D)?|{_NUMBER}D)"
 _DURATION = rf"P(?:{_DAYS}(?:{_CLOCK})?|{_CLOCK}|{_NUMBER}W)"
@@ -36,18 +36,18 @@ _IPV6 = "(?:" + "|".join(
 
 
 def _ipv4_network() -> str:
-    """An address and a prefix that leaves none of its bits out."""
+    """An address, or an address and a prefix length after which all bits are 0."""
     kinds = []
     for prefix in range(33):
-        whole, bits = divmod(prefix, 8)
+        full_bytes, bits = divmod(prefix, 8)
         step = "|".join(str(byte) for byte in range(0, 256, 2 ** (8 - bits)))
-        octets = [_BYTE] * whole + [f"(?:{step})"] * (bits > 0)
+        octets = [_BYTE] * full_bytes + [f"(?:{step})"] * (bits > 0)
         kinds.append(r"\.".join([*octets, *["0"] * (4 - len(octets))]) + f"/{prefix}")
     return f"(?:{_IPV4}|{'|'.join(kinds)})"
 
 
 def _ipv6_network() -> str:
-    """As above, where the prefix ends after the last group that is written."""
+    """As above; the prefix covers at least the groups that are written."""
     kinds = [rf"(?:{_H16}:){{{n}}}:/(?:{'|'.join(map(str, range(16 * n, 129)))})" for n in range(1, 8)]
     return f"(?:{_IPV6}(?:/128)?|::/(?:{'|'.join(map(str, range(129)))})|{'|'.join(kinds)})"
 
@@ -60,7 +60,7 @@ _EMAIL = rf"{_ATOM}(?:\.{_ATOM})*@(?:{_WORD}\.)+[a-zA-Z]{{2,}}"
 _SAFE = r"(?:[a-zA-Z0-9._~!$&'()*+,;=:@/-]|%[0-9a-fA-F]{2})"
 _USER = r"(?:(?:[a-zA-Z0-9._~!$&'()*+,;=:-]|%[0-9a-fA-F]{2})+@)?"
 _PORT = r"(?::(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
-# A last label that begins with a digit makes a reader take all of it for an IPv4 address.
+# If a last label began with a digit, parsers would take the whole host for an IPv4 address.
 _HOST = rf"(?:(?:[a-zA-Z0-9_-]+\.)*[a-zA-Z][a-zA-Z0-9_-]*|{_IPV4}|\[{_IPV6}\])"
 _REST = rf"(?:\?(?:{_SAFE}|\?)*)?(?:#(?:{_SAFE}|\?)*)?"
 _URI = (
@@ -99,4 +99,4 @@ FORMATS = {
     "base64": r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",
     "base64url": r"(?:[A-Za-z0-9_-]{4})*(?:[A-Za-z0-9_-]{2}==|[A-Za-z0-9_-]{3}=)?",
 }
-"""Pattern of the whole string, by the name of the format."""
+"""Regular expression of the whole string, by name of the format."""

@@ -1,8 +1,8 @@
-"""From JSON schemas to the grammar of an answer, as far as a grammar can say what a schema means.
+"""Compiles JSON schemas to the grammar of an answer, as far as a grammar can express a schema.
 
-JSON is written as json.dumps writes it, with one space after commas and colons: no model can lose itself in white
-space. What llguidance cannot follow (uniqueItems, not, if, contains, bounds beyond 64 bits, lookaround, ...) is left
-out of the grammar: verdict.py holds the whole answer against the whole schema.
+JSON is written as json.dumps writes it, with one space after commas and colons: so no model can write white space
+forever. llguidance cannot express some keywords (uniqueItems, not, if, contains, bounds beyond 64 bits, lookaround,
+...). These are left out of the grammar; verdict.py then checks the complete answer against the complete schema.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from packllm.options import Options
 
 Schema = Mapping[str, Any]
 
-# Lenient: what llguidance does not know it leaves out, instead of refusing all of it.
+# Lenient: llguidance ignores keywords that it does not know instead of refusing the schema.
 _MANNER = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 _NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema"}
-_BEYOND = {  # what no grammar follows, or not always
+_BEYOND = {  # keywords that the grammar cannot express, or not always
     *("uniqueItems", "not", "if", "contains", "propertyNames", "minProperties", "maxProperties", "dependentRequired"),
     *("dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"),
 }
-_BESIDE_REF = ("$ref",)  # stands for all keywords beside one
-_LADDER = ((), _BESIDE_REF, ("patternProperties", "additionalProperties"))  # what is left out if need be
-_EXACT = 2**53  # larger integers are rounded by llguidance, which counts in doubles
+_BESIDE_REF = ("$ref",)  # stands for: all keywords beside a $ref
+_LADDER = ((), _BESIDE_REF, ("patternProperties", "additionalProperties"))  # keywords to leave out, tried in this order
+_EXACT = 2**53  # llguidance rounds larger integers, because it computes in doubles
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The answers that the options allow.
+    """The grammar of the answers that the options allow.
 
     Attributes:
         lark: the grammar, in llguidance's Lark.
-        hints: what a search for the shortest answer is told of it.
-        exact: whether it says all that the schemas say; else answers are to be held against them (verdict.py).
+        hints: for the search of the shortest answer.
+        exact: whether it expresses all of the schemas; otherwise answers must be checked against them (verdict.py).
     """
 
     lark: str
@@ -57,8 +57,8 @@ def make_grammar(options: Options) -> Grammar | None:
     """The grammar of the answers that the options allow; None if any text may be the answer.
 
     Raises:
-        ExtraError: a form is to be guaranteed, and the extra is not installed.
-        OptionError: a schema that no answer or no grammar can satisfy.
+        ExtraError: an answer's form is to be guaranteed, but the extra is not installed.
+        OptionError: no answer can satisfy the schema, or no grammar can express it.
     """
     tools = demanded_tools(options)
     if not tools and options.json_schema is None:
@@ -85,7 +85,7 @@ def make_grammar(options: Options) -> Grammar | None:
 
 
 def _call_schema(function: Schema) -> Schema:
-    """The schema of a call. What refers to a place in the parameters finds it where they are now."""
+    """The JSON schema of a call of a function; references into its parameters are adjusted to their new place."""
     parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
     properties = {"name": {"const": function["name"]}, "arguments": _moved(parameters, "/properties/arguments")}
     return {"type": "object", "properties": properties, "required": ["name", "arguments"]}
@@ -107,7 +107,7 @@ def _moved(value: Any, to: str) -> Any:
 
 
 def demanded_tools(options: Options) -> Sequence[Schema]:
-    """The tools of which the answer is, or may be, a call of a guaranteed form."""
+    """The tools whose calls the grammar has to allow."""
     if options.tool_choice == "any":
         return options.tools
     if options.tool_choice in (None, "auto", "none"):
@@ -116,39 +116,39 @@ def demanded_tools(options: Options) -> Sequence[Schema]:
 
 
 @lru_cache(256)
-def _followed(what: str, given: str) -> Grammar:
-    """The grammar of JSON of one schema, as the right side of a rule."""
-    said: str | None = ""
+def _followed(what: str, schema_json: str) -> Grammar:
+    """The grammar of one schema's JSON, as the right side of a rule."""
+    reason: str | None = ""
     try:
-        for closed in (True, False):  # closed objects may be none that satisfies all parts of a composition
+        for closed in (True, False):  # with closed objects no value may satisfy all parts of a composition
             for without in _LADDER:
-                prepared = _Preparation(json.loads(given), closed, without)
+                prepared = _Preparation(json.loads(schema_json), closed, without)
                 lark = "%json " + json.dumps({**prepared.schema, "x-guidance": _MANNER})
-                said, left_out = matcher.checked(f"start: {lark}")
-                if said is None:
+                reason, left_out = matcher.checked(f"start: {lark}")
+                if reason is None:
                     exact = prepared.exact and not any(note.startswith("oneOf") for note in left_out)
                     return Grammar(lark, prepared.hints, exact)
     except RecursionError:
-        said = "it is nested too deep"
+        reason = "it is nested too deep"
     raise OptionError(
-        f"{what} cannot be guaranteed: {said}. Say it with the keywords that a grammar can follow (type, properties, "
-        f"required, items, enum, const, anyOf, pattern, minimum, ...), or go without the guarantee and parse the text"
+        f"{what} cannot be guaranteed: {reason}. Use keywords that a grammar can express (type, properties, "
+        f"required, items, enum, const, anyOf, pattern, minimum, ...), or drop the guarantee and parse the text"
     )
 
 
 class _Preparation:
-    """A schema as llguidance can follow it. It is changed in place, so that references by place stay right.
+    """A schema in a form that llguidance can follow. It is changed in place, so that references stay valid.
 
     Args:
-        schema: JSON, which becomes this object's.
-        closed: whether objects get no properties beside those that they name, where they do not ask for them: a small
-            model would invent some. Parts of a composition stay open, for one part may allow what another names.
+        schema: parsed JSON; this object changes it.
+        closed: whether to forbid properties that an object does not name, unless it asks for them: a small model would
+            invent some. Parts of a composition stay open, because one part may allow what another one names.
         without: keywords to leave out.
 
     Attributes:
-        schema: what is left of it.
-        hints: names and patterns in it.
-        exact: whether nothing was left out that answers are held to.
+        schema: the changed schema.
+        hints: its property names and patterns.
+        exact: whether the grammar expresses every keyword that constrains answers.
     """
 
     def __init__(self, schema: dict[str, Any], closed: bool, without: Sequence[str]) -> None:
@@ -170,24 +170,24 @@ class _Preparation:
         self.hints = Hints(tuple(self._names), tuple(self._patterns))
 
     def _visit(self, node: Any, part: bool) -> None:
-        """Prepare a schema and all within it; a part is one of several that have to hold of the same value."""
+        """Prepare a schema and its subschemas. `part`: it is one of several that must hold for the same value."""
         if not isinstance(node, dict) or (id(node) in self._seen and (id(node) in self._parts or not part)):
             return
-        fresh = id(node) not in self._seen
+        is_new = id(node) not in self._seen
         self._seen[id(node)] = node
         if part:
             self._parts.add(id(node))
-        if fresh:
+        if is_new:
             self.exact &= _simplify(node)
             self._names |= dict.fromkeys(name for name in node.get("required", ()) if isinstance(name, str))
             patterns = [node.get("pattern"), *(node.get("patternProperties") or ())]
             self._patterns |= dict.fromkeys(pattern for pattern in patterns if isinstance(pattern, str))
-        joined = part or _joins(node)
+        joint = part or _joins(node)
         for keyword, inner in _inner(node):
-            within = keyword in ("allOf", "$ref") or (keyword in ("anyOf", "oneOf"))
-            self._visit(inner, (joined and within) or part or keyword == "allOf")
+            same_value = keyword in ("allOf", "$ref") or (keyword in ("anyOf", "oneOf"))
+            self._visit(inner, (joint and same_value) or part or keyword == "allOf")
         if isinstance(node.get("$ref"), str):
-            self._visit(_at(self.schema, node["$ref"]), joined)
+            self._visit(_at(self.schema, node["$ref"]), joint)
 
 
 def _inner(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -202,10 +202,10 @@ def _inner(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _joins(node: Schema) -> bool:
-    """Whether a schema says several things of one value, beside notes and definitions."""
-    spoken = node.keys() - _NOTES - {"type", "$defs", "definitions", "discriminator", "required", "$id"}
-    described = "required" in node and not _described(node)
-    return bool(spoken & {"$ref", "anyOf", "oneOf", "allOf"}) and (len(spoken) > 1 or described)
+    """Whether several keywords constrain the same value, apart from notes and definitions."""
+    keywords = node.keys() - _NOTES - {"type", "$defs", "definitions", "discriminator", "required", "$id"}
+    undescribed = "required" in node and not _described(node)
+    return bool(keywords & {"$ref", "anyOf", "oneOf", "allOf"}) and (len(keywords) > 1 or undescribed)
 
 
 def _described(node: Schema) -> bool:
@@ -219,7 +219,7 @@ def _closable(node: Schema) -> bool:
 
 
 def _at(root: Any, reference: str) -> Any:
-    """What a reference into the schema means; None if it does not mean a place in it."""
+    """The value that a reference into the schema points to; None if it points to none."""
     if not reference.startswith("#"):
         return None
     for key in unquote(reference[1:]).split("/")[1:]:
@@ -233,13 +233,13 @@ def _at(root: Any, reference: str) -> Any:
     return root
 
 
-# What llguidance would refuse, or understands otherwise, in the words that it follows
+# Rewrites of keywords that llguidance refuses or misunderstands into ones that it follows
 
 
 def _simplify(node: dict[str, Any]) -> bool:
-    """Whether what is left says as much."""
+    """Rewrite a schema in place; return whether the result still expresses all of it."""
     before = len(node.keys() & _BEYOND)
-    if "discriminator" in node and "oneOf" in node:  # it tells them apart
+    if "discriminator" in node and "oneOf" in node:  # at most one alternative can match
         node["anyOf"] = node.pop("oneOf")
     if isinstance(node.get("format"), str):
         _simplify_format(node)
@@ -280,7 +280,7 @@ def _simplify_format(node: dict[str, Any]) -> None:
 
 
 def _simplify_names(node: dict[str, Any]) -> bool:
-    """Names of a map: its choice of them as properties, their pattern as patternProperties; whether that says all."""
+    """Rewrite propertyNames, as properties or patternProperties; return whether that expresses all of it."""
     names, value = node["propertyNames"], node.get("additionalProperties", True)
     if node.keys() & {"properties", "patternProperties"} or value is False:
         return False
@@ -298,7 +298,7 @@ def _simplify_names(node: dict[str, Any]) -> bool:
 
 
 def _simplify_zero(node: dict[str, Any]) -> None:
-    """llguidance counts 0 as more than 0 if the other bound is below 1."""
+    """Avoid bounds at 0: llguidance treats 0 as more than 0 if the other bound is below 1."""
     for keyword, other, bound in (("exclusiveMinimum", "aximum", 1e-9), ("exclusiveMaximum", "inimum", -1e-9)):
         ends: list[Any] = [node.get("m" + other), node.get("exclusiveM" + other)]
         if _number(node.get(keyword)) and node[keyword] == 0 and any(_number(end) and abs(end) < 1 for end in ends):
@@ -307,21 +307,21 @@ def _simplify_zero(node: dict[str, Any]) -> None:
 
 
 def _drop(node: dict[str, Any], type_: str, keywords: Sequence[str]) -> bool:
-    """Leave out those keywords of a type that cannot be followed by themselves, or together; whether there are any."""
-    given = {keyword: node[keyword] for keyword in keywords if keyword in node}
-    alone = {keyword for keyword in given if _refused({"type": type_, keyword: given[keyword]})}
-    together = given.keys() - alone
-    if together and _refused({"type": type_, **{keyword: given[keyword] for keyword in together}}):
-        alone = set(given)
-    for keyword in alone:
+    """Remove the keywords of a type that llguidance refuses, alone or together; return whether there were any."""
+    values = {keyword: node[keyword] for keyword in keywords if keyword in node}
+    refused = {keyword for keyword in values if _refused({"type": type_, keyword: values[keyword]})}
+    others = values.keys() - refused
+    if others and _refused({"type": type_, **{keyword: values[keyword] for keyword in others}}):
+        refused = set(values)
+    for keyword in refused:
         del node[keyword]
-    return bool(alone)
+    return bool(refused)
 
 
 def _refused(schema: Schema) -> bool:
-    """Whether llguidance cannot follow a schema. That nothing satisfies it is something else."""
-    said = _refusal(json.dumps(schema))
-    return said is not None and "nsatisfiable" not in said
+    """Whether llguidance refuses a schema for another reason than that no value satisfies it."""
+    reason = _refusal(json.dumps(schema))
+    return reason is not None and "nsatisfiable" not in reason
 
 
 @lru_cache(1024)

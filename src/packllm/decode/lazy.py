@@ -1,14 +1,14 @@
-"""Lazy mixture sampling: one member a token, and exactly the mixture (METHODS §6).
+"""Lazy mixture sampling: one member runs for each token, and the samples follow the mixture exactly (METHODS §6).
 
-A draw from p = Σ λ_k p_k is a draw of k from λ and then of a token from p_k alone. The members that are not drawn need
-not run; one that is reads first, in one block, what it missed. So a token costs one pass, whatever the number of
-members; where log-probabilities are asked for, all members run. It holds for the linear pool at temperature 1 without
-filters, penalties and biases only: nothing else is a mixture of what the members would do by themselves.
+To draw from p = Σ λ_k p_k, draw k from λ and then a token from p_k alone. Members that are not drawn need not run. A
+member that is drawn first reads, in one block, the tokens that it missed. So a token costs one pass, whatever the
+number of members; if log-probabilities are requested, all members run. This is exact only for the linear pool at
+temperature 1 without filters, penalties and biases: otherwise the fused distribution is no mixture of the members'.
 
-Where weights adapt, the member that speaks is a hidden path (weights/adaptive.py): a row draws one of the rates, and at
-each token the member stays with probability 1 - r, else it is drawn anew from the prompt's weights. That is the
-distribution that the filter has when it sees all members, and nobody else has to read for it; so the weights told stay
-those of the prompt, unless all members run.
+With adaptive weights the drawn member is a hidden Markov path (weights/adaptive.py). A row draws one switching rate r.
+At each token the member stays with probability 1 - r; otherwise it is drawn again from the prompt's weights. The answer
+then has the distribution that the filter over all members gives, although the others read nothing. So the reported
+weights stay those of the prompt, unless all members run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None
 
 
 def check_lazy(options: Options) -> None:
-    """OptionError unless the options leave each token a draw from the plain distribution."""
+    """Raise OptionError unless each token is a draw from the plain mixture."""
     for name, needed in _PLAIN.items():
-        if (given := getattr(options, name)) != needed:
-            raise OptionError(f"decoding='lazy' needs {name}={needed}, not {given!r}; use decoding='auto'")
+        if (value := getattr(options, name)) != needed:
+            raise OptionError(f"decoding='lazy' needs {name}={needed}, not {value!r}; use decoding='auto'")
     if options.tool_choice not in (None, "auto", "none"):
         raise OptionError(
             f"decoding='lazy' cannot guarantee the form that tool_choice={options.tool_choice!r} demands; use 'auto'"
@@ -39,13 +39,13 @@ def check_lazy(options: Options) -> None:
     weighting = options.weighting
     if (options.pool or ("linear" if isinstance(weighting, dict) else find(weighting).pool)) == "log":
         raise OptionError(
-            f"decoding='lazy' draws from a mixture, which the logarithmic pool of weighting={weighting!r} is not; "
+            f"decoding='lazy' draws from a mixture, but weighting={weighting!r} uses the logarithmic pool; "
             f"use pool='linear' or decoding='auto'"
         )
 
 
 def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
-    """Yield (row, token id) as generate_ids does. Each row draws members of its own."""
+    """Yield (row, token id) as generate_ids does. Each row draws its own members."""
     missed: dict[Slot, list[int]] = {slot: [] for slot in ensemble.lines}
     speakers = [Speaker(row) for row in rows]
     while not all(row.done for row in rows):
@@ -70,8 +70,8 @@ class Speaker:
         self._rate = RATES[_draw(row, TRUST)] if row.moving is not None else 1.0
 
     def next(self) -> int:
-        now = self._row.weights
-        weights = [value if now.values[k] else 0.0 for k, value in enumerate(now.at_start.values)]
+        current = self._row.weights
+        weights = [value if current.values[k] else 0.0 for k, value in enumerate(current.at_start.values)]
         last = self._last
         if last is None or not weights[last] or self._rate == 1 or _draw(self._row, (1 - self._rate, self._rate)):
             last = self._last = _draw(self._row, weights)
@@ -83,11 +83,11 @@ def _draw(row: Row, probabilities: Sequence[float]) -> int:
 
 
 def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]], speaker: Speaker) -> int | None:
-    """A token of a member drawn from the weights; None where that member is lost, or the token is not one that
-    all members have: both are drawn anew."""
+    """A token of a member drawn by the weights. None if that member failed, or if not all members have the token: then
+    both are drawn again."""
     k = speaker.next()
-    reading = [k] if row.recorder is None else ensemble.running(r)
-    if blocks := {(i, r): missed[i, r] for i in reading if missed[i, r]}:
+    readers = [k] if row.recorder is None else ensemble.running(r)
+    if blocks := {(i, r): missed[i, r] for i in readers if missed[i, r]}:
         ensemble.read(blocks)
         missed |= {slot: [] for slot in blocks}
     parts = ensemble.parts(r)

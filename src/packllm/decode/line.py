@@ -1,4 +1,4 @@
-"""A member where it stands in its text: what it has read, and what it expects next."""
+"""A member's position in a text: the ids that it has read, and its log-probabilities of the next token."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Line:
     """A member's sequence in one request.
 
     Args:
-        member: whose it is.
-        sequence: what it has read.
+        member: the member that reads.
+        sequence: the ids that it has read.
         here: float32 (V,), log-probabilities of the next token.
-        shared: the ids that it is asked and answers in, and which of their members it is; None: its own.
+        shared: the shared ids that the line uses, and its member's index among theirs; None: the member's own ids.
     """
 
     def __init__(
@@ -34,23 +34,23 @@ class Line:
         self._shared = shared
 
     def speaking(self, shared: Shared, index: int) -> Line:
-        """The same line, asked and answering in shared ids."""
+        """The same line, with shared ids."""
         return Line(self.member, self.sequence, shared.rows(index, self.here), (shared, index))
 
     def own(self, ids: Sequence[int]) -> Sequence[int]:
-        """The member's own ids of those that it is asked in."""
+        """The member's own ids of the line's ids."""
         return ids if self._shared is None else self._shared[0].own(self._shared[1], ids)
 
     def told(self, rows: Tensor) -> Tensor:
-        """Log-probabilities (..., V) of the member's own ids in those that it answers in."""
+        """Map log-probabilities (..., V) of the member's own ids to the line's ids."""
         return rows if self._shared is None else self._shared[0].rows(self._shared[1], rows)
 
     def __len__(self) -> int:
-        """Tokens that were read."""
+        """The number of ids read."""
         return len(self.sequence.ids)
 
     def read(self, ids: Sequence[int], want: Want = "all") -> Tensor:
-        """Read on; the answer as Want says.
+        """Read more ids; return what `want` says.
 
         Raises:
             MemberError: the member failed.
@@ -61,12 +61,12 @@ class Line:
         return answer
 
     def crop(self, length: int, here: Tensor) -> None:
-        """Go back to the first `length` tokens, after which the member expects `here`."""
+        """Go back to the first `length` tokens; `here` is the member's prediction after them."""
         self.sequence.crop(length)
         self.here = here
 
     def fork(self) -> Line:
-        """The same once more; this one stays as it is."""
+        """A copy that reads on independently of this line."""
         return Line(self.member, self.sequence.fork(), self.here, self._shared)
 
     def close(self) -> None:
@@ -76,15 +76,15 @@ class Line:
 def read_lines(
     lines: Mapping[K, Line], blocks: Mapping[K, Sequence[int]], want: Want = "all"
 ) -> dict[K, Tensor | MemberError]:
-    """Let several lines read on, each a block of its own, together where they can; `here` moves along.
+    """Let several lines read one block each, in common passes where possible, and update their `here`.
 
     Args:
-        lines: at least those of `blocks`.
+        lines: at least the lines of `blocks`.
         blocks: at least one id each.
         want: "all" or "last".
 
     Returns:
-        What Want says, or the error of a member that failed.
+        For each block what `want` says, or the error of a member that failed.
     """
     answers = read_together([Read(lines[key].sequence, lines[key].own(ids), want) for key, ids in blocks.items()])
     results: dict[K, Tensor | MemberError] = {}
@@ -101,13 +101,14 @@ def read_lines(
 def open_lines(
     asked: Mapping[K, tuple[base.Sequence, Member, Sequence[int], Sequence[int]]],
 ) -> tuple[dict[K, Line], dict[K, Tensor], dict[K, MemberError]]:
-    """Read prompts, together where they can.
+    """Read prompts, in common passes where possible.
 
     Args:
-        asked: new sequences, each with its member, a prompt's ids and the ascending positions (≥ 1) to score.
+        asked: new sequences, each with its member, a prompt's ids and the positions (ascending, ≥ 1) to score.
 
     Returns:
-        Lines at the end of the prompts; float64 (n,), the log-probabilities of the scored tokens; what failed instead.
+        Lines at the end of the prompts; the log-probabilities of the scored tokens, float64 (n,); for members that
+        failed, their errors.
     """
     reads = []
     for sequence, _, ids, scored in asked.values():
@@ -117,28 +118,27 @@ def open_lines(
         reads += [Read(sequence, ids[:-1], targets), Read(sequence, ids[-1:], "last")]
     answers = read_together(reads)
     lines, scores, failed = {}, {}, {}
-    for (key, (sequence, member, _, scored)), given, last in zip(
+    for (key, (sequence, member, _, scored)), logprobs, last in zip(
         asked.items(), answers[::2], answers[1::2], strict=True
     ):
-        error = given if isinstance(given, Exception) else last if isinstance(last, Exception) else None
-        if error is not None or isinstance(given, Exception) or isinstance(last, Exception):
+        error = logprobs if isinstance(logprobs, Exception) else last if isinstance(last, Exception) else None
+        if error is not None or isinstance(logprobs, Exception) or isinstance(last, Exception):
             failed[key] = member.failed(error or ValueError("no answer"))
             sequence.close()
         else:
             lines[key] = Line(member, sequence, last[0])
-            scores[key] = given[[position - 1 for position in scored]]
+            scores[key] = logprobs[[position - 1 for position in scored]]
     return lines, scores, failed
 
 
 def read_forks(line: Line, rows: Sequence[Sequence[int]]) -> tuple[list[Line], list[Tensor]]:
-    """What a member gives several continuations of its text, each at least one of its own ids, read together by forks
-    of the line.
+    """Score several continuations with forks of one line, in common passes. Each has at least one of the member's ids.
 
     Returns:
-        The forks, at the ends of the continuations; float64 (n,) each, log p of their ids.
+        The forks, at the ends of the continuations; for each the log-probabilities of its ids, float64 (n,).
 
     Raises:
-        MemberError: the member failed; nothing stays open.
+        MemberError: the member failed; all forks are closed.
     """
     forks = [line.fork() for _ in rows]
     try:
@@ -154,20 +154,20 @@ def read_forks(line: Line, rows: Sequence[Sequence[int]]) -> tuple[list[Line], l
             fork.close()
         raise
     scores = []
-    for fork, ids, given, last in zip(forks, rows, answers[::2], answers[1::2], strict=True):
-        assert not isinstance(given, Exception)
+    for fork, ids, logprobs, last in zip(forks, rows, answers[::2], answers[1::2], strict=True):
+        assert not isinstance(logprobs, Exception)
         assert not isinstance(last, Exception)
         fork.here = last[0]
         first = line.here[ids[0]].double().cpu().reshape(1)
-        scores.append(given.new_tensor([*first.tolist(), *given.tolist()]))
+        scores.append(logprobs.new_tensor([*first.tolist(), *logprobs.tolist()]))
     return forks, scores
 
 
 def score_rows(lines: Mapping[K, Line], rows: Mapping[K, Sequence[Sequence[int]]]) -> dict[K, list[Tensor]]:
-    """What members give continuations of their texts, each at least one id; all read together, by forks of the lines.
+    """Score continuations of several lines, in common passes. Each has at least one id; the lines do not move.
 
     Returns:
-        float64 (n,) each, log p of their ids, for the keys of `rows`.
+        For each key of `rows`, and each of its continuations, the log-probabilities of its ids, float64 (n,).
 
     Raises:
         MemberError: a member failed.
@@ -180,14 +180,14 @@ def score_rows(lines: Mapping[K, Line], rows: Mapping[K, Sequence[Sequence[int]]
     finally:
         for fork in forks.values():
             fork.close()
-    given: dict[tuple[K, int], list[float]] = {}
+    logprobs: dict[tuple[K, int], list[float]] = {}
     for slot, answer in zip(longer, answers, strict=True):
         if isinstance(answer, Exception):
             raise lines[slot[0]].member.failed(answer)
-        given[slot] = answer.tolist()
+        logprobs[slot] = answer.tolist()
     return {
         key: [
-            torch.tensor([float(lines[key].here[ids[0]]), *given.get((key, r), ())], dtype=torch.float64)
+            torch.tensor([float(lines[key].here[ids[0]]), *logprobs.get((key, r), ())], dtype=torch.float64)
             for r, ids in enumerate(texts)
         ]
         for key, texts in rows.items()

@@ -1,18 +1,18 @@
 """Token-by-token fusion across vocabularies through MinED mappings (PackLLM §3.4).
 
-The pack speaks the token ids of one member, the reference: the one that predicts the prompt best, by its own
-tokenizer. Every other member reads the reference's ids mapped to the nearest of its own, and its logits are
-gathered back: the reference token r gets the logit of the member's token nearest to r (Eq. 1 then fuses as usual).
+The pack uses the token ids of one member, the reference: the one with the lowest perplexity on the prompt, measured
+with its own tokenizer. Every other member reads the reference's ids mapped to its own nearest tokens. Its logits are
+mapped back: reference token r gets the logit of the member's token nearest to r. Then Eq. 1 fuses them as usual.
 
-What this does to text, and why it is never the default:
-- The mapping is many-to-one. What a member reads is not the text but a near miss: "gets" may be read as "get", a
-  character that it has no token for as another one. Where its tokens are few, little of the text is left.
-- Even where every token matches exactly, the member reads the text in pieces that it would not have cut itself.
-- All reference tokens that map to one token share its logit, so the mass of that token counts once for each.
-- Tokens that no reference token maps to are lost to the fused distribution.
-- A member gets a BOS only where the reference has one, and sees the reference's chat template, not its own.
-- A special token without a counterpart gets no mass from a member; one without an end of its own never ends an
-  answer in the linear pool, and keeps the logarithmic pool from ending it.
+What this does to a text, and why it is never the default:
+- The mapping is many-to-one. The member reads a slightly different text: "gets" may become "get", and a character
+  without a token becomes another one. A member with few tokens reads little of the text.
+- Even where every token matches exactly, the tokens are not those that the member's own tokenizer would produce.
+- All reference tokens that map to one token get its logit, so that token's mass counts several times.
+- Tokens that no reference token maps to are missing from the fused distribution.
+- A member gets a BOS only if the reference has one, and sees the reference's chat template, not its own.
+- A special token without a counterpart gets no mass from a member. So a member without an end token of its own never
+  ends an answer in the linear pool, and prevents its end in the logarithmic pool.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from packllm.engines.base import Engine, Prefixes, Read, Sequence, Want
 from packllm.engines.member import Member
 
 BLOCK = 64
-"""Ids of which whole rows are read at once, where only targets are asked for."""
+"""Ids whose full distributions are read at once, where only the targets' log-probabilities are wanted."""
 
 
 class MinedSequence(Sequence):
     """A sequence that takes another vocabulary's ids.
 
     Args:
-        engine: what maps them.
-        inner: the sequence that reads them mapped.
+        engine: maps the ids.
+        inner: the sequence that reads the mapped ids.
     """
 
     def __init__(self, engine: MinedEngine, inner: Sequence) -> None:
@@ -62,30 +62,32 @@ class MinedSequence(Sequence):
 
 
 class MinedEngine(Engine):
-    """An engine that takes and predicts another vocabulary's ids: mapped on their way in, gathered on their way out.
+    """An engine that takes and predicts another vocabulary's ids: it maps ids before a read and logits after it.
 
     Args:
-        engine: the model, which goes on serving others in its own ids.
-        vocabulary: that model's.
-        reference: the vocabulary to speak.
-        size: how many of its ids; those that its own model has.
+        engine: the model's engine, which also serves others in its own ids.
+        vocabulary: the model's vocabulary.
+        reference: the vocabulary to use.
+        size: how many of its ids are used: those that the reference's model predicts.
     """
 
     def __init__(self, engine: Engine, vocabulary: Vocabulary, reference: Vocabulary, size: int) -> None:
         self.inner, self.vocabulary_size, self.context_window = engine, size, engine.context_window
         self.place, self.rewinds, self.size, self.packing = engine.place, engine.rewinds, engine.size, engine.packing
         self.token_bytes = engine.token_bytes
-        found = alignment(reference, vocabulary.first(engine.vocabulary_size))
-        self._ids = found.ids[:size]
+        mapping = alignment(reference, vocabulary.first(engine.vocabulary_size))
+        self._ids = mapping.ids[:size]
         self._list = self._ids.tolist()
-        self._absent = found.distances[:size] == NONE
+        self._absent = mapping.distances[:size] == NONE
 
     @property
     def requests(self) -> int:  # type: ignore[override]
         return self.inner.requests
 
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> MinedSequence:
-        return MinedSequence(self, self.inner.open(adapter))  # what is kept is kept in the text's own tokens
+        return MinedSequence(
+            self, self.inner.open(adapter)
+        )  # cached prefixes are in the model's own tokens of the text
 
     def fingerprint(self, adapter: int | None = None) -> str:
         return f"mined {self.inner.fingerprint(adapter)}"
@@ -94,26 +96,28 @@ class MinedEngine(Engine):
         queues: dict[int, list[tuple[int, slice]]] = {}
         for at, read in enumerate(reads):
             size = len(read.ids)
-            whole = [slice(0, size)]
+            all_ids = [slice(0, size)]
             blocks = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-            cuts = whole if isinstance(read.want, str) else blocks
+            cuts = all_ids if isinstance(read.want, str) else blocks
             queues.setdefault(id(read.sequence), []).extend((at, cut) for cut in cuts)
         parts: list[list[Tensor]] = [[] for _ in reads]
         failed: dict[int, Exception] = {}
         while any(queues.values()):
-            now = [piece for queue in queues.values() for piece in _next(queue)]
-            wants: list[Want] = [want if isinstance(want := reads[at].want, str) else "all" for at, _ in now]
-            asked = [Read(reads[at].sequence, reads[at].ids[cut], w) for (at, cut), w in zip(now, wants, strict=True)]
-            for (at, cut), answer in zip(now, self._rows(asked), strict=True):
+            batch = [piece for queue in queues.values() for piece in _next(queue)]
+            wants: list[Want] = [want if isinstance(want := reads[at].want, str) else "all" for at, _ in batch]
+            inner_reads = [
+                Read(reads[at].sequence, reads[at].ids[cut], w) for (at, cut), w in zip(batch, wants, strict=True)
+            ]
+            for (at, cut), answer in zip(batch, self._rows(inner_reads), strict=True):
                 if isinstance(answer, Exception):
-                    left = queues[id(reads[at].sequence)]
-                    failed |= dict.fromkeys([at, *(later for later, _ in left)], answer)
-                    left.clear()
+                    rest = queues[id(reads[at].sequence)]
+                    failed |= dict.fromkeys([at, *(later for later, _ in rest)], answer)
+                    rest.clear()
                 else:
                     want = reads[at].want
                     parts[at].append(answer if isinstance(want, str) else _given(answer, want[cut]))
         nothing = torch.empty(0, dtype=torch.float64)
-        return [failed.get(at) or (torch.cat(found) if found else nothing) for at, found in enumerate(parts)]
+        return [failed.get(at) or (torch.cat(rows) if rows else nothing) for at, rows in enumerate(parts)]
 
     def _rows(self, reads: List[Read]) -> list[Tensor | Exception]:
         inner = []
@@ -133,24 +137,24 @@ class MinedEngine(Engine):
 
 
 def _next(queue: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
-    """Take the next ids of a sequence, about a block of them."""
-    taken, count = [], 0
+    """Remove the next slices from a sequence's queue, about BLOCK ids in total."""
+    slices, count = [], 0
     while queue and count < BLOCK:
-        taken.append(queue.pop(0))
-        count += taken[-1][1].stop - taken[-1][1].start
-    return taken
+        slices.append(queue.pop(0))
+        count += slices[-1][1].stop - slices[-1][1].start
+    return slices
 
 
 def _given(rows: Tensor, targets: List[int]) -> Tensor:
-    chosen = torch.tensor(targets, dtype=torch.long)
-    given = rows.gather(-1, chosen.clamp_min(0)[:, None].to(rows.device))[:, 0].double().cpu()
-    return given.masked_fill(chosen < 0, torch.nan)
+    ids = torch.tensor(targets, dtype=torch.long)
+    logprobs = rows.gather(-1, ids.clamp_min(0)[:, None].to(rows.device))[:, 0].double().cpu()
+    return logprobs.masked_fill(ids < 0, torch.nan)
 
 
 def translated(members: List[Member], reference: Member) -> list[Member]:
-    """The members in the reference's ids; those that share an engine share one again."""
+    """Copies of the members that use the reference's ids; those that shared an engine share one again."""
     engines: dict[int, MinedEngine] = {}
-    found = []
+    results = []
     for member in members:
         if id(member.engine) not in engines:
             ids = reference.vocabulary, reference.vocabulary_size
@@ -159,5 +163,5 @@ def translated(members: List[Member], reference: Member) -> list[Member]:
         twin.engine, twin.tokenizer, twin.encoder = engines[id(member.engine)], reference.tokenizer, reference.encoder
         twin.vocabulary, twin.vocabulary_size = reference.vocabulary, reference.vocabulary_size
         twin.end_ids = reference.end_ids
-        found.append(twin)
-    return found
+        results.append(twin)
+    return results

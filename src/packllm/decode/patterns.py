@@ -1,8 +1,8 @@
-"""The fewest characters that a text lacks to match a pattern, whatever it begins with.
+"""The shortest text that completes a given one to match a regular expression.
 
-A small automaton (Thompson 1968) of a regular expression as JSON schema has it: searched for, unless ^ and $ say
-otherwise. It only proposes: the grammar has the last word, so that what it does not know (lookaround, references back)
-may be left out, and a flavour of regular expressions that differs in a corner does no harm.
+The regular expression becomes a small automaton (Thompson 1968). As in JSON schema it is searched for unless ^ and $
+anchor it. The automaton only proposes a text, and the grammar decides. So it may leave out lookaround and
+backreferences, and small differences between dialects of regular expressions do no harm.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 _MOST_STATES = 5000
-_OFTEN = 256  # more repetitions than this are taken for endless, once there are as many as there must be
-_LIKELY = "a0A-_. @/:,1bB" + "".join(map(chr, range(0x20, 0x7F)))  # characters to write, the first that fit
+_OFTEN = 256  # more optional repetitions than this count as unlimited
+_LIKELY = "a0A-_. @/:,1bB" + "".join(map(chr, range(0x20, 0x7F)))  # characters to write; the first that fits is used
 _CATEGORIES = {
     sre.CATEGORY_DIGIT: "[0-9]",
     sre.CATEGORY_NOT_DIGIT: "[^0-9]",
@@ -31,7 +31,7 @@ Takes = Callable[[str], bool]
 
 @lru_cache(256)
 def lacking(pattern: str, text: str) -> str | None:
-    """The shortest text that makes `text` match the pattern; None if there is none, or the pattern is not known."""
+    """The shortest text that makes `text` match the pattern; None if there is none or the pattern is unsupported."""
     automaton = _automaton(pattern)
     return None if automaton is None else automaton.lacking(text)
 
@@ -45,11 +45,12 @@ def _automaton(pattern: str) -> _Automaton | None:
 
 
 class _Unknown(Exception):
-    """A part that no finite automaton has, or too many states."""
+    """A part that no finite automaton can express, or too many states."""
 
 
 class _Automaton:
-    """States are numbers; from each go empty steps, and steps that take a character and write one."""
+    """A nondeterministic automaton. States are numbers; each has empty steps, and steps over one character (a test
+    which characters they take, and one to write)."""
 
     def __init__(self, tree: Any) -> None:
         self.empty: list[list[int]] = []
@@ -69,43 +70,43 @@ class _Automaton:
         states = self._reached({self.start})
         for letter in text:
             states = self._reached({to for s in states for takes, _, to in self.steps[s] if takes(letter)})
-        near = [self._nearest[s] for s in states if s in self._nearest]
-        return min(near, key=len) if near else None
+        texts = [self._nearest[s] for s in states if s in self._nearest]
+        return min(texts, key=len) if texts else None
 
     def _distances(self) -> dict[int, str]:
         """The shortest text from each state to the end."""
-        found = {self.end: ""}
+        texts = {self.end: ""}
         empty: dict[int, list[int]] = {}
-        written: dict[int, list[tuple[str, int]]] = {}
+        letter_steps: dict[int, list[tuple[str, int]]] = {}
         for state, (nexts, steps) in enumerate(zip(self.empty, self.steps, strict=True)):
             for to in nexts:
                 empty.setdefault(to, []).append(state)
             for _, letter, to in steps:
                 if letter is not None:
-                    written.setdefault(to, []).append((letter, state))
+                    letter_steps.setdefault(to, []).append((letter, state))
         level = [self.end]
         while level:
-            for state in level:  # grows: those an empty step away are as near
+            for state in level:  # the list grows: states before an empty step are as near
                 for before in empty.get(state, ()):
-                    if before not in found:
-                        found[before] = found[state]
+                    if before not in texts:
+                        texts[before] = texts[state]
                         level.append(before)
-            further = []
+            next_level = []
             for state in level:
-                for letter, before in written.get(state, ()):
-                    if before not in found:
-                        found[before] = letter + found[state]
-                        further.append(before)
-            level = further
-        return found
+                for letter, before in letter_steps.get(state, ()):
+                    if before not in texts:
+                        texts[before] = letter + texts[state]
+                        next_level.append(before)
+            level = next_level
+        return texts
 
     def _reached(self, states: set[int]) -> set[int]:
-        left = list(states)
-        while left:
-            for to in self.empty[left.pop()]:
+        queue = list(states)
+        while queue:
+            for to in self.empty[queue.pop()]:
                 if to not in states:
                     states.add(to)
-                    left.append(to)
+                    queue.append(to)
         return states
 
     def _state(self) -> int:
@@ -124,7 +125,7 @@ class _Automaton:
         return state
 
     def _part(self, part: tuple[Any, Any], state: int) -> int:
-        """Where one part of the pattern leads to from a state."""
+        """Add one part of the pattern after a state; return the state after it."""
         kind, value = part
         if kind is sre.AT:
             return state
@@ -140,10 +141,10 @@ class _Automaton:
             for _ in range(least):
                 state = self._all(body, state)
             if most is sre.MAXREPEAT or most - least > _OFTEN:
-                around = self._state()
-                self.empty[state].append(around)
-                self.empty[self._all(body, around)].append(around)
-                return around
+                loop = self._state()
+                self.empty[state].append(loop)
+                self.empty[self._all(body, loop)].append(loop)
+                return loop
             end = self._state()
             self.empty[state].append(end)
             for _ in range(most - least):
@@ -152,8 +153,8 @@ class _Automaton:
             return end
         takes = _takes(kind, value)
         end = self._state()
-        written = chr(value) if kind is sre.LITERAL else next((letter for letter in _LIKELY if takes(letter)), None)
-        self._step(state, takes, written, end)
+        letter = chr(value) if kind is sre.LITERAL else next((letter for letter in _LIKELY if takes(letter)), None)
+        self._step(state, takes, letter, end)
         return end
 
 
@@ -171,7 +172,7 @@ def _takes(kind: Any, value: Any) -> Takes:
 
 
 def _class(members: Any) -> str:
-    """A class of characters, spelled again."""
+    """A character class as a pattern for `re`."""
     negated = members[0][0] is sre.NEGATE
     kinds = []
     for kind, value in members[negated:]:

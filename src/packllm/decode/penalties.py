@@ -1,7 +1,8 @@
-"""What makes tokens more or less likely before one is chosen: those that came already, and biases.
+"""Penalties and biases: they change tokens' log-probabilities before one is chosen.
 
-Applied to the fused log-probabilities in this order: tokens of the prompt and the answer times repetition_penalty
-(arXiv 1909.05858), less presence_penalty and frequency_penalty for those of the answer (OpenAI's rule), plus biases.
+They apply to the fused log-probabilities in this order: repetition_penalty multiplies those of the prompt's and the
+answer's tokens (arXiv 1909.05858); presence_penalty and frequency_penalty are subtracted from those of the answer's
+tokens (OpenAI's rule); biases are added.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from packllm.options import Options
 
 
 class Penalties:
-    """The penalties and biases of one answer; they remember its tokens.
+    """The penalties and biases of one answer. They count its tokens.
 
     Args:
         options: repetition_penalty, presence_penalty and frequency_penalty.
         prompt: ids of the prompt.
-        biases: nats by id.
+        biases: in nats, by id.
     """
 
     def __init__(self, options: Options, prompt: Collection[int], biases: Mapping[int, float]) -> None:
@@ -34,7 +35,7 @@ class Penalties:
         self._counts: Counter[int] = Counter()
 
     def wrap(self, sample: Sampler) -> Sampler:
-        """A sampler that chooses as `sample` does, from penalised log-probabilities."""
+        """A sampler that calls `sample` with the penalised log-probabilities."""
 
         def penalised(logprobs: Tensor) -> int:
             token = sample(self.shaped(logprobs))
@@ -44,13 +45,13 @@ class Penalties:
         return penalised
 
     def shaped(self, logprobs: Tensor) -> Tensor:
-        """(V,) log-probabilities, not normalised, of normalised ones."""
+        """Penalise log-probabilities (V,); the result is not normalised."""
         shaped = logprobs.clone()
         if self._repetition != 1.0:
             shaped[_known(self._prompt | self._counts.keys(), logprobs)] *= self._repetition
         if self._counts and (self._presence or self._frequency):
-            off = {token: self._presence + self._frequency * count for token, count in self._counts.items()}
-            _add(shaped, {token: -nats for token, nats in off.items()})
+            penalties = {token: self._presence + self._frequency * count for token, count in self._counts.items()}
+            _add(shaped, {token: -nats for token, nats in penalties.items()})
         _add(shaped, self._biases)
         return shaped
 
@@ -65,13 +66,13 @@ def _add(logprobs: Tensor, nats: Mapping[int, float]) -> None:
 
 
 def spelled_biases(biases: Mapping[int | str, float] | None, member: Author) -> dict[bytes, float]:
-    """The option logit_bias by what the tokens spell, so that it holds in every vocabulary.
+    """The option logit_bias by the bytes of its tokens, so that it holds in every vocabulary.
 
     Args:
-        member: whose ids it has.
+        member: the member whose ids the option uses.
 
     Raises:
-        OptionError: an id without a token.
+        OptionError: an id has no token.
     """
     tokens, spelled = member.vocabulary.tokens, {}
     for key, nats in (biases or {}).items():
@@ -89,21 +90,24 @@ def bias_ids(spelled: Mapping[bytes, float], member: Author, end: int | None) ->
     """Biases by id.
 
     Args:
-        member: whose ids the fused distribution has.
-        end: the id that stands for all of its end ids there; None: each for itself.
+        spelled: nats by the bytes of a token.
+        member: the member whose ids the fused distribution uses.
+        end: the id that stands for all end ids; None: each stands for itself.
 
     Raises:
-        OptionError: what is no token of that member.
+        OptionError: a bias is for bytes that are no token of that member.
     """
     if not spelled:
         return {}
-    found = {i: token for i, token in enumerate(member.vocabulary.tokens[: member.vocabulary_size]) if token in spelled}
+    tokens = {
+        i: token for i, token in enumerate(member.vocabulary.tokens[: member.vocabulary_size]) if token in spelled
+    }
     for token, nats in spelled.items():
-        if token not in found.values():
+        if token not in tokens.values():
             text = token.decode(errors="replace")
             raise OptionError(
-                f"logit_bias={{{shown(text)}: {nats:g}}}: it is not one token of member {member.name!r}, in whose ids "
-                f"the pack answers, but {member.encoder.plain(text)}; name one token, white space before it included"
+                f"logit_bias={{{shown(text)}: {nats:g}}}: it is not one token of member {member.name!r}, whose ids "
+                f"the pack uses, but {member.encoder.plain(text)}; name one token, white space before it included"
             )
     shared = member.end_ids if end is not None else ()
-    return {end if i in shared and end is not None else i: spelled[token] for i, token in found.items()}
+    return {end if i in shared and end is not None else i: spelled[token] for i, token in tokens.items()}

@@ -1,4 +1,4 @@
-"""Fusion rules: several members' next-token distributions into one (METHODS §1)."""
+"""Fusion rules: they combine several members' next-token distributions into one (METHODS §1)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def fuse(logprobs: Tensor, weights: Sequence[float], pool: Pool) -> Tensor:
     Returns:
         float32 (..., V).
     """
-    if len(weights) == 1:  # one member with all the weight: already normalised
+    if len(weights) == 1:  # a single member: already normalised
         return logprobs[0]
     scale = torch.tensor(weights, dtype=logprobs.dtype, device=logprobs.device)
     if pool == "linear":
-        # logsumexp over the members, whose stride makes torch's own three times slower.
-        peak = logprobs.amax(0).clamp_min(-1e30)  # where every member says −inf, −inf − peak stays a number
+        # logsumexp over the members; torch's own is three times slower on this stride.
+        peak = logprobs.amax(0).clamp_min(-1e30)  # if all members have −inf, −inf − peak is still defined
         return torch.tensordot(scale, (logprobs - peak).exp(), 1).log() + peak
     fused = torch.tensordot(scale, logprobs.clamp_min(-1e30), 1)
-    if min(weights) < 0:  # a token that some member rules out stays out: −inf − (−inf) is not a number
+    if min(weights) < 0:  # −inf − (−inf) is undefined: a token with probability 0 for any member is excluded
         fused = fused.masked_fill(logprobs.isneginf().any(0), -torch.inf)
     return fused.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Racing prefill: members that explain the first part of a prompt too badly to count stop reading it (METHODS §3)."""
+"""Racing prefill: members that predict the first part of a prompt too badly to matter stop reading it (METHODS §3)."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from packllm.weights import em
 from packllm.weights.common import in_common
 
 EVIDENCE = 2.71
-"""Nats by which the text read must speak against a weight as large as the threshold: a likelihood ratio that chance
-reaches once in a hundred times, were the rest of the text like what was read."""
+"""Nats by which the text read so far must speak against a weight as large as the threshold. If the rest of the text
+resembles it, chance reaches this likelihood ratio once in a hundred times."""
 
 Slot = tuple[int, int]
 
 
 def check_race(options: Options) -> None:
-    """OptionError where members would race for something else than weights of `em`."""
+    """Raise OptionError where the weights are not those of `em`, or have a prior."""
     if options.race and options.weighting != "em":
         raise OptionError(
             f"race={options.race} stops members by the posterior weights of 'em', which weighting="
             f"{options.weighting!r} does not use; use weighting='em' or race=0"
         )
     if options.race and options.prior is not None:
-        raise OptionError(f"race={options.race} goes by the text alone and would drop whom a prior keeps; use race=0")
+        raise OptionError(f"race={options.race} ignores the prior and could stop a member that it favours; use race=0")
 
 
 class Race:
-    """Prompts, read in chunks, after each of which members may stop.
+    """Prompts that are read in chunks; after each chunk members may stop.
 
     Args:
-        going: by (member, prompt), new sequences, whose they are and what they read; those that stop or fail are closed
-            and leave.
+        going: by (member, prompt): a new sequence, its member and the prompt to read. A sequence that stops or fails is
+            closed and removed.
 
     Attributes:
-        going: as given.
-        scores: float64 (n,), log-probabilities of the n scored tokens so far.
+        going: as above.
+        scores: float64 (n,), log-probabilities of the scored tokens that were read.
     """
 
     def __init__(self, going: Mapping[Slot, tuple[base.Sequence, Member, Encoded]]) -> None:
@@ -54,29 +54,29 @@ class Race:
         self.scores = {slot: torch.empty(0, dtype=torch.float64) for slot in going}
 
     def scores_with(self, slot: Slot, later: Tensor) -> Tensor:
-        """float64, the scores of the whole prompt, of what came after the race."""
+        """float64, the scores of the whole prompt; `later` are those of the tokens read after the race."""
         return torch.cat([self.scores[slot], later])
 
     def run(self, chunk: int, minimum: float) -> dict[Slot, Exception]:
-        """Read until in each prompt one member or less than a chunk is left.
+        """Read until each prompt has one member left, or less than a chunk to read.
 
         Args:
-            chunk: scored tokens, in those of a prompt's first member.
-            minimum: the weight that a member has to be able to reach; at 0 nothing is read, and nobody stops.
+            chunk: scored tokens per chunk, counted in the tokens of a prompt's first member.
+            minimum: members that cannot reach this weight stop; 0: nothing is read and no member stops.
 
         Returns:
-            What failed.
+            The errors of the members that failed.
         """
         failed: dict[Slot, Exception] = {}
-        reached = 0
+        tokens_read = 0
         while minimum > 0:
-            reached += chunk
+            tokens_read += chunk
             counts: dict[Slot, int] = {}
             for row in {r for _, r in self.going}:
                 slots = self._slots(row)
                 ends = self.going[slots[0]][2].ends
-                if len(slots) > 1 and len(ends) > reached:
-                    counts |= {slot: bisect_right(self.going[slot][2].ends, ends[reached - 1]) for slot in slots}
+                if len(slots) > 1 and len(ends) > tokens_read:
+                    counts |= {slot: bisect_right(self.going[slot][2].ends, ends[tokens_read - 1]) for slot in slots}
             if not counts:
                 break
             failed |= self._read(counts)
@@ -88,7 +88,7 @@ class Race:
         return [slot for slot in self.going if slot[1] == row]
 
     def _read(self, counts: Mapping[Slot, int]) -> dict[Slot, Exception]:
-        """Read until so many scored tokens are known."""
+        """Read on until `counts` scored tokens are known."""
         reads, targets = {}, {}
         for slot, count in counts.items():
             sequence, _, encoded = self.going[slot]
@@ -104,15 +104,15 @@ class Race:
                 failed[slot] = answer
                 self.going.pop(slot)[0].close()
             else:
-                wanted = torch.tensor(targets[slot]) >= 0
-                self.scores[slot] = torch.cat([self.scores[slot], answer[wanted]])
+                is_target = torch.tensor(targets[slot]) >= 0
+                self.scores[slot] = torch.cat([self.scores[slot], answer[is_target]])
         return failed
 
     def _stop(self, slots: Sequence[Slot], minimum: float) -> None:
         if len(slots) < 2:
             return
         scores = [self.scores[slot] for slot in slots]
-        parts = [_first(self.going[slot][2], len(given)) for slot, given in zip(slots, scores, strict=True)]
+        parts = [_first(self.going[slot][2], len(values)) for slot, values in zip(slots, scores, strict=True)]
         common = in_common([self.going[slot][1] for slot in slots], parts, scores)
         for at in hopeless(common.matrix.numpy(), minimum):
             self.going.pop(slots[at])[0].close()
@@ -132,29 +132,29 @@ def _first(encoded: Encoded, count: int) -> Encoded:
 
 
 def hopeless(logprobs: np.ndarray, minimum: float) -> list[int]:
-    """Members whose weight of `em` is surely below a threshold.
+    """Members whose `em` weight is below a threshold with near certainty.
 
-    With weight u for member k and the rest for the best mixture of the others, the likelihood f(u) is concave. So if
-    f(0) - f(minimum) is as much as EVIDENCE, every weight from `minimum` on is as unlikely.
+    Let member k have weight u, and the best mixture of the others 1 - u. The log-likelihood f(u) is concave. So if
+    f(0) - f(minimum) is at least EVIDENCE, every weight above `minimum` is as unlikely.
 
     Args:
-        logprobs: (K, t), what the members gave the tokens or words so far.
+        logprobs: (K, t), the members' log-probabilities of the tokens or words so far.
         minimum: the threshold.
 
     Returns:
-        Indices; never the member of the largest weight.
+        Indices; never that of the member with the largest weight.
     """
-    seen = logprobs[:, np.isfinite(logprobs.max(axis=0, initial=-np.inf))]
-    if minimum <= 0 or not seen.shape[1]:
+    finite = logprobs[:, np.isfinite(logprobs.max(axis=0, initial=-np.inf))]
+    if minimum <= 0 or not finite.shape[1]:
         return []
-    best, found = int(np.argmax(em(seen))), []
-    scaled = np.exp(seen - seen.max(axis=0))
-    for k in range(len(seen)):
+    best, losers = int(np.argmax(em(finite))), []
+    scaled = np.exp(finite - finite.max(axis=0))
+    for k in range(len(finite)):
         if k == best:
             continue
         others = np.delete(scaled, k, axis=0)
-        rest = np.array(em(np.log(np.maximum(others, 1e-300)), alpha=0.0)) @ others
-        within = (1 - minimum) * rest + minimum * scaled[k]
-        if np.log(np.maximum(rest, 1e-300) / np.maximum(within, 1e-300)).sum() >= EVIDENCE:
-            found.append(k)
-    return found
+        others_best = np.array(em(np.log(np.maximum(others, 1e-300)), alpha=0.0)) @ others
+        at_minimum = (1 - minimum) * others_best + minimum * scaled[k]
+        if np.log(np.maximum(others_best, 1e-300) / np.maximum(at_minimum, 1e-300)).sum() >= EVIDENCE:
+            losers.append(k)
+    return losers

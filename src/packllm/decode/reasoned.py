@@ -1,4 +1,4 @@
-"""What is reasoned before the answer of a conversation, and the control tokens that tell of it."""
+"""Separates the reasoning before an answer from its text, by the control tokens that mark it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from packllm.decode.request import Request
 from packllm.results import Chunk, TokenLogprob
 
 _LONGEST_OPENING = 48
-"""Tokens at the end of a prompt that may spell the opening of reasoning."""
+"""How many tokens at a prompt's end may contain the mark that opens reasoning."""
 
 
 def apart(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
-    """Pieces with what is reasoned before the answer apart from their text."""
+    """Chunks with the reasoning moved from `text` to `reasoning`."""
     thoughts: dict[int, ReasoningStream] = {}
-    told: dict[int, tuple[TokenLogprob, ...]] = {}  # of tokens whose text is not sure yet
+    pending: dict[int, tuple[TokenLogprob, ...]] = {}  # of tokens whose text may still change
     for r, chunk in pieces:
         if _reasons(request, r):
             if r not in thoughts:
@@ -25,16 +25,16 @@ def apart(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator[tup
             last = chunk.finish_reason is not None
             reasoning, text = thoughts[r].feed(chunk.text, last)
             if chunk.logprobs is not None:
-                told[r] = told.get(r, ()) + chunk.logprobs
+                pending[r] = pending.get(r, ()) + chunk.logprobs
             if not (reasoning or text or last):
                 continue
-            chunk = replace(chunk, text=text, reasoning=reasoning, logprobs=told.pop(r, None))
+            chunk = replace(chunk, text=text, reasoning=reasoning, logprobs=pending.pop(r, None))
         yield r, chunk
 
 
 def shown(request: Request, index: int) -> frozenset[str]:
-    """Control tokens that are text in an answer, to be taken out of it again: the marks of reasoning and of calls that
-    the top member's template knows."""
+    """Control tokens to keep as text in an answer until they are parsed: the marks of reasoning and of tool calls in
+    the top member's chat template."""
     if not _reasons(request, index):
         return frozenset()
     member = request.members[_speaker(request, index)]
@@ -43,17 +43,17 @@ def shown(request: Request, index: int) -> frozenset[str]:
     if request.options.offered_tools:
         marks |= {mark for mark in CALL_MARKS if mark in template}
     vocabulary = member.vocabulary
-    spelled = {vocabulary.tokens[i].decode(errors="replace") for i in vocabulary.control} if marks else set()
-    return frozenset(spelling for spelling in spelled if spelling and any(spelling in mark for mark in marks))
+    spellings = {vocabulary.tokens[i].decode(errors="replace") for i in vocabulary.control} if marks else set()
+    return frozenset(spelling for spelling in spellings if spelling and any(spelling in mark for mark in marks))
 
 
 def _reasons(request: Request, index: int) -> bool:
-    """Whether an answer may begin with reasoning: in a conversation, where no form is guaranteed."""
+    """Whether an answer may begin with reasoning: in a conversation without a grammar."""
     return request.conversations[index] and request.grammar is None
 
 
 def _opened(request: Request, index: int) -> str | None:
-    """What closes the reasoning that the top member's prompt has opened."""
+    """The mark that closes the reasoning if the top member's prompt ends inside an open one; else None."""
     top = _speaker(request, index)
     tokens = request.members[top].encoder.vocabulary.tokens
     end = b"".join(tokens[i] for i in request.encoded[index][top].ids[-_LONGEST_OPENING:])
@@ -61,5 +61,5 @@ def _opened(request: Request, index: int) -> str | None:
 
 
 def _speaker(request: Request, index: int) -> int:
-    """The member whose tokens and template count: the one of the largest weight."""
+    """The member with the largest weight, whose tokens and template are used."""
     return max(request.running(index), key=lambda k: request.weights[index].values[k])

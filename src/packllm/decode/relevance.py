@@ -1,4 +1,4 @@
-"""How well passages explain a question: fused log p(question | passage) (UPR, arXiv 2204.07496)."""
+"""Relevance of passages to a question: fused log p(question | passage) (UPR, arXiv 2204.07496)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from packllm.errors import ContextOverflowError, PromptError, shown
 
 INSTRUCTION = "Write a question that the following passage answers."
 NOT_RATING = {"score_on": None, "tools": (), "tool_choice": None, "json_schema": None, "explain": None, "passages": ()}
-"""Options of answers that a pack may have as defaults, and ratings leave out."""
+"""Options that affect answers only; rating resets them."""
 
 
 def check_question(question: Any, passages: Any) -> list[str]:
-    """The passages; PromptError for a question or a passage that is no text or blank."""
+    """The passages. Raise PromptError if the question or a passage is no text, or blank."""
     if not isinstance(question, str) or not question.strip():
         raise PromptError(f"question={shown(question)}: give a text with at least one word")
     if isinstance(passages, str | bytes) or not isinstance(passages, Sequence):
@@ -32,24 +32,24 @@ def check_question(question: Any, passages: Any) -> list[str]:
 
 
 def asking(passage: str, chat: bool) -> Prompt:
-    """The prompt that a question to a passage follows. All begin with the instruction, which is read once."""
-    told = f"{INSTRUCTION}\n\nPassage: {passage.strip()}"
-    return [{"role": "user", "content": told}] if chat else f"{told}\n\nQuestion:"
+    """The prompt before the question. All prompts begin with the instruction, so it is read only once."""
+    instruction = f"{INSTRUCTION}\n\nPassage: {passage.strip()}"
+    return [{"role": "user", "content": instruction}] if chat else f"{instruction}\n\nQuestion:"
 
 
 def asked(question: str, chat: bool) -> str:
-    """The question as it follows that prompt."""
+    """The question in the form that follows the prompt."""
     return question.strip() if chat else f" {question.strip()}"
 
 
 def too_long(error: ContextOverflowError, question: str, members: Sequence[Author], at: int) -> ContextOverflowError:
-    """The error of a prompt as that of the passage in it."""
+    """The error of a prompt, rewritten as the error of the passage in it."""
     count = next(len(m.encoder.continuation(question)) for m in members if m.name == error.member)
     return ContextOverflowError(error.member, error.limit, error.prompt_tokens, count, at)
 
 
 def check_fits(request: Request, question: str, at: Sequence[int]) -> None:
-    """ContextOverflowError that names a passage (their places are `at`) which does not fit with its question."""
+    """Raise ContextOverflowError for a passage that does not fit with the question; `at`: the passages' indices."""
     for place, encoded in zip(at, request.encoded, strict=True):
         for k, prompt in encoded.items():
             member, window = request.members[k], request.members[k].context_window

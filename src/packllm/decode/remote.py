@@ -1,4 +1,4 @@
-"""A member on a server, writing and judging at the end of a text that several members share (Cool-Fusion)."""
+"""A member on a server as a member of Cool-Fusion: it writes and rates segments after a text that members share."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 
 class ServerLine:
-    """A member on a server in one request: what it is asked, and what that costs. It keeps nothing there.
+    """A member on a server in one request. No state is kept on the server.
 
     Attributes:
-        scored: what it gave the scored text of the prompt; None: nothing that can be used.
-        bill: its requests.
+        scored: the prompt's log-probabilities; None if the server reported none that can be used.
+        bill: the number and cost of its requests.
     """
 
     def __init__(self, member: ServerMember, asked: Asked, options: Options, gate: Gate) -> None:
@@ -44,12 +44,12 @@ class ServerLine:
         self.bill = Bill()
         self._sampling: dict[str, Any] = {"temperature": options.temperature}
         if options.temperature > 0:
-            said = {"top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p, "seed": options.seed}
+            values = {"top_p": options.top_p, "top_k": options.top_k, "min_p": options.min_p, "seed": options.seed}
             unset = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "seed": None}
-            self._sampling |= {name: value for name, value in said.items() if value != unset[name]}
+            self._sampling |= {name: value for name, value in values.items() if value != unset[name]}
 
     def read(self) -> None:
-        """Have the prompt judged, where the member can.
+        """Let the server score the prompt, if the member can.
 
         Raises:
             MemberError: the server failed.
@@ -60,45 +60,45 @@ class ServerLine:
 
     @property
     def prompt_tokens(self) -> int:
-        """The first count of the prompt's tokens that the server told; 0 where it told none."""
+        """The first count of prompt tokens that the server reported; 0 if none."""
         return self.bill.prompt_tokens
 
     def encoded(self) -> Encoded:
-        """The prompt in the server's tokens, as far as it told them."""
+        """The prompt in the server's tokens, as far as they are known."""
         assert self.scored is not None
         if self.asked.ids and self.scored.starts == self.asked.starts:
             return self.asked
-        told = _scored(self.scored)
-        return Encoded(told.ids, self.asked.text, told.positions, told.starts, told.ends)
+        tokens = _scored(self.scored)
+        return Encoded(tokens.ids, self.asked.text, tokens.positions, tokens.starts, tokens.ends)
 
     def spelled(self, texts: Sequence[str]) -> list[Scored | None]:
-        """What the member gives texts that come after the prompt, in the server's tokens; None: it cannot tell."""
-        return [None if given is None else _scored(given) for given in self.judge("", texts)]
+        """The log-probabilities of texts after the prompt, in the server's tokens; None where they are unknown."""
+        return [None if result is None else _scored(result) for result in self.judge("", texts)]
 
     def write(self, text: str, budget: int) -> Generator[str | None, None, None]:
-        """See ServerMember.write; errors are the member's."""
+        """See ServerMember.write; errors name the member."""
         with blamed_on(self.member.name):
             yield from self.member.write(self.asked, text, budget, self._sampling, self.bill, self.gate)
 
     def judge(self, text: str, segments: Sequence[str]) -> list[Given | None]:
-        """See ServerMember.judge; errors are the member's."""
+        """See ServerMember.judge; errors name the member."""
         with blamed_on(self.member.name):
             return self.member.judge(self.asked, text, segments, self.bill, self.gate)
 
     def gate(self) -> None:
-        """CancelledError where nobody waits any more; see Request.check."""
+        """Raise CancelledError if the result is no longer wanted; see Request.check."""
         if self.closed:
-            raise CancelledError("the member is not asked any more")
+            raise CancelledError("the request to this member was cancelled")
         self._gate()
 
     def fork(self) -> ServerLine:
-        """The same once more, on the same bill."""
+        """A copy with the same bill."""
         twin = copy.copy(self)
         twin.closed = False
         return twin
 
     def close(self) -> None:
-        """What is asked just now, in any thread, comes to nothing."""
+        """Cancel the request in progress, whichever thread runs it."""
         self.closed = True
 
 
@@ -106,8 +106,8 @@ class ServerLine:
 def reading(
     lines: Mapping[tuple[int, int], ServerLine],
 ) -> Iterator[Callable[[], dict[tuple[int, int], Tensor | MemberError | None]]]:
-    """Let servers judge prompts, all at the same time and beside what happens inside; what is given waits for them:
-    float64 (n,), None or the error of each."""
+    """Let servers score prompts, all at the same time and in parallel to the body. The function that is yielded waits
+    for the results: float64 (n,), None, or an error for each."""
 
     def one(line: ServerLine) -> Tensor | MemberError | None:
         try:
@@ -117,30 +117,30 @@ def reading(
         return None if line.scored is None else torch.tensor(line.scored.logprobs, dtype=torch.float64)
 
     with ThreadPoolExecutor(max(1, len(lines))) as pool:
-        begun = {slot: pool.submit(one, line) for slot, line in lines.items()}
-        yield lambda: {slot: answer.result() for slot, answer in begun.items()}
+        futures = {slot: pool.submit(one, line) for slot, line in lines.items()}
+        yield lambda: {slot: answer.result() for slot, answer in futures.items()}
 
 
 def each_at_once(
     act: Callable[[int], T], which: Sequence[int], servers: Collection[int], failures: Failures, row: Weighed
 ) -> dict[int, T]:
-    """As Failures.each; those on servers work at the same time, and beside what runs here. Where one fails, the others
-    are not waited for."""
-    far = [k for k in which if k in servers]
-    pool = ThreadPoolExecutor(max(1, len(far)))
+    """As Failures.each, with members on servers working at the same time and in parallel to the local ones. If one
+    fails, the others are not waited for."""
+    remote = [k for k in which if k in servers]
+    pool = ThreadPoolExecutor(max(1, len(remote)))
     try:
-        begun = {k: pool.submit(act, k) for k in far}
-        return failures.each(lambda k: begun[k].result() if k in begun else act(k), which, row)
+        futures = {k: pool.submit(act, k) for k in remote}
+        return failures.each(lambda k: futures[k].result() if k in futures else act(k), which, row)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ServerWriter:
-    """As Writer, of a member on a server. It reads its stream as far as it needs, and keeps what it has read past the
-    end of the common text while the text goes on as it does; else the stream is dropped.
+    """A Writer for a member on a server. It reads the server's stream as far as needed. It keeps text beyond the common
+    text as long as the common text continues in the same way; otherwise it drops the stream.
 
     Args:
-        line: in whose request.
+        line: the member's line in the request.
     """
 
     room: float = math.inf
@@ -157,39 +157,39 @@ class ServerWriter:
         self._proposed: tuple[str, tuple[str, ...]] | None = None
 
     def close(self) -> None:
-        """Drop the connection, from any thread."""
+        """Drop the connection; any thread may call this."""
         self._line.close()
         self._drop()
 
     def _drop(self) -> None:
         if self._stream is not None:
-            with suppress(ValueError):  # it is being read, and comes to nothing there
+            with suppress(ValueError):  # another thread is reading it, and ends there
                 self._stream.close()
         self._stream = None
 
     def propose(self, sample: Sampler, encoders: Sequence[Encoder], budget: int) -> Segment:
-        """The next segment, of at most `budget` pieces, which are a token or a few."""
+        """The next segment of at most `budget` pieces; a piece is one token or a few."""
         while (size := self._complete(encoders, budget)) is None:
             self._write(budget)
-        text, pieces, left = "".join(self._pieces), [], size
+        text, pieces, remaining = "".join(self._pieces), [], size
         for piece in self._pieces:
-            if left > 0:
-                pieces.append(piece[:left])
-            left -= len(piece)
+            if remaining > 0:
+                pieces.append(piece[:remaining])
+            remaining -= len(piece)
         self._proposed = text[:size], tuple(pieces)
         return Segment(text[:size], self._ended and size == len(text))
 
     def _complete(self, encoders: Sequence[Encoder], budget: int) -> int | None:
-        """How many characters of what is written make a segment; None if it takes more."""
-        within = "".join(self._pieces[:budget])
+        """The number of characters of a complete segment in the text so far; None if more is needed."""
+        allowed = "".join(self._pieces[:budget])
         for at in common_boundaries("".join(self._pieces), encoders):
-            if at <= len(within):
+            if at <= len(allowed):
                 return at
         if self._ended or self._full or len(self._pieces) >= budget:
-            return len(within)
-        if len(within.encode()) < SEGMENT_BYTES:
+            return len(allowed)
+        if len(allowed.encode()) < SEGMENT_BYTES:
             return None
-        return max((at for at in range(1, len(within)) if not inside_character(within, at)), default=None)
+        return max((at for at in range(1, len(allowed)) if not inside_character(allowed, at)), default=None)
 
     def _write(self, budget: int) -> None:
         if self._stream is None:
@@ -199,27 +199,27 @@ class ServerWriter:
             self._ended = True
         elif isinstance(piece, str):
             self._pieces.append(piece)
-        else:  # what the server would write, within its own limits
+        else:  # the server stopped at its own limit
             self._stream, self._full = None, True
             if not self._pieces:
                 self.room = 0
 
     def pieces(self) -> tuple[str, ...]:
-        """The segment proposed, as it came."""
+        """The pieces of the proposed segment, as the server sent them."""
         assert self._proposed is not None
         return self._proposed[1]
 
     def fits(self, segment: Segment) -> bool:
-        """A server says itself when a text is too long for it."""
+        """Always True: the server reports itself when a text is too long."""
         return True
 
     def judge(self, segments: Sequence[Segment]) -> list[Judgement | None]:
-        """What the member gives each segment; None where it cannot tell."""
+        """The member's log-probability of each segment; None where it is unknown."""
         if self.member.kind == "author":
             return [None] * len(segments)
         texts = list(dict.fromkeys(segment.text for segment in segments))
-        given = dict(zip(texts, self._line.judge(self._common, texts), strict=True))
-        return [_judgement(segment, given[segment.text]) for segment in segments]
+        results = dict(zip(texts, self._line.judge(self._common, texts), strict=True))
+        return [_judgement(segment, results[segment.text]) for segment in segments]
 
     def accept(self, segment: Segment) -> None:
         """Move the end of the common text past a segment."""
@@ -229,26 +229,26 @@ class ServerWriter:
             self._drop()
             self._start()
             return
-        left = len(segment.text)
-        while left and left >= len(self._pieces[0]):
-            left -= len(self._pieces.pop(0))
-        if left:
-            self._pieces[0] = self._pieces[0][left:]
+        remaining = len(segment.text)
+        while remaining and remaining >= len(self._pieces[0]):
+            remaining -= len(self._pieces.pop(0))
+        if remaining:
+            self._pieces[0] = self._pieces[0][remaining:]
         self._full, self._proposed = False, None
 
 
 _FULL = object()
 
 
-def _scored(given: Given) -> Scored:
-    """The ids are made up, so that tokens are the same where they are cut at the same places."""
-    count = list(range(len(given.logprobs)))
+def _scored(tokens: Given) -> Scored:
+    """Log-probabilities with made-up ids, so that tokens count as equal if they are cut at the same places."""
+    count = list(range(len(tokens.logprobs)))
     ids = [-1 - i for i in count]  # no tokenizer's
-    return Scored(ids, given.starts, given.ends, count, torch.tensor(given.logprobs, dtype=torch.float64))
+    return Scored(ids, tokens.starts, tokens.ends, count, torch.tensor(tokens.logprobs, dtype=torch.float64))
 
 
-def _judgement(segment: Segment, given: Given | None) -> Judgement | None:
-    if given is None:
+def _judgement(segment: Segment, tokens: Given | None) -> Judgement | None:
+    if tokens is None:
         return None
-    logprobs = [*given.logprobs, *([given.end] if segment.ends else [])]
+    logprobs = [*tokens.logprobs, *([tokens.end] if segment.ends else [])]
     return Judgement(math.fsum(logprobs), len(logprobs))

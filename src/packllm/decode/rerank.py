@@ -1,4 +1,4 @@
-"""Whole texts instead of segments: their fused likelihood across vocabularies, and the best of several answers."""
+"""Fused likelihoods of whole texts across vocabularies, and the best of several answers."""
 
 from __future__ import annotations
 
@@ -23,68 +23,69 @@ from packllm.results import FinishReason
 from packllm.weights.result import Weights
 
 TOGETHER = 8
-"""Most texts that a member reads in one forward."""
+"""How many texts a member reads in one forward pass, at most."""
 
 
 def text_logprobs(
     lines: Mapping[Slot, Line | ServerLine], weights: Mapping[int, Weights], texts: Mapping[int, str]
 ) -> Iterator[tuple[int, float]]:
-    """log p(text) of texts, each after a prompt, under members of any vocabularies, fused word by word (METHODS §4).
+    """log p of texts, each after a prompt, under members with any vocabularies, fused word by word (METHODS §4).
 
-    Each member scores a text with its own tokenizer. The text is cut where a word ends at token boundaries of
-    all members, and every word fused: log Σ λ_k p_k(word) in the linear pool, Σ λ_k log p_k(word) in the log pool
-    (whose normaliser over all words nobody can compute; it is at most 1, so this is a lower bound). A member
-    whose tokenizer does not know the text, or that can only write, is left out, and the others' weights renormalised.
+    Each member scores a text with its own tokenizer. The text is split at the word ends that are token boundaries of
+    all members, and every word is fused: log Σ λ_k p_k(word) in the linear pool, Σ λ_k log p_k(word) in the log pool.
+    (The log pool's normaliser over all words cannot be computed; it is at most 1, so the sum is a lower bound.)
+    Members that can only write, or whose tokenizer cannot spell the text, are left out, and the other weights
+    renormalised.
 
     Args:
-        lines: by (member, row), at the end of the row's prompt, of the members that run; they stay there.
-        weights: final weights of each row; those of the running members are used.
-        texts: of each row, at least one character.
+        lines: the running members' lines by (member, row), at the end of the row's prompt; they do not move.
+        weights: final weights of each row.
+        texts: by row, each at least one character.
 
     Yields:
-        (row, nats), in order; -infinity for a text that no member's tokenizer knows.
+        (row, nats), in order; -infinity for a text that no member's tokenizer can spell.
     """
     rows = list(texts)
     for start in range(0, len(rows), TOGETHER):
         group = rows[start : start + TOGETHER]
-        here = {slot: line for slot, line in lines.items() if isinstance(line, Line) and slot[1] in group}
-        asked = {(k, r): _known(line.member, texts[r]) for (k, r), line in here.items()}
-        known = {slot: ids for slot, ids in asked.items() if ids}
-        scores = score_rows(here, {slot: [ids] for slot, ids in known.items()})
+        local = {slot: line for slot, line in lines.items() if isinstance(line, Line) and slot[1] in group}
+        ids_of = {(k, r): _known(line.member, texts[r]) for (k, r), line in local.items()}
+        spellable = {slot: ids for slot, ids in ids_of.items() if ids}
+        scores = score_rows(local, {slot: [ids] for slot, ids in spellable.items()})
         read_by: dict[int, dict[int, Scored]] = {r: {} for r in group}
-        for (k, r), ids in known.items():
-            read_by[r][k] = spelled(here[k, r].member, texts[r], ids, scores[k, r][0])
-        for (k, r), told in _spelled_far(lines, {r: texts[r] for r in group}).items():
-            read_by[r][k] = told
+        for (k, r), ids in spellable.items():
+            read_by[r][k] = spelled(local[k, r].member, texts[r], ids, scores[k, r][0])
+        for (k, r), tokens in _spelled_far(lines, {r: texts[r] for r in group}).items():
+            read_by[r][k] = tokens
         for r in group:
             yield r, _fused(texts[r], read_by[r], weights[r])
 
 
 def _known(member: Member, text: str) -> list[int]:
-    """A text as a member's ids; none for one that it cannot spell."""
+    """The member's ids of a text; [] if its tokenizer cannot spell it."""
     ids = member.encoder.continuation(text)
     return [] if member.vocabulary.special.get("unk") in ids else ids
 
 
 def _spelled_far(lines: Mapping[Slot, Line | ServerLine], texts: Mapping[int, str]) -> dict[Slot, Scored]:
-    """What members on servers give texts; each is asked once for all that follow one prompt."""
+    """Scores of texts by members on servers; each member gets one request for all texts after one prompt."""
     by_line: dict[int, list[Slot]] = {}
     for slot, line in lines.items():
         if isinstance(line, ServerLine) and slot[1] in texts:
             by_line.setdefault(id(line), []).append(slot)
-    found: dict[Slot, Scored] = {}
+    results: dict[Slot, Scored] = {}
     for slots in by_line.values():
         line = lines[slots[0]]
         assert isinstance(line, ServerLine)
-        for slot, told in zip(slots, line.spelled([texts[r] for _, r in slots]), strict=False):
-            if told is not None:
-                found[slot] = told
-    return found
+        for slot, tokens in zip(slots, line.spelled([texts[r] for _, r in slots]), strict=False):
+            if tokens is not None:
+                results[slot] = tokens
+    return results
 
 
 def spelled(member: Member, text: str, ids: list[int], logprobs: Tensor) -> Scored:
-    """Tokens of a text with their places in it; one token that is all of it, where the tokenizer writes it in
-    another form (lower case, say)."""
+    """A text's tokens with their offsets and log-probabilities. If the tokenizer changes the text (to lower case,
+    say), all of it counts as one token."""
     places = offsets(text, [member.vocabulary.text_bytes(i) for i in ids])
     if places is None:
         return Scored([0], [0], [len(text)], [0], logprobs.sum()[None])
@@ -110,31 +111,31 @@ def best_answer(
     stream: Callable[[], TextStream],
     failures: Failures,
 ) -> tuple[str, FinishReason, int]:
-    """Cool+Rerank: the best of what several teams write (the whole pack, and each member alone), as the pack
-    rates it (Cool-Fusion §3.3).
+    """Cool+Rerank: let several teams write an answer each (the whole pack, and each member alone); the pack rates them
+    and the best one is returned (Cool-Fusion §3.3).
 
     Args:
-        teams: the members of each; the first one's rate, once the answers are written.
-        writers: makes writers of members, at the end of the prompt; closed here.
-        limit: most tokens of each answer.
-        stream: makes what turns an answer's pieces into text.
-        failures: who takes no part any more.
+        teams: the members of each team; the first team rates all answers.
+        writers: makes the writers of a team, at the end of the prompt; they are closed here.
+        limit: maximum number of tokens of an answer.
+        stream: makes an object that turns an answer's pieces into text.
+        failures: the members that failed.
 
     Returns:
-        Text, why it ends, and its tokens.
+        Text, finish reason, number of tokens.
     """
     answers: dict[Segment, tuple[str, FinishReason, int]] = {}
-    everybody: Sequence[int] = ()
+    raters: Sequence[int] = ()
     for team in teams:
-        everybody = everybody or team
-        left = [k for k in team if k not in failures.members]
+        raters = raters or team
+        remaining = [k for k in team if k not in failures.members]
         pieces = stream()
         try:
-            steps = list(_steps(writers(left), limit, pieces)) if left else []
+            steps = list(_steps(writers(remaining), limit, pieces)) if remaining else []
         except MemberError:
             if not failures.members.issuperset(team):
                 raise
-            continue  # a member that wrote alone: the others go on
+            continue  # a team of one that failed: the other teams continue
         if not steps:
             continue
         text = "".join(piece for piece, _, _ in steps)
@@ -144,7 +145,7 @@ def best_answer(
     if len(answers) == 1:
         return next(iter(answers.values()))
     segments = list(answers)
-    with closing(writers([k for k in everybody if k not in failures.members])) as judging:
+    with closing(writers([k for k in raters if k not in failures.members])) as judging:
         ratings = judging.rate(segments)
     return answers[segments[max(range(len(segments)), key=ratings.__getitem__)]]
 

@@ -1,4 +1,4 @@
-"""Fused log-likelihood of given texts."""
+"""Fused log-likelihoods of texts."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from packllm.errors import MemberError, OptionError
 from packllm.weights.result import Weights
 
 TOGETHER = 8
-"""Most continuations that are read together."""
+"""How many continuations are read in one pass, at most."""
 
 BLOCK_BYTES = 32 * 2**20
-"""Most bytes of float32 log-probabilities that one member's block holds."""
+"""Upper bound of one member's float32 log-probabilities in a block, in bytes."""
 
 
 def fused_logprobs(
     request: Request, lines: Mapping[Slot, Line | ServerLine], weights: Mapping[int, Weights], texts: Mapping[int, str]
 ) -> list[float]:
-    """The fused log-likelihood of texts, each after a prompt, in nats: token by token where the members that run share
-    a vocabulary, else by words.
+    """The fused log-likelihood of texts, each after a prompt, in nats: token by token if the running members share a
+    vocabulary, else by words.
 
     Args:
-        lines: by (member, row), at the end of the row's prompt, of the members that run; they stay there.
+        lines: the running members' lines by (member, row), at the end of the row's prompt; they do not move.
         weights, texts: by row.
 
     Raises:
-        OptionError: a row whose members can only write.
+        OptionError: all of a row's members can only write.
     """
-    spoken: dict[int, list[int]] = {}
+    ids_of: dict[int, list[int]] = {}
     by_words: dict[int, str] = {}
-    shared: dict[tuple[int, ...], dict[int, Line]] = {}  # rows may go on from the same lines
-    own: dict[Slot, Line] = {}
+    shared: dict[tuple[int, ...], dict[int, Line]] = {}  # rows may share their lines
+    token_lines: dict[Slot, Line] = {}
     for r, text in texts.items():
         running = {k: line for (k, at), line in lines.items() if at == r}
         if all(line.member.kind == "author" for line in running.values()):
             names = ", ".join(repr(line.member.name) for line in running.values())
             raise OptionError(
-                f"nobody can judge a text: {names} can only write; give a judge or a token model a weight"
+                f"no member can score a text: {names} can only write; give a judge or a token model a weight"
             )
         row = {k: line for k, line in running.items() if isinstance(line, Line)}
         if len(row) < len(running) or not request.one_vocabulary(list(row)):
             by_words[r] = text
             continue
-        same = tuple(map(id, row.values()))
-        if same not in shared:
-            shared[same], _ = in_one_vocabulary(row)
-        own |= {(k, r): line for k, line in shared[same].items()}
-        spoken[r] = request.members[min(row)].encoder.continuation(text)
-    if request.mapped and spoken:
-        request.check_room(dict.fromkeys(request.encoded[0], max(map(len, spoken.values()))))
-    found = dict(continuation_logprobs(own, weights, spoken)) | dict(text_logprobs(lines, weights, by_words))
-    return [found[r] for r in texts]
+        same_lines = tuple(map(id, row.values()))
+        if same_lines not in shared:
+            shared[same_lines], _ = in_one_vocabulary(row)
+        token_lines |= {(k, r): line for k, line in shared[same_lines].items()}
+        ids_of[r] = request.members[min(row)].encoder.continuation(text)
+    if request.mapped and ids_of:
+        request.check_room(dict.fromkeys(request.encoded[0], max(map(len, ids_of.values()))))
+    results = dict(continuation_logprobs(token_lines, weights, ids_of)) | dict(text_logprobs(lines, weights, by_words))
+    return [results[r] for r in texts]
 
 
 def continuation_logprobs(
@@ -68,9 +68,9 @@ def continuation_logprobs(
     """Σ log p(token) of continuations under the fused members, each after a prompt.
 
     Args:
-        lines: by (member, row), at the end of the row's prompt, of the members that run; they stay there.
-        weights: final weights of each row; those of the running members are used.
-        continuations: token ids of each row, at least one.
+        lines: the running members' lines by (member, row), at the end of the row's prompt; they do not move.
+        weights: final weights of each row.
+        continuations: by row, at least one token id each.
 
     Yields:
         (row, nats), in order.
@@ -84,40 +84,40 @@ def continuation_logprobs(
 
 
 def member_logprobs(lines: Mapping[int, Line | ServerLine], texts: Sequence[str]) -> dict[str, list[float]]:
-    """log p of each text under each member by itself, in its own tokens; -infinity where it has none for it. Members
+    """log p of each text under each member alone, in its own tokens; -infinity if it cannot score the text. Members
     that can only write are left out."""
-    here = {k: line for k, line in lines.items() if isinstance(line, Line)}
-    spoken = {k: [line.member.encoder.continuation(text) for text in texts] for k, line in here.items()}
-    given = score_rows(here, {k: [ids for ids in rows if ids] for k, rows in spoken.items()})
-    found = {k: iter(scores) for k, scores in given.items()}
-    told = {
-        lines[k].member.name: [float(next(found[k]).sum()) if ids else -math.inf for ids in rows]
-        for k, rows in spoken.items()
+    local = {k: line for k, line in lines.items() if isinstance(line, Line)}
+    ids_of = {k: [line.member.encoder.continuation(text) for text in texts] for k, line in local.items()}
+    by_member = score_rows(local, {k: [ids for ids in rows if ids] for k, rows in ids_of.items()})
+    next_score = {k: iter(scores) for k, scores in by_member.items()}
+    results = {
+        lines[k].member.name: [float(next(next_score[k]).sum()) if ids else -math.inf for ids in rows]
+        for k, rows in ids_of.items()
     }
     for line in lines.values():
         if isinstance(line, ServerLine) and line.member.kind == "judge":
             scored = line.spelled(texts)
-            told[line.member.name] = [-math.inf if one is None else float(one.logprobs.sum()) for one in scored]
-    return told
+            results[line.member.name] = [-math.inf if one is None else float(one.logprobs.sum()) for one in scored]
+    return results
 
 
 def _mixed(
     lines: Mapping[Slot, Line], weights: Mapping[int, Weights], rows: Mapping[int, Sequence[int]]
 ) -> dict[int, float]:
-    """In the linear pool what each member gives the tokens themselves is enough (Eq. 8)."""
-    given = score_rows(lines, {slot: [rows[slot[1]]] for slot in lines})
+    """Linear pool: the members' probabilities of the tokens themselves suffice (Eq. 8)."""
+    scores = score_rows(lines, {slot: [rows[slot[1]]] for slot in lines})
     totals = {}
     for r in rows:
         running = [k for k, row in lines if row == r]
         scale = torch.tensor([weights[r].values[k] for k in running], dtype=torch.float64).log()[:, None]
-        totals[r] = float((torch.stack([given[k, r][0] for k in running]) + scale).logsumexp(0).sum())
+        totals[r] = float((torch.stack([scores[k, r][0] for k in running]) + scale).logsumexp(0).sum())
     return totals
 
 
 def _multiplied(
     lines: Mapping[Slot, Line], weights: Mapping[int, Weights], rows: Mapping[int, Sequence[int]]
 ) -> dict[int, float]:
-    """The logarithmic pool is normalised over the vocabulary (Eq. 1)."""
+    """Log pool: needs whole distributions, because it is normalised over the vocabulary (Eq. 1)."""
     running = {r: [k for k, row in lines if row == r] for r in rows}
     totals = {}
     for r, ids in rows.items():

@@ -1,4 +1,4 @@
-"""Cool-Fusion: members of any vocabularies write together, segment by segment (Cool-Fusion §2, METHODS §5)."""
+"""Cool-Fusion: members with any vocabularies write together, segment by segment (Cool-Fusion §2, METHODS §5)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packllm.results import FinishReason, TokenLogprob
 from packllm.weights.result import Weights
 
 END_BYTES = 4
-"""What the end of an answer counts for in a likelihood per byte: about as much as one token."""
+"""Bytes that the end of an answer counts as in a likelihood per byte: about one token."""
 
 T = TypeVar("T")
 AnyWriter = Writer | ServerWriter
@@ -25,22 +25,22 @@ AnyWriter = Writer | ServerWriter
 
 @dataclass(frozen=True)
 class Written:
-    """A segment that won: the text of each of its author's tokens, and whether the answer ends with it."""
+    """A chosen segment: the text of each of its author's tokens, and whether the answer ends with it."""
 
     pieces: tuple[str, ...]
     ends: bool
 
 
 class Writers:
-    """The members that run, each at the end of the same text.
+    """The running members, each at the end of the same text.
 
     Args:
-        writers: by index of the member, for those whose weight is not 0.
-        row: the prompt's weights and sampler; its weights may lose a member that fails.
+        writers: by index of the member, for members with a weight other than 0.
+        row: the prompt's weights and sampler; a member that fails may be dropped from the weights.
         scoring: how segments are rated, see rate().
-        align: end segments at boundaries of all tokenizers; False: of their author's alone (Cool−align).
-        failures: what becomes of a member that fails; None: it ends the work.
-        top: how many proposals to tell the log-likelihood of beside each segment's; None: nobody asks.
+        align: end segments at boundaries of all tokenizers; False: of the author's only (Cool−align).
+        failures: decides whether a failed member is dropped; None: any failure is raised.
+        top: how many proposals to report with each segment's log-likelihood; None: report nothing.
     """
 
     def __init__(
@@ -60,43 +60,43 @@ class Writers:
         self._encoders = list(encoders.values())
 
     def write(self, limit: int) -> Iterator[Written]:
-        """The best segment of each round, until the row is done, one ends the answer, they hold `limit` tokens
-        of their authors, or a context window is full.
+        """Yield the best segment of each round, until the row is done, a segment ends the answer, `limit` tokens are
+        written (counted by their authors), or a context window is full.
 
-        A round: (1) members with a weight above 0 propose; (2) all judge every distinct proposal; (3) the best
-        (of equals the earliest member's) is appended for all, when the next one is asked for.
+        A round: (1) members with a weight above 0 propose segments; (2) all members judge every distinct proposal;
+        (3) all append the best one (the earliest member's among equals), once the next segment is requested.
         """
-        left = limit
-        while left > 0 and all(writer.room >= 1 for writer in self._writers.values()):
-            pieces = self._propose(left)
+        remaining = limit
+        while remaining > 0 and all(writer.room >= 1 for writer in self._writers.values()):
+            pieces = self._propose(remaining)
             segments = [s for s in pieces if all(writer.fits(s) for writer in self._writers.values())]
             if not segments:
                 if pieces:
-                    return  # no window has room for any of them
-                continue  # all that could write failed
+                    return  # no proposal fits all context windows
+                continue  # all members that could write failed
             if any(s.text or s.ends for s in segments):
                 segments = [s for s in segments if s.text or s.ends]
             best = segments[0]
             if len(segments) > 1 or self._top is not None or self._row.moving is not None:
-                judged = self._judged(segments)
-                ratings = [rate(s, judged[s], self._row.weights, self._scoring) for s in segments]
+                judgements = self._judged(segments)
+                ratings = [rate(s, judgements[s], self._row.weights, self._scoring) for s in segments]
                 best = segments[max(range(len(segments)), key=ratings.__getitem__)]
-                self._tell(best, judged)
-                heard = {k: judgement.logprob for k, judgement in _able(judged[best]).items()}
-                self._row.hear(heard, len(pieces[best]))
+                self._tell(best, judgements)
+                logprobs = {k: judgement.logprob for k, judgement in _able(judgements[best]).items()}
+                self._row.observe_segment(logprobs, len(pieces[best]))
             yield Written(pieces[best], best.ends)
             if best.ends or self._row.done:
                 return
-            left -= len(pieces[best])
-            if left > 0:
+            remaining -= len(pieces[best])
+            if remaining > 0:
                 self._accept(best)
 
     def answer(self, limit: int, stream: TextStream) -> Iterator[tuple[str, FinishReason | None, int]]:
-        """Write an answer: (text that is sure, why it ends or None, tokens so far) after each segment.
+        """Write an answer: yield (final text, finish reason or None, tokens so far) after each segment.
 
         Args:
-            limit: most tokens, counted in those of whoever wrote them.
-            stream: holds back what may begin a stop string.
+            limit: maximum number of tokens, counted by the authors of the segments.
+            stream: holds back text that may begin a stop string.
         """
         count = 0
         for written in self.write(limit):
@@ -117,7 +117,7 @@ class Writers:
         yield text, "stop" if stream.stopped else "length", count
 
     def _propose(self, budget: int) -> dict[Segment, tuple[str, ...]]:
-        """Distinct proposals in member order, each with the text of its first author's tokens."""
+        """Distinct proposals in member order, each with the token texts of its first author."""
         values = self._row.weights.values
 
         def propose(writer: AnyWriter) -> tuple[Segment, tuple[str, ...]]:
@@ -125,47 +125,47 @@ class Writers:
             return writer.propose(self._row.sample, encoders, budget), writer.pieces()
 
         pieces: dict[Segment, tuple[str, ...]] = {}
-        for segment, spelled in self._each(propose, [k for k in self._writers if values[k] > 0]).values():
-            pieces.setdefault(segment, spelled)
+        for segment, token_texts in self._each(propose, [k for k in self._writers if values[k] > 0]).values():
+            pieces.setdefault(segment, token_texts)
         return pieces
 
     def _accept(self, best: Segment) -> None:
         self._each(lambda writer: writer.accept(best))
 
     def rate(self, segments: Sequence[Segment]) -> list[float]:
-        """Every segment's rating, higher is better: each member reads those it did not write in one forward."""
-        judged = self._judged(segments)
-        return [rate(segment, judged[segment], self._row.weights, self._scoring) for segment in segments]
+        """The ratings of segments, higher is better. Each member reads those that it did not write in one pass."""
+        judgements = self._judged(segments)
+        return [rate(segment, judgements[segment], self._row.weights, self._scoring) for segment in segments]
 
     def _judged(self, segments: Sequence[Segment]) -> dict[Segment, dict[int, Judgement | None]]:
-        judged = self._each(lambda writer: writer.judge(segments))
-        return {s: {k: judgements[i] for k, judgements in judged.items()} for i, s in enumerate(segments)}
+        by_member = self._each(lambda writer: writer.judge(segments))
+        return {s: {k: judgements[i] for k, judgements in by_member.items()} for i, s in enumerate(segments)}
 
-    def _tell(self, best: Segment, judged: Mapping[Segment, Mapping[int, Judgement | None]]) -> None:
+    def _tell(self, best: Segment, judgements_of: Mapping[Segment, Mapping[int, Judgement | None]]) -> None:
         if self._top is None:
             return
         weights = self._row.weights
-        told = {}
-        for segment, judgements in judged.items():
+        records = {}
+        for segment, judgements in judgements_of.items():
             able = _able(judgements)
             members = {weights.names[k]: judgement.logprob for k, judgement in able.items()}
             fused = min(fused_logprob(able, weights, weights.pool == "linear"), 0.0) if able else -math.inf
-            told[segment] = TokenLogprob(segment.text, tuple(segment.text.encode()), None, fused, members)
-        top = sorted(told.values(), key=lambda one: -one.logprob)[: self._top]
-        self._told.append(replace(told[best], top_logprobs=tuple(top)))
+            records[segment] = TokenLogprob(segment.text, tuple(segment.text.encode()), None, fused, members)
+        top = sorted(records.values(), key=lambda one: -one.logprob)[: self._top]
+        self._told.append(replace(records[best], top_logprobs=tuple(top)))
 
-    def told(self) -> tuple[TokenLogprob, ...] | None:
-        """Log-likelihoods of the segments since the last time; None where nobody asks."""
-        told, self._told = tuple(self._told), []
-        return None if self._top is None else told
+    def take_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Log-likelihoods of the segments since the last call; None if they are not requested."""
+        records, self._told = tuple(self._told), []
+        return None if self._top is None else records
 
     def _each(self, act: Callable[[AnyWriter], T], which: Sequence[int] | None = None) -> dict[int, T]:
-        """What `act` gives for each writer; those that fail are let go of (see Failures). Servers work at the same
-        time, and beside what runs here."""
-        asked = list(self._writers) if which is None else which
-        servers = [k for k in asked if isinstance(self._writers[k], ServerWriter)]
-        results = each_at_once(lambda k: act(self._writers[k]), asked, servers, self._failures, self._row)
-        for k in asked:
+        """Call `act` for each writer and return the results; failed writers are dropped (see Failures). Writers on
+        servers work at the same time, in parallel to the local ones."""
+        members = list(self._writers) if which is None else which
+        servers = [k for k in members if isinstance(self._writers[k], ServerWriter)]
+        results = each_at_once(lambda k: act(self._writers[k]), members, servers, self._failures, self._row)
+        for k in members:
             if k not in results:
                 self._writers.pop(k).close()
         return results
@@ -177,16 +177,16 @@ class Writers:
 
 
 def rate(segment: Segment, judgements: Mapping[int, Judgement | None], weights: Weights, scoring: Scoring) -> float:
-    """How good a segment is, higher is better.
+    """The rating of a segment, higher is better.
 
     perplexity (Cool-Fusion Eq. 2 and 3, with the 1/n that Eq. 2 lacks): −mean over members of exp(−log p_k(s)/n_k),
-    n_k the tokens that member k has for it.
+    where n_k is the number of tokens that member k needs for s.
     mixture: log Σ λ_k p_k(s) per byte of s. log: Σ λ_k log p_k(s) per byte of s.
 
-    Members that cannot judge it are left out, and the others' weights renormalised.
+    Members that cannot judge the segment are left out, and the other weights renormalised.
 
     Args:
-        judgements: of the members that run, by index.
+        judgements: of the running members, by index.
     """
     able = _able(judgements)
     if not able:
@@ -202,7 +202,7 @@ def _able(judgements: Mapping[int, Judgement | None]) -> dict[int, Judgement]:
 
 
 def fused_logprob(able: Mapping[int, Judgement], weights: Weights, mixture: bool) -> float:
-    """log Σ λ_k p_k(s) (mixture) or Σ λ_k log p_k(s). The weights of members that can judge it are renormalised."""
+    """log Σ λ_k p_k(s) (mixture) or Σ λ_k log p_k(s), with the weights of members that can judge s renormalised."""
     total = math.fsum(weights.values[k] for k in able)
     parts = [(weights.values[k] / total, max(j.logprob, -1e30)) for k, j in able.items()]
     if not mixture:

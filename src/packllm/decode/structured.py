@@ -1,9 +1,9 @@
-"""Answers of a guaranteed form: a grammar masks the fused distribution before a token is chosen.
+"""Answers with a guaranteed form: a grammar masks the fused distribution before a token is chosen.
 
-At every place the shortest way to a whole answer is known (see closing.py), and a token is taken only if from after it
-a way is left that fits what is left of max_tokens. So every answer is whole, the choice is the model's as long as there
-is room, and an answer that had to be cut short ends by "length". Where not even the shortest answer fits, an error
-says so before a token is decoded.
+At every token the shortest completion is known (see closing.py). A token is only accepted if a completion after it fits
+the rest of max_tokens. So every answer is complete, the model chooses freely while there is room, and an answer that
+had to be shortened ends with finish reason "length". If not even the shortest answer fits, an error is raised before
+the first token.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from packllm.decode.matcher import Matcher, byte_tree, vocabulary_tree
 from packllm.decode.sampling import Sampler
 from packllm.errors import OptionError
 
-_LEAST_LOGPROB = -1e30  # a token that the members rule out but the grammar demands can still be chosen
-_TRIES = 64  # tokens that may prove too long before the shortest way is taken
+_LEAST_LOGPROB = -1e30  # so that a token of probability 0 can be chosen if the grammar demands it
+_TRIES = 64  # rejected tokens before the shortest completion is used
 
 
 class Constraint:
-    """The form of one answer while it is generated.
+    """The grammar of one answer while it is generated.
 
     Args:
         grammar: from make_grammar.
-        vocabulary: of the members that run.
+        vocabulary: of the running members.
         ends: ids that end an answer; allowed where the grammar allows an end.
-        limit: most tokens of the answer.
+        limit: maximum number of tokens.
 
     Attributes:
-        complete: the answer is whole; nothing can follow.
-        cut: the limit kept the model from a token that it had chosen.
+        complete: whether the answer is complete; then nothing can follow.
+        cut: whether the limit excluded a token that the model had chosen.
 
     Raises:
-        OptionError: no answer of this form takes so few tokens.
+        OptionError: no answer of this form fits the limit.
     """
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, ends: Collection[int], limit: int) -> None:
@@ -52,7 +52,7 @@ class Constraint:
         way = _first_way(grammar, self._spelled.tobytes())
         if way is None:
             raise OptionError(
-                "no answer of the form that json_schema or tool_choice demands was found: all are too long, endless, "
+                "cannot find an answer of the form that json_schema or tool_choice demands: all are too long, endless, "
                 "or need bytes that the vocabulary lacks; use a simpler schema"
             )
         self._way = Way(way, self._ids)
@@ -63,11 +63,11 @@ class Constraint:
             )
 
     def wrap(self, sample: Sampler) -> Sampler:
-        """A sampler that chooses as `sample` does, among the tokens that the grammar allows and that leave room."""
+        """A sampler that calls `sample` for tokens that the grammar allows and that leave room for a completion."""
 
         def constrained(logprobs: Tensor) -> int:
             logprobs = logprobs.clamp(min=_LEAST_LOGPROB).masked_fill(~self._allowed(logprobs), -torch.inf)
-            too_long: set[tuple] = set()  # places, as they look
+            too_long: set[tuple] = set()  # positions whose completions do not fit
             for _ in range(_TRIES):
                 token = sample(logprobs)
                 if token in self._ends or self._take(token, too_long):
@@ -90,13 +90,13 @@ class Constraint:
         if mask[-1]:
             allowed[[token for token in self._ends if token < len(logprobs)]] = True
         if not allowed.any():
-            raise OptionError("the form of the answer cannot be followed: no token may come next; use a simpler schema")
+            raise OptionError("the grammar of the answer fails: no token may come next; use a simpler schema")
         return allowed.to(logprobs.device)
 
     def _take(self, token: int, too_long: set[tuple]) -> bool:
-        """Go on by a token that the grammar allows, if that leaves room for the rest of an answer.
+        """Accept a token that the grammar allows, if a completion after it fits the remaining tokens.
 
-        What does not fit is not searched again for other tokens that lead to a place that looks like it.
+        A position without a fitting completion is remembered, so that tokens that lead there are not tried again.
         """
         text = self._tokens[token]
         before = self._place
@@ -115,28 +115,29 @@ class Constraint:
         return True
 
     def _way_after(self, text: bytes, before: Place) -> Way | None:
-        """A way to the end that leaves out `text`, which came next; None if none is found that fits.
+        """A completion after `text`, the bytes that came next; None if none is found that fits.
 
-        Mostly it is a part of the last way, which is quick to see. Else what `text` opened is closed first.
+        Usually it is a part of the last completion, which is quick to check. Otherwise a search starts with closing
+        what `text` opened.
         """
         room = self._room - 1
-        known = self._way.text
-        if known.startswith(text):
+        last = self._way.text
+        if last.startswith(text):
             way = self._way.after(len(text))
             if way.tokens <= room:
                 return way
-        tails = tails_of(known, before)
+        tails = tails_of(last, before)
         tail = None if self._place.quoted else tails.get(len(self._place.stack))
-        parts = [known] if self._place.quoted and known[:1] == b'"' else [tail, known[len(text) :], known]
+        parts = [last] if self._place.quoted and last[:1] == b'"' else [tail, last[len(text) :], last]
         for part in parts:
             if part is not None and self._bytes.ends_by(part):
-                way = self._way.after(len(known) - len(part))
+                way = self._way.after(len(last) - len(part))
                 if way.tokens <= room:
                     return way
-        found = shortest(self._bytes, self._place, self._spelled, self._hints, tails)
-        if found is None:
+        completion = shortest(self._bytes, self._place, self._spelled, self._hints, tails)
+        if completion is None:
             return None
-        way = Way(found, self._ids)
+        way = Way(completion, self._ids)
         return way if way.tokens <= room else None
 
 

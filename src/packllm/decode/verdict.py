@@ -1,8 +1,8 @@
-"""What a grammar cannot say of an answer: the whole answer is held against the whole schema.
+"""Checks an answer against its JSON schema, where a grammar cannot express all of the schema.
 
-Only schemas that say more than their grammar (uniqueItems, not, if, contains, ...) need it. Their answers are held
-back until they are whole, for nothing that was streamed can be taken back. One that violates its schema is drawn anew,
-once and at random; if that one does too, an error says so.
+This is needed for keywords such as uniqueItems, not, if and contains. Such an answer is held back until it is complete,
+because streamed text cannot be taken back. If it violates its schema, a second one is drawn at random; if that one does
+too, an error is raised.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _MOST_SAID = 200
 
 
 def judged(chunks: Chunks, options: Options, anew: Callable[[int], Chunks]) -> Generator[tuple[int, Chunk], None, None]:
-    """The chunks of answers, each with all of its text in the last one, once that fits its schema.
+    """Yield the chunks of answers, with the complete text in the last one, once it satisfies its schema.
 
     Args:
         chunks: of several answers, as (row, Chunk).
         options: of the request.
-        anew: gives the chunks of another answer to the prompt of a row.
+        anew: makes the chunks of another answer for a row.
 
     Raises:
         StructureError: two answers to one prompt violate the schema.
@@ -43,15 +43,15 @@ def judged(chunks: Chunks, options: Options, anew: Callable[[int], Chunks]) -> G
     """
     if jsonschema is None:
         raise ExtraError("a schema that says more than a grammar can", "jsonschema", "structured")
-    wrong = []
+    violating = []
     for row, chunk in _whole(chunks):
         if chunk.finish_reason is None or violation(chunk.text, options) is None:
             yield row, chunk
         else:
-            wrong.append(row)
-    for row in wrong:
-        with closing(anew(row)) as again:  # type: ignore[type-var]
-            for _, chunk in _whole(again):
+            violating.append(row)
+    for row in violating:
+        with closing(anew(row)) as retry:  # type: ignore[type-var]
+            for _, chunk in _whole(retry):
                 fault = violation(chunk.text, options) if chunk.finish_reason is not None else None
                 if fault is not None:
                     raise StructureError(chunk.text, fault)
@@ -59,17 +59,17 @@ def judged(chunks: Chunks, options: Options, anew: Callable[[int], Chunks]) -> G
 
 
 def drawn_anew(options: Options) -> Options:
-    """The options under which an answer is drawn again: at random, but by a seed where the first one was certain."""
+    """The options of the second answer: sampled instead of greedy, or with the next seed."""
     if options.temperature == 0:
         return options.override({"temperature": 1.0, "seed": options.seed or 0})
     return options if options.seed is None else options.override({"seed": (options.seed + 1) % 2**64})
 
 
 def violation(text: str, options: Options) -> str | None:
-    """How an answer violates the schema that it was to have; None if it does not."""
+    """How an answer violates its schema; None if it does not."""
     try:
         value = json.loads(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         return str(error)[:_MOST_SAID]
     faults = []
     if options.json_schema is not None:
@@ -85,28 +85,28 @@ def _fault(value: Any, schema: dict[str, Any]) -> str | None:
     try:
         error = jsonschema.exceptions.best_match(validator.iter_errors(value))
     except (re.error, RecursionError, referencing.exceptions.Unresolvable):
-        return None  # a pattern of another flavour, or what jsonschema cannot follow: the grammar alone guarantees
+        return None  # jsonschema cannot check this; the grammar is the only guarantee
     return None if error is None else f"at {error.json_path}: {error.message}"[:_MOST_SAID]
 
 
 def _extended(validator: Any) -> Any:
-    """A validator that leaves patterns to the grammar which Python cannot read."""
-    known = validator.VALIDATORS.get("pattern")
+    """A validator that skips patterns that Python's `re` cannot compile: the grammar guarantees these."""
+    check = validator.VALIDATORS.get("pattern")
 
     def pattern(*args: Any) -> Iterator[Any]:
         try:
-            yield from known(*args) or ()
+            yield from check(*args) or ()
         except re.error:
             return
 
-    return jsonschema.validators.extend(validator, {"pattern": pattern}) if known else validator
+    return jsonschema.validators.extend(validator, {"pattern": pattern}) if check else validator
 
 
 def _whole(chunks: Chunks) -> Chunks:
-    """The chunks with all text of an answer in its last one. The empty ones before it let a caller stop the work."""
-    before: dict[int, list[Chunk]] = {}
+    """The chunks with an answer's whole text in its last one. The empty ones before it let a caller cancel."""
+    chunks_of: dict[int, list[Chunk]] = {}
     for row, chunk in chunks:
-        so_far = before.setdefault(row, [])
+        so_far = chunks_of.setdefault(row, [])
         so_far.append(chunk)
         if chunk.finish_reason is None:
             yield row, replace(chunk, text="", logprobs=None)

@@ -1,4 +1,4 @@
-"""One member writing and judging at the end of a text that several members share (Cool-Fusion, Table 1)."""
+"""One local member that writes and judges segments after a text that several members share (Cool-Fusion, Table 1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packllm.decode.line import Line, read_forks
 from packllm.decode.sampling import Sampler
 
 SEGMENT_BYTES = 48
-"""Text without a common boundary (Chinese, a long address) is cut here, at the end of a character."""
+"""A segment without a common boundary (Chinese, a long address) ends after so many bytes, between characters."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,21 @@ class Segment:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a member gives a segment: its log-likelihood in nats, and the tokens that is the sum of, among
-    them the end."""
+    """A member's log-likelihood of a segment in nats, and the number of tokens that it sums over, the end included."""
 
     logprob: float
     tokens: int
 
 
 class Writer:
-    """A member at the end of the common text, and the tokens that it has written past that end.
+    """A member at the end of the common text, and the tokens that it has written beyond it.
 
-    The tokens after a segment stay while the text goes on as they do. Where it goes on in another's words,
-    the member goes back to the common text and no further.
+    Tokens beyond a segment are kept as long as the common text continues in the same way. If it continues with another
+    member's words, the member goes back to the common text.
 
     Args:
-        line: the member at the end of a prompt; the writer closes it.
-        stop: stop strings; those that are control tokens end its text.
+        line: the member's line at the end of a prompt; the writer closes it.
+        stop: stop strings; those that are control tokens end the member's text.
 
     Attributes:
         room: tokens that still fit the member's context window.
@@ -62,11 +61,11 @@ class Writer:
         self._start_round()
 
     def _start_at(self, here: Tensor) -> None:
-        """Nothing is written yet; `here` is the distribution of the next token."""
+        """Start without written tokens; `here` is the distribution of the next token."""
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
-        self._reached: list[int] = []  # characters that are whole after each token
-        self._clean: list[bool] = []  # whether none is begun after it
+        self._reached: list[int] = []  # complete characters after each token
+        self._clean: list[bool] = []  # whether no character is incomplete after it
         self._after = [here]  # distributions: at the end of the common text, and after each token that was read
         self._text, self._ended = "", False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -74,7 +73,7 @@ class Writer:
     def _start_round(self) -> None:
         self._proposed: tuple[str, int] | None = None
         self._ids: dict[str, list[int]] = {}
-        self._read_texts: dict[str, tuple[Line, list[float]]] = {}  # what it gave others' segments
+        self._read_texts: dict[str, tuple[Line, list[float]]] = {}  # its log-probabilities of other members' segments
 
     def close(self) -> None:
         """Free the caches."""
@@ -89,8 +88,8 @@ class Writer:
     # Writing
 
     def propose(self, sample: Sampler, encoders: Sequence[Encoder], budget: int) -> Segment:
-        """The next segment: up to the first boundary common to `encoders`, of at most `budget` (≥ 1) tokens and
-        what the context window has room for (≥ 1)."""
+        """The next segment: it ends at the first boundary common to `encoders`, and has at most `budget` (≥ 1) tokens
+        and at most `room` (≥ 1)."""
         most = int(min(budget, self.room))
         while (count := self._complete(encoders, most)) is None:
             self._write(sample)
@@ -99,12 +98,12 @@ class Writer:
         return Segment(text, self._ended and count == len(self._tokens))
 
     def _complete(self, encoders: Sequence[Encoder], most: int) -> int | None:
-        """How many of the tokens written make a segment; None if it takes more."""
+        """How many of the written tokens make a segment; None if more are needed."""
         size = len(self._tokens)
-        ends: dict[int, int] = {}  # no token of the author's goes across the end
-        for count, (reached, clean) in enumerate(zip(self._reached[:most], self._clean, strict=False), 1):
-            if clean:
-                ends.setdefault(reached, count)
+        ends: dict[int, int] = {}  # character offsets where a token ends
+        for count, (offset, is_boundary) in enumerate(zip(self._reached[:most], self._clean, strict=False), 1):
+            if is_boundary:
+                ends.setdefault(offset, count)
         for at in common_boundaries(self._text, encoders):
             if at in ends:
                 return ends[at]
@@ -115,9 +114,9 @@ class Writer:
         length = max(size, len(self._text.encode()))
         if length < SEGMENT_BYTES:
             return None
-        whole = [at for at in ends if 0 < at < len(self._text) and not inside_character(self._text, at)]
-        if whole:
-            return ends[max(whole)]
+        between_characters = [at for at in ends if 0 < at < len(self._text) and not inside_character(self._text, at)]
+        if between_characters:
+            return ends[max(between_characters)]
         return size if length >= 2 * SEGMENT_BYTES else None
 
     def _write(self, sample: Sampler) -> None:
@@ -134,12 +133,12 @@ class Writer:
         self._clean.append(not self._decoder.getstate()[0])
 
     def _feed(self, count: int) -> None:
-        """Read the first `count` tokens written, as far as they are not yet."""
+        """Read the first `count` written tokens, those that are not read yet."""
         for token in self._tokens[len(self._after) - 1 : count]:
             self._after.append(self._line.read([token], "last")[0])
 
     def pieces(self) -> tuple[str, ...]:
-        """The text of each token of the segment proposed."""
+        """The text of each token of the proposed segment."""
         assert self._proposed is not None
         text, count = self._proposed
         cuts = [0, *self._reached[: count - 1], len(text)] if count else [0]
@@ -153,10 +152,10 @@ class Writer:
         return (len(self._ids_of(segment.text)) if own is None else own) <= self.room
 
     def judge(self, segments: Sequence[Segment]) -> list[Judgement | None]:
-        """What the member gives each segment, in its own tokens; None where it has none for it: characters that
-        its tokenizer does not know, an end for a member that knows no end.
+        """The member's log-likelihood of each segment. None if it cannot have one: for characters that its tokenizer
+        does not know, or for an end if it has no end token.
 
-        What it wrote itself is judged already; all else goes through one batched forward.
+        Segments that it wrote itself are known already; all others are read in one batched pass.
         """
         foreign = dict.fromkeys(s.text for s in segments if self._own(s.text) is None and self._ids_of(s.text))
         if foreign:
@@ -170,8 +169,8 @@ class Writer:
             lines, scores = read_forks(base, [self._ids_of(text) for text in texts])
         finally:
             base.close()
-        for text, line, given in zip(texts, lines, scores, strict=True):
-            self._read_texts[text] = line, given.tolist()
+        for text, line, logprobs in zip(texts, lines, scores, strict=True):
+            self._read_texts[text] = line, logprobs.tolist()
 
     def _judgement(self, segment: Segment) -> Judgement | None:
         own = self._own(segment.text)
@@ -191,7 +190,7 @@ class Writer:
         return Judgement(math.fsum(values), len(values))
 
     def _own(self, text: str) -> int | None:
-        """How many of the tokens written make up this text; None if they do not."""
+        """How many of the written tokens spell this text; None if they do not."""
         if self._proposed is not None and self._proposed[0] == text:
             return self._proposed[1]
         if not text:
@@ -224,7 +223,7 @@ class Writer:
         self._start_round()
 
     def _keep(self, count: int) -> None:
-        """The text goes on as the member wrote, for `count` tokens."""
+        """The common text continues as the member wrote, for `count` tokens."""
         self._feed(count)
         start = self._reached[count - 1] if count else 0
         self._tokens, self._logprobs = self._tokens[count:], self._logprobs[count:]
@@ -233,7 +232,7 @@ class Writer:
         self._start += count
 
     def _replace(self, text: str) -> None:
-        """The text goes on in another's words: what the member wrote is dropped."""
+        """The common text continues with another member's words: drop what this member wrote."""
         if text not in self._read_texts:
             self._read([text])
         line, _ = self._read_texts.pop(text)

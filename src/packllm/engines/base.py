@@ -1,4 +1,4 @@
-"""What runs a member: an engine answers reads. Nothing above this folder knows what is behind one."""
+"""Engines run members: they answer reads. No module above this folder depends on the kind of an engine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torch import Tensor
 from packllm.errors import AnswerTimeout, CancelledError
 
 Want = Literal["all", "last", "none"] | List[int]
-"""Which of the log-probabilities after the ids of a read come back.
+"""Which log-probabilities a read returns.
 
-"all": float32 (n, V), after each of the n ids. "last": float32 (1, V), after the last of them. "none": (0, V).
-n ids, the targets: float64 (n,) on the CPU, what each target is given right after the id at its place; NaN where the
-target is negative.
+"all": float32 (n, V), after each of the n ids. "last": float32 (1, V), after the last id. "none": (0, V).
+A list of n ids, the targets: float64 (n,) on the CPU, the log-probability of each target right after the id at the same
+index; NaN where the target is negative.
 """
 
 
 class Sequence(ABC):
-    """The ids that a model has read, and whatever its engine keeps for them.
+    """The ids that a model has read, and the cache that its engine keeps for them.
 
     Attributes:
-        engine: whose it is.
-        ids: what has been read; the truth from which a lost cache is made again.
-        cached_tokens: how many of them did not have to be read, since an earlier sequence began alike.
-        gate: called before every pass; what it raises ends the read.
+        engine: the engine that reads.
+        ids: the ids read so far; a lost cache is computed again from them.
+        cached_tokens: how many of them were not read, because an earlier sequence had the same prefix.
+        gate: called before every forward pass; an exception from it ends the read.
     """
 
     engine: Engine
@@ -41,36 +41,36 @@ class Sequence(ABC):
 
     @abstractmethod
     def crop(self, length: int) -> None:
-        """Go back to the first `length` ids. This always works; what it costs is the engine's affair."""
+        """Go back to the first `length` ids. This always works; its cost depends on the engine."""
 
     @abstractmethod
     def fork(self) -> Sequence:
-        """Another sequence that has read the same; this one stays as it is."""
+        """A copy that reads on independently of this sequence."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what is kept; the sequence cannot be read into any more."""
+        """Free the cache; the sequence cannot read any more."""
 
 
 class Prefixes(Protocol):
-    """What is kept of earlier sequences (prefix.py)."""
+    """Access to cached prefixes: sequences of earlier prompts (prefix.py)."""
 
     def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
-        """The kept sequence of these weights that begins most like `ids`, and how many first ids are the same."""
+        """The cached sequence of these weights with the longest common prefix with `ids`, and its length in ids."""
         ...
 
     def note(self, tokens: int) -> None:
-        """A sequence starts, and need not read so many tokens."""
+        """Record that a new sequence starts with so many cached tokens."""
         ...
 
     def keep(self, adapter: int | None, sequence: Sequence, nbytes: int) -> None:
-        """Keep a sequence, which nobody else uses; it is closed when its time has come."""
+        """Store a sequence that nobody else uses; it is closed when it is evicted."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """These ids come after that sequence; see Want for what comes back."""
+    """A request to read these ids after that sequence; see Want for the result."""
 
     sequence: Sequence
     ids: List[int]
@@ -78,7 +78,7 @@ class Read:
 
 
 class Reader(Protocol):
-    """What answers reads."""
+    """An object that answers reads."""
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]: ...
 
@@ -87,17 +87,17 @@ class Engine(ABC):
     """Runs one set of weights. Safe to use from several threads.
 
     Attributes:
-        vocabulary_size: V, ids that it gives log-probabilities of; they are the first of the member's vocabulary.
-        context_window: most ids that a sequence may hold, None if there is no limit.
-        end_ids: ids that end an answer, as far as the model says so itself.
-        meeting: what answers reads of several engines of one place, where these meet; None: each engine does.
-        place: engines of different places run at the same time, those of one place in turn.
-        rewinds: whether crop() is cheap, as it is for keys and values, and not for recurrent states.
-        size: what one pass has to read, in bytes: how passes of several engines compare.
-        token_bytes: what is kept of each id that a sequence has read.
-        requests: how many shared the last pass: each has a part of what it cost.
-        packing: what each further token adds to a pass over one, as a share of it.
-        asks: options that the model itself asks for (its generation_config); used on request only.
+        vocabulary_size: V, the number of ids, counted from 0, that it gives log-probabilities of.
+        context_window: maximum number of ids in a sequence; None if there is no limit.
+        end_ids: ids that end an answer, as far as the model itself defines them.
+        meeting: the queue that several engines of one place share; None: the engine answers its own reads.
+        place: a device; engines at different places run at the same time, those at one place in turn.
+        rewinds: whether crop() is cheap, as it is for KV caches, but not for recurrent states.
+        size: bytes of weights that one pass reads; used to compare the passes of several engines.
+        token_bytes: bytes of cache per token of a sequence.
+        requests: how many requests shared the last pass, and so its cost.
+        packing: cost of each further token in a pass, relative to a pass over one token.
+        asks: options that the model's generation_config sets; used only if the caller wants them.
     """
 
     vocabulary_size: int
@@ -114,60 +114,60 @@ class Engine(ABC):
 
     @abstractmethod
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> Sequence:
-        """A sequence that has read nothing.
+        """A new, empty sequence.
 
         Args:
-            adapter: one of the engine's adapters, None for the weights as they are.
-            prefixes: what is kept of earlier sequences; this one may start from it, and be kept there.
+            adapter: index of one of the engine's adapters; None for the weights without an adapter.
+            prefixes: the prefix cache, from which the sequence may start, and in which it may be stored.
         """
 
     @abstractmethod
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        """Answers to reads in their order, which may come from several sequences; one sequence's happen one after the
-        other. A read that failed has its exception for an answer, and the others theirs."""
+        """Answer reads, in their order. They may be of several sequences; those of one sequence are done in order. The
+        answer of a read that failed is its exception; other reads are not affected."""
 
     def held(self, adapter: int | None = None) -> dict[Hashable, int]:
-        """Bytes of the weights in memory, in parts whose keys tell what several engines or adapters share."""
+        """Bytes of the weights in memory, in parts; parts with equal keys are shared by several engines or adapters."""
         return {id(self): self.size}
 
     def fingerprint(self, adapter: int | None = None) -> str:
-        """Hash of the weights: changes with the answers."""
+        """Hash of the weights: it changes if answers do."""
         return f"{id(self)} {adapter}"
 
 
 @runtime_checkable
 class KeepsHidden(Protocol):
-    """An engine that can tell what it made its log-probabilities of. Log-pool optimisers then need no second pass
-    (METHODS §3)."""
+    """An engine that can keep the hidden states behind its log-probabilities. Log-pool optimisers then need no second
+    pass (METHODS §3)."""
 
     def keep_hidden(self, sequence: Sequence) -> bool:
-        """Before anything is read: keep hidden states of what follows, where logits are made of them alone; whether
-        so."""
+        """Called before the first read: keep the hidden states of the sequence, if logits depend on them alone; return
+        whether they are kept."""
         ...
 
     def release_hidden(self, sequence: Sequence) -> None:
-        """They are not needed any more."""
+        """Free the hidden states."""
         ...
 
     def hidden(self, sequence: Sequence, places: Tensor) -> Tensor | None:
-        """(n, d), hidden states after the ids at some places (int64); None where they are not kept."""
+        """Hidden states (n, d) after the ids at some indices (int64); None if they are not kept."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 (n, V) of hidden states (n, d)."""
+        """Logits float32 (n, V) of hidden states (n, d)."""
         ...
 
     def head(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """Weight (at least V, d), bias or None, and ids without mass, where logits are just that product; None
-        elsewhere."""
+        """The LM head: weight (at least V, d), bias or None, and ids without mass; None if logits are more than this
+        product."""
         ...
 
 
 def read_together(reads: List[Read]) -> list[Tensor | Exception]:
-    """Answers to reads of any engines, in their order; engines of different places run at the same time.
+    """Answer reads of any engines, in their order; engines at different places run at the same time.
 
     Raises:
-        CancelledError, AnswerTimeout: a gate said so.
+        CancelledError, AnswerTimeout: raised by a gate.
     """
     by_reader: dict[int, list[int]] = {}
     for at, read in enumerate(reads):
@@ -182,12 +182,12 @@ def read_together(reads: List[Read]) -> list[Tensor | Exception]:
         for group in groups:
             engine = reads[group[0]].sequence.engine
             try:
-                found = (engine.meeting or engine).read([reads[at] for at in group])
+                results = (engine.meeting or engine).read([reads[at] for at in group])
             except Exception as error:
-                found = [error] * len(group)
-            for at, answer in zip(group, found, strict=True):
+                results = [error] * len(group)
+            for at, answer in zip(group, results, strict=True):
                 if isinstance(answer, CancelledError | AnswerTimeout):
-                    raise answer  # a gate's word, whether the engine let it pass or told it: no fault of a member
+                    raise answer  # from a gate, raised or returned by the engine: not a member's failure
                 answers[at] = answer
 
     if len(by_place) <= 1:

@@ -1,4 +1,4 @@
-"""From what a user names (hub id, folder, .gguf file, base+adapter, each as name=... too) to members."""
+"""Loads members from their names: a hub id, folder, .gguf file, server or base+adapter, each also as name=..."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Loader:
-    """Loads members; a base that several adapters share is read from disk once.
+    """Loads members. A base that several adapters share is read from disk once.
 
     Args:
-        dtype: "auto" (as stored), "fastest" (float32 or bfloat16, as measured once on this CPU; as stored where
-            there is an accelerator), "float32", "float16", "bfloat16" or a torch dtype.
-        device_map: as in accelerate; "auto" spreads over the accelerators, or stays on the CPU.
-        trust_remote_code: run code that comes with a hub model.
+        dtype: "auto" (as stored), "fastest" (on a CPU, float32 or bfloat16, measured once; as stored with an
+            accelerator), "float32", "float16", "bfloat16" or a torch dtype.
+        device_map: as in accelerate; "auto" uses the accelerators, or the CPU if there are none.
+        trust_remote_code: whether to run code that comes with a hub model.
         model_kwargs: further arguments of transformers' from_pretrained, such as revision, token,
             attn_implementation or quantization_config.
-        quantization: as quantization.config_of.
+        quantization: see quantization.config_of.
         max_memory: accelerate's mapping of devices to sizes.
-        engine: what runs .gguf files: "llama.cpp", "transformers" (converted to float32 once), or None: the first
-            where it is installed and no argument is meant for the second.
+        engine: the engine of .gguf files: "llama.cpp", "transformers" (converted to float32 once), or None: llama.cpp
+            if it is installed and no argument is only for transformers.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class Loader:
         as_stored = dtype in ("auto", "fastest") and not model_kwargs and quantization is None and max_memory is None
         if engine == "llama.cpp" and not as_stored:
             raise OptionError(
-                "engine='llama.cpp' runs a file as it is: dtype, model_kwargs and quantization are for transformers"
+                "engine='llama.cpp' cannot convert a file: dtype, model_kwargs and quantization are for transformers; "
+                "leave them out, or use engine='transformers'"
             )
         if engine == "llama.cpp":
             library()
@@ -93,10 +94,10 @@ class Loader:
         if dtype == "fastest":
             dtype = "auto" if torch.accelerator.is_available() else fastest()
         self._dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-        alone = device_map == "auto" and not torch.accelerator.is_available() and max_memory is None
-        self.device_map = "cpu" if alone else device_map
-        given = {"quantization_config": config_of(quantization, self.device_map), "max_memory": max_memory}
-        for name, value in given.items():
+        on_cpu = device_map == "auto" and not torch.accelerator.is_available() and max_memory is None
+        self.device_map = "cpu" if on_cpu else device_map
+        arguments = {"quantization_config": config_of(quantization, self.device_map), "max_memory": max_memory}
+        for name, value in arguments.items():
             if value is not None and name in self._words:
                 raise OptionError(f"model_kwargs[{name!r}] and an argument of Pack.load say the same; give one of them")
             self._words |= {} if value is None else {name: value}
@@ -104,22 +105,22 @@ class Loader:
         self._bases: dict[str, _Base] = {}
 
     def members(self, models: Any) -> list[Member]:
-        """One member per model, with names that differ.
+        """One member per model, with different names.
 
         Args:
             models: as for Pack.load.
 
         Raises:
-            LoadError: nothing to load, a path that does not exist, files that are no model.
+            LoadError: no models, a path that does not exist, or files that are no model.
         """
-        listed = [self._remote(model) for model in as_list(models)]
-        servers = {i for i, model in enumerate(listed) if is_spec(model) and is_address(os.fspath(model))}
+        models_ = [self._remote(model) for model in as_list(models)]
+        servers = {i for i, model in enumerate(models_) if is_spec(model) and is_address(os.fspath(model))}
         specs = {
-            i: self.spec(os.fspath(model)) for i, model in enumerate(listed) if is_spec(model) and i not in servers
+            i: self.spec(os.fspath(model)) for i, model in enumerate(models_) if is_spec(model) and i not in servers
         }
         uses = Counter(spec.key for spec in specs.values())
         members: list[Any] = []
-        for i, model in enumerate(listed):
+        for i, model in enumerate(models_):
             member = (
                 connect(os.fspath(model))
                 if i in servers
@@ -127,40 +128,40 @@ class Loader:
                 if i in specs
                 else _member_of(model, i)
             )
-            taken = {other.name for other in members}
+            names = {other.name for other in members}
             name, count = member.name, 2
-            while name in taken:
+            while name in names:
                 name, count = f"{member.name}-{count}", count + 1
             if name != member.name:
-                member = copy.copy(member)  # the caller's own, or another pack's, keeps its name
+                member = copy.copy(member)  # a copy: the object may be in another pack too, with its name
                 member.name = name
             members.append(member)
         return members
 
     def _remote(self, model: Any) -> Any:
-        """A member in a worker of a Ray cluster for "ray:SPEC" (engines/ray.py); anything else as it is."""
-        named = of_worker(model)
-        if named is None:
+        """For "ray:SPEC" a member in a worker of a Ray cluster (engines/ray.py); any other model unchanged."""
+        match = of_worker(model)
+        if match is None:
             return model
         from packllm.engines import ray
 
-        name, asked, spec = named.groups()
-        return ray.member(partial(_alone, self._asked, spec), spec, name, ray.resources(asked or ""))
+        name, resources, spec = match.groups()
+        return ray.member(partial(_alone, self._asked, spec), spec, name, ray.resources(resources or ""))
 
     def spec(self, text: str) -> Spec:
-        """What a text names. An adapter by itself is one on the base that its config names."""
+        """Parse the name of a model. The base of a lone adapter is the one that its config names."""
         spec = Spec.of(text)
         if spec.adapter is not None or not (folder := self._adapter_folder(spec.base)):
             return spec
         with loading(f"adapter {spec.base!r}"):
             base = lora.read_config(folder).get("base_model_name_or_path")
-        here = [base, os.path.join(folder, base)] if isinstance(base, str) and base else []
-        found = next((path for path in here if os.path.exists(path)), None)
-        if found is None and not (here and _HUB_ID.fullmatch(str(base))):
+        candidates = [base, os.path.join(folder, base)] if isinstance(base, str) and base else []
+        base_path = next((path for path in candidates if os.path.exists(path)), None)
+        if base_path is None and not (candidates and _HUB_ID.fullmatch(str(base))):
             raise LoadError(
-                f"{spec.base!r} is an adapter, and its base {base!r} is not found here; name the base: BASE+{spec.base}"
+                f"{spec.base!r} is an adapter, and its base {base!r} is not on this machine; name it: BASE+{spec.base}"
             )
-        return Spec(spec.name, found or str(base), spec.base)
+        return Spec(spec.name, base_path or str(base), spec.base)
 
     def _adapter_folder(self, source: str) -> Path | None:
         """The folder of an adapter; None for anything else."""
@@ -170,8 +171,8 @@ class Loader:
                 return None
             if any(path.suffix == ".safetensors" and path.name != lora.WEIGHTS for path in folder.iterdir()):
                 raise LoadError(
-                    f"{source!r} holds a model and an adapter; move the adapter_* files to a folder of their own, and "
-                    "name what is meant: MODEL or MODEL+ADAPTER"
+                    f"{source!r} contains a model and an adapter; move the adapter_* files to a folder of their own, "
+                    "and name the one to load: MODEL or MODEL+ADAPTER"
                 )
             return folder
         if folder.exists():
@@ -179,28 +180,30 @@ class Loader:
         from transformers.utils import cached_file
 
         try:
-            words: dict[str, Any] = {**self._hub, "_raise_exceptions_for_missing_entries": False}
-            if cached_file(source, "config.json", **words) is None:
-                found = cached_file(source, lora.CONFIG, **words)
-                return Path(found).parent if found else None
-        except Exception:  # no such repository, no network: reading the model will say so
+            arguments: dict[str, Any] = {**self._hub, "_raise_exceptions_for_missing_entries": False}
+            if cached_file(source, "config.json", **arguments) is None:
+                config_file = cached_file(source, lora.CONFIG, **arguments)
+                return Path(config_file).parent if config_file else None
+        except Exception:  # no such repository or no network: loading the model will report it
             return None
         return None
 
     def footprint(self, spec: Spec) -> Footprint:
-        """What the base of a spec will hold in memory; no weights are read."""
-        found = footprint(spec.base, self._dtype, self._trust, self._words)
+        """The memory that the base of a spec will need; no weights are read."""
+        estimate = footprint(spec.base, self._dtype, self._trust, self._words)
         if not (os.path.isfile(spec.base) and self._as_it_is()):
-            return found
+            return estimate
         weights, token = llama_cpp.held(_gguf(spec.base))
-        return replace(found, engine="llama.cpp", weights=weights, dtype="as stored", cache=Cache((Layer(0, token),)))
+        return replace(
+            estimate, engine="llama.cpp", weights=weights, dtype="as stored", cache=Cache((Layer(0, token),))
+        )
 
     def adapter(self, name: str, weights: bool = True) -> lora.Adapter:
         """The files of an adapter, see lora.open_adapter."""
         return lora.open_adapter(name, self._hub, weights)
 
     def _member(self, spec: Spec, shared: bool) -> Member:
-        """A member of the base's own engine, if others share it; an adapter used alone is merged, which is faster."""
+        """A member with the base's engine, if others share it. A single adapter is merged, which is faster."""
         if os.path.isfile(spec.base) and (path := _gguf(spec.base)):
             if self._as_it_is():
                 return self._by_llama_cpp(spec)
@@ -214,9 +217,9 @@ class Loader:
         base = self._base(spec)
         tokenizer, encoder = base.tokenizer, base.encoder
         with loading(f"the tokenizer of {adapter.what}"):
-            own = files.own_tokenizer(adapter.folder, base.tokenizer, base.model.config)
-            if own is not None:
-                tokenizer, encoder = own, _encoder(own)
+            adapter_tokenizer = files.own_tokenizer(adapter.folder, base.tokenizer, base.model.config)
+            if adapter_tokenizer is not None:
+                tokenizer, encoder = adapter_tokenizer, _encoder(adapter_tokenizer)
         with loading(adapter.what):
             if factors is None or not shared or not encoder.vocabulary.same_as(base.encoder.vocabulary):
                 return Member(merge(base.model, adapter), tokenizer, spec.name, encoder)
@@ -226,7 +229,7 @@ class Loader:
             return Member(base.model, tokenizer, spec.name, encoder, engine=base.engine, adapter=index)
 
     def _as_it_is(self) -> bool:
-        """Whether llama.cpp runs .gguf files."""
+        """Whether llama.cpp runs .gguf files, without conversion."""
         if self._engine is not None:
             return self._engine == "llama.cpp"
         return self._by_default and installed() == VERSION
@@ -241,9 +244,9 @@ class Loader:
         elif spec.adapter is not None:
             adapter = lora.open_adapter(spec.adapter, self._hub)
             with loading(f"the tokenizer of {adapter.what}"):
-                own = files.own_tokenizer(adapter.folder, file.tokenizer)
-                if own is not None:
-                    tokenizer, encoder = own, _encoder(own)
+                adapter_tokenizer = files.own_tokenizer(adapter.folder, file.tokenizer)
+                if adapter_tokenizer is not None:
+                    tokenizer, encoder = adapter_tokenizer, _encoder(adapter_tokenizer)
             if not encoder.vocabulary.same_as(file.encoder.vocabulary):
                 raise refused(adapter.what, "it adds tokens to its base's vocabulary, which llama.cpp cannot")
             index = llama_cpp_adapters.attach(file, adapter)
@@ -253,11 +256,11 @@ class Loader:
         if spec.key not in self._bases:
             if os.path.isfile(spec.base):
                 source: str | Path = converted(_gguf(spec.base))
-                words = {name: word for name, word in self._words.items() if name not in files.HUB}
+                arguments = {name: value for name, value in self._words.items() if name not in files.HUB}
             else:
-                source, words = spec.base, self._words
+                source, arguments = spec.base, self._words
             try:
-                model, tokenizer = files.read(source, self._dtype, self.device_map, self._trust, words)
+                model, tokenizer = files.read(source, self._dtype, self.device_map, self._trust, arguments)
             except LoadError as error:
                 if spec.adapter is None:
                     raise
@@ -269,55 +272,55 @@ class Loader:
 
 
 def _tell_cost(path: Path) -> None:
-    """Say what it costs to run a .gguf file in transformers, where llama.cpp is not at hand."""
-    if (found := installed()) == VERSION:
+    """Log the cost of a .gguf file in transformers, if llama.cpp is not installed."""
+    if (version := installed()) == VERSION:
         return
     log.warning(
-        "%s runs in transformers: it is written to the cache once as float32, %s, and held in memory so; "
-        "pip install packllm[llama-cpp] %sruns it as it is",
+        "%s runs in transformers: it is converted to float32 in the cache once, %s, and needs as much memory; "
+        "pip install packllm[llama-cpp] %savoids both",
         path.name,
         f"{4 * check_header(path).elements / 2**20:,.0f} MiB",
-        f"(llama-cpp-python {VERSION}, not {found}) " if found else "",
+        f"(llama-cpp-python {VERSION}, not {version}) " if version else "",
     )
 
 
 def of_worker(model: Any) -> re.Match[str] | None:
-    """Name, resources and spec of a "ray:SPEC"; None for anything else."""
+    """Name, resources and spec of "ray:SPEC" as a match; None for anything else."""
     return _REMOTE.fullmatch(os.fspath(model)) if is_spec(model) else None
 
 
 def _alone(asked: tuple[Any, ...], spec: str) -> Member:
-    """The member of one spec, by a loader of its own."""
+    """The member of one spec, loaded by its own loader."""
     return Loader(*asked).members([spec])[0]
 
 
 def as_list(models: Any) -> list[Any]:
-    """What Pack.load takes, as a list: one model need not be in one.
+    """The argument of Pack.load as a list; it may also be a single model.
 
     Raises:
-        LoadError: nothing, or something that names no models.
+        LoadError: the list is empty, or the argument names no models.
     """
     if is_spec(models) or isinstance(models, Author) or _parts_of(models) is not None:
         return [models]
     if isinstance(models, bytes | bytearray | Mapping) or not isinstance(models, Iterable):
         raise LoadError(f"models={repr(models)[:200]} names no models; give a list of {_KINDS}")
-    if not (listed := list(models)):
+    if not (models_ := list(models)):
         raise LoadError("models is empty; name at least one hub id, folder, .gguf file or base+adapter")
-    return listed
+    return models_
 
 
 def without_secrets(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """model_kwargs as they may be written down: without the hub's token, and settings of quantisation as dicts."""
-    kept = {
-        name: word.to_dict() if hasattr(word, "to_dict") else word
-        for name, word in (model_kwargs or {}).items()
+    """model_kwargs for a record: without the hub's token, with quantisation settings as dicts."""
+    arguments = {
+        name: value.to_dict() if hasattr(value, "to_dict") else value
+        for name, value in (model_kwargs or {}).items()
         if name != "token"
     }
-    return kept or None
+    return arguments or None
 
 
 def is_spec(model: Any) -> bool:
-    """Whether it is a text or path that names a model."""
+    """Whether it is a text or path, which names a model."""
     return isinstance(model, str | os.PathLike) and isinstance(os.fspath(model), str)
 
 
@@ -327,7 +330,7 @@ _KINDS = (
 
 
 def _parts_of(model: Any) -> tuple[Any, Any] | None:
-    """(model, tokenizer) of a pair or of a transformers pipeline; None for anything else."""
+    """(model, tokenizer) from such a pair or a transformers pipeline; None for anything else."""
     pair = model if isinstance(model, tuple | list) else (getattr(model, "model", None), getattr(model, "tokenizer", 0))
     if len(pair) == 2 and isinstance(pair[0], torch.nn.Module) and not isinstance(pair[1], torch.nn.Module):
         return pair[0], pair[1]
@@ -335,27 +338,27 @@ def _parts_of(model: Any) -> tuple[Any, Any] | None:
 
 
 def _member_of(model: Any, at: int) -> Author:
-    """A member of an object that is loaded already; it is put into evaluation, without gradients."""
+    """A member made of a loaded object; the model is put into evaluation mode without gradients."""
     if isinstance(model, Author):
         return model
     parts = None if isinstance(model, torch.nn.Module) else _parts_of(model)
     if parts is None:
-        lone = isinstance(model, torch.nn.Module)
-        remedy = "give its tokenizer too: (model, tokenizer)" if lone else f"give {_KINDS}"
+        is_module = isinstance(model, torch.nn.Module)
+        remedy = "give its tokenizer too: (model, tokenizer)" if is_module else f"give {_KINDS}"
         raise LoadError(f"models[{at}] is {model if model is None else type(model).__name__}; {remedy}")
-    loaded, tokenizer = parts
-    what = f"models[{at}], a {type(loaded).__name__}"
+    torch_model, tokenizer = parts
+    what = f"models[{at}], a {type(torch_model).__name__}"
     with loading(what):
-        if not hasattr(loaded, "config") or isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+        if not hasattr(torch_model, "config") or isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
             raise LoadError(f"{what} with a {type(tokenizer).__name__} is no transformers model and its tokenizer")
-        files.check_decoder(loaded.config, what)
-        files.check_finite(dict(loaded.named_parameters()), what)
-        name = _name(str(getattr(loaded.config, "name_or_path", "") or type(loaded).__name__))
-        return Member(loaded, tokenizer, name, _encoder(tokenizer))
+        files.check_decoder(torch_model.config, what)
+        files.check_finite(dict(torch_model.named_parameters()), what)
+        name = _name(str(getattr(torch_model.config, "name_or_path", "") or type(torch_model).__name__))
+        return Member(torch_model, tokenizer, name, _encoder(tokenizer))
 
 
 def _encoder(tokenizer: Any) -> Encoder:
-    """Of a tokenizer that works: what is odd in it shows when it is used, and is better said at loading."""
+    """An Encoder that is tested on a text, so that a faulty tokenizer is reported at loading."""
     encoder = Encoder(tokenizer)
     encoder.encode("a")
     return encoder
@@ -363,7 +366,7 @@ def _encoder(tokenizer: Any) -> Encoder:
 
 @dataclass(frozen=True)
 class _Base:
-    """A model as loaded, with the engine of the members that share it."""
+    """A loaded model with the engine of the members that share it."""
 
     model: Any
     tokenizer: Any
@@ -373,7 +376,7 @@ class _Base:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a user names: a base and perhaps an adapter, each a path that exists or something that may be a hub id."""
+    """A parsed model name: a base and possibly an adapter, each an existing path or a possible hub id."""
 
     name: str
     base: str
@@ -381,22 +384,22 @@ class Spec:
 
     @property
     def key(self) -> str:
-        """The base's own name, however it was written."""
+        """The base's path or id in a normal form."""
         return os.path.realpath(self.base) if os.path.exists(self.base) else self.base
 
     @classmethod
     def of(cls, text: str) -> Spec:
-        named = None if os.path.exists(text) else re.match(r"([\w.-]+)=", text)
-        base, adapter = _split(text[named.end() :] if named else text)
-        return cls(named[1] if named else _name(adapter or base), base, adapter)
+        match = None if os.path.exists(text) else re.match(r"([\w.-]+)=", text)
+        base, adapter = _split(text[match.end() :] if match else text)
+        return cls(match[1] if match else _name(adapter or base), base, adapter)
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    whole = os.path.expanduser(spec)
-    if os.path.exists(whole):
-        return whole, None
-    base, plus, adapter = spec.rpartition("+")
-    parts = (os.path.expanduser(base), os.path.expanduser(adapter)) if plus else (whole, None)
+    expanded = os.path.expanduser(spec)
+    if os.path.exists(expanded):
+        return expanded, None
+    base, separator, adapter = spec.rpartition("+")
+    parts = (os.path.expanduser(base), os.path.expanduser(adapter)) if separator else (expanded, None)
     for part in parts:
         if part is None or os.path.exists(part):
             continue
@@ -410,13 +413,13 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _gguf(path: str) -> Path:
-    """A file that is to be a GGUF file; LoadError says what else it is."""
+    """The path of a GGUF file. Raise LoadError that says what the file is if it is anything else."""
     file = Path(path)
     with loading(f"{path!r}"):
         if files.is_lfs_pointer(file):
             raise LoadError(f"{path!r} is a git-lfs pointer instead of the file; run `git lfs pull` there")
-        with open(file, "rb") as opened:
-            magic = opened.read(len(MAGIC)) == MAGIC
+        with open(file, "rb") as stream:
+            magic = stream.read(len(MAGIC)) == MAGIC
     if file.suffix.lower() == ".gguf" or magic:
         return file
     kind = f"a {file.suffix} file" if file.suffix else "a file"

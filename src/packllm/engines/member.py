@@ -1,4 +1,5 @@
-"""Members of a pack: authors, judges, and token models, which are a tokenizer and an engine that reads its ids."""
+"""Members of a pack: authors, judges and token models. A token model is a tokenizer and an engine that reads its
+ids."""
 
 from __future__ import annotations
 
@@ -12,20 +13,20 @@ from packllm.engines.base import Engine, Prefixes, Sequence
 from packllm.errors import MemberError
 
 Kind = Literal["author", "judge", "token model"]
-"""What a member can do. author: go on with a text. judge: that, and say how likely a text is. token model: that, and
-give the distribution of the next token."""
+"""What a member can do. author: continue a text. judge: also give the log-probability of a text. token model: also give
+the next-token distribution."""
 
 
 class Author(ABC):
-    """What all members are, whoever runs them.
+    """The base class of all members.
 
     Attributes:
-        name: what tables and weights call it.
+        name: its name in tables and weights.
         kind: what it can do, see Kind.
-        encoder: from prompts to what the member reads.
-        vocabulary: bytes of each token id; empty where nobody knows them.
-        vocabulary_size: how many first ids of it the member gives log-probabilities of.
-        context_window: most tokens that it reads, None if it has no limit or nobody knows it.
+        encoder: encodes prompts for the member.
+        vocabulary: the bytes of each token id; empty if unknown.
+        vocabulary_size: the number of ids, counted from 0, that the member gives log-probabilities of.
+        context_window: maximum number of tokens that it reads; None if it has no limit or the limit is unknown.
         end_ids: ids that end an answer.
     """
 
@@ -40,10 +41,10 @@ class Author(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash that changes with the answers, as far as that can be told."""
+        """Hash that changes if answers do, as far as this can be known."""
 
     def failed(self, error: BaseException) -> MemberError:
-        """The error as this member's."""
+        """Turn an error into this member's MemberError."""
         if isinstance(error, MemberError):
             return error
         reason = str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {error}"
@@ -56,17 +57,17 @@ class Member(Author):
     """A token model: a language model and its tokenizer.
 
     Args:
-        model: a transformers causal LM; None where `engine` is given.
-        tokenizer: its tokenizer, with a `tokenizers` backend; None where `encoder` is given.
-        name: what tables and weights call it.
-        encoder: of that tokenizer, where one is made already.
-        engine: what runs the model, where members share one or it is not of transformers; made here otherwise.
-        adapter: index of the engine's adapter that this member is; None: the model as it is.
+        model: a transformers causal LM; None if `engine` is given.
+        tokenizer: its tokenizer, with a `tokenizers` backend; None if `encoder` is given.
+        name: its name in tables and weights.
+        encoder: the tokenizer's encoder, if there is one already.
+        engine: the engine that runs the model, if members share it or it is not of transformers; None: a new one.
+        adapter: index of the engine's adapter that this member uses; None: the model itself.
 
     Attributes:
-        vocabulary: bytes of each token id.
-        vocabulary_size: ids that model and tokenizer both have; log-probabilities are of these.
-        context_window: most tokens the model reads, None if it has no limit.
+        vocabulary: the bytes of each token id.
+        vocabulary_size: the number of ids that model and tokenizer both have; log-probabilities are of these.
+        context_window: maximum number of tokens that the model reads; None if it has no limit.
         end_ids: ids that end an answer.
     """
 
@@ -91,31 +92,31 @@ class Member(Author):
         self.engine: Engine = engine
         self.vocabulary_size = min(engine.vocabulary_size, len(self.vocabulary))
         self.context_window = engine.context_window
-        own = {self.vocabulary.special.get("eos"), self.encoder.end_of_turn}
-        self.end_ids = frozenset(i for i in {*engine.end_ids, *own} if i is not None)
+        tokenizer_ends = {self.vocabulary.special.get("eos"), self.encoder.end_of_turn}
+        self.end_ids = frozenset(i for i in {*engine.end_ids, *tokenizer_ends} if i is not None)
 
     def __repr__(self) -> str:
         return f"Member({self.name!r})"
 
     @property
     def model(self) -> Any:
-        """The torch model, for a member that is an adapter the base it shares; AttributeError where there is none."""
+        """The torch model; for an adapter, the shared base. AttributeError if the engine has none."""
         return self.engine.model  # type: ignore[attr-defined]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of vocabulary, template and weights: changes with the answers."""
-        said = f"{self.vocabulary.fingerprint} {self.encoder.template} {self.engine.fingerprint(self.adapter)}"
-        return hashlib.sha256(said.encode()).hexdigest()
+        """Hash of vocabulary, template and weights: it changes if answers do."""
+        content = f"{self.vocabulary.fingerprint} {self.encoder.template} {self.engine.fingerprint(self.adapter)}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def merged(self) -> Any:
-        """A torch model that is this member by itself: the model, or a copy of the base with the adapter merged."""
+        """A torch model of this member alone: the model, or a copy of the base with the adapter merged."""
         return self.engine.merged(self.adapter)  # type: ignore[attr-defined]
 
     def real(self, logits: Any) -> Any:
-        """float32 logits of the ids that tokenizer and model share, of what the torch model gives."""
+        """The float32 logits, from the torch model's, of the ids that tokenizer and model both have."""
         return self.engine.real(logits)  # type: ignore[attr-defined]
 
     def open(self, prefixes: Prefixes | None = None) -> Sequence:
-        """A sequence that has read nothing; it may start from what is kept of earlier ones."""
+        """A new sequence; it may start from a cached prefix."""
         return self.engine.open(self.adapter, prefixes)

@@ -1,4 +1,4 @@
-"""Memory before loading: what members will hold, by their configs and the headers of their files alone."""
+"""Memory estimates before loading, from configs and file headers only."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from packllm.errors import LoadError, OptionError
 
 @dataclass(frozen=True)
 class MemberEstimate:
-    """What a member will hold. None stands for what cannot be known.
+    """The memory that a member will need. None means unknown.
 
     Attributes:
         member: its name.
-        engine: what will run it.
+        engine: the engine that will run it.
         dtype: type of its weights.
-        parameters: how many it has, an adapter without its base.
-        weights: bytes of its weights; a base that several members share counts at the first of them.
-        token_bytes: bytes of cache a token.
-        window: most tokens that it reads.
-        window_bytes: bytes of the cache of one sequence as long as that.
-        note: what is not sure, or why.
+        parameters: number of parameters; for an adapter, without its base.
+        weights: bytes of its weights; a base that several members share counts for the first of them.
+        token_bytes: bytes of cache per token.
+        window: context window in tokens.
+        window_bytes: bytes of cache of one sequence of that length.
+        note: what is uncertain or unknown, and why.
     """
 
     member: str
@@ -49,14 +49,15 @@ class MemberEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a pack will hold. Iterating gives (member, bytes of weights, bytes a token of cache), as Pack.memory().
+    """The memory that a pack will need. Iterating gives (member, bytes of weights, bytes of cache per token), as
+    Pack.memory() does.
 
     Attributes:
-        members: what each member will hold.
-        free: bytes that are free where the weights go.
-        place: where that is.
-        vocabulary, template, end: whether all members share their text tokens, their chat template, what ends their
-            answers; None where it is not known of all.
+        members: the estimate of each member.
+        free: free bytes where the weights will be.
+        place: the name of that place.
+        vocabulary, template, end: whether all members share their text tokens, their chat template, and what ends their
+            answers; None if it is not known for all.
     """
 
     members: tuple[MemberEstimate, ...]
@@ -77,22 +78,22 @@ class Estimate:
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights that are known."""
+        """Bytes of all known weights."""
         return sum(each.weights or 0 for each in self.members)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of cache a token of all members."""
+        """Bytes of cache per token, of all members together."""
         return sum(each.token_bytes or 0 for each in self.members)
 
     @property
     def window_bytes(self) -> int:
-        """Bytes of the caches of one request as long as each member's window."""
+        """Bytes of the caches of one request that fills each member's window."""
         return sum(each.window_bytes or 0 for each in self.members)
 
     @property
     def fits(self) -> bool:
-        """Whether the weights fit in what is free."""
+        """Whether the weights fit into the free memory."""
         return self.weights <= self.free
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Estimate:
         return {"members": [vars(each) for each in self.members], **{name: getattr(self, name) for name in sums}}
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, as texts: headings, a row a member, their sum."""
+        """The table as texts: headings, a row per member, the sums."""
         rows: list[tuple[str, ...]] = [
             ("member", "engine", "type", "parameters", "weights", "cache/token", "cache at window")
         ]
@@ -116,13 +117,13 @@ class Estimate:
         return rows
 
     def remarks(self) -> list[str]:
-        """What the table does not say, a line each."""
+        """Remarks beside the table, one line each."""
         room = "fit in" if self.fits else "do not fit in"
         lines = [f"The weights take {size_of(self.weights)} and {room} the {size_of(self.free)} free ({self.place})."]
         if len(self.members) > 1:
             shared = {"vocabulary": self.vocabulary, "chat template": self.template, "end of answers": self.end}
-            told = {True: "one", False: "several", None: "not known"}
-            lines.append("; ".join(f"{name}: {told[value]}" for name, value in shared.items()) + ".")
+            answers = {True: "one", False: "several", None: "not known"}
+            lines.append("; ".join(f"{name}: {answers[value]}" for name, value in shared.items()) + ".")
         return lines + [f"{each.member}: {each.note}" for each in self.members if each.note]
 
     def __str__(self) -> str:
@@ -142,44 +143,45 @@ def estimate(
     quantization: Any = None,
     engine: str | None = None,
 ) -> Estimate:
-    """What a pack of these models will hold in memory, before it is loaded: by configs and headers, no weights are
-    read.
+    """Estimate the memory of a pack before it is loaded, from configs and file headers; no weights are read.
 
-    Weights are as they will be held, to within a tenth. Caches are one sequence's; a request has one for each member.
+    Weights are accurate to about a tenth. Caches are those of one sequence; a request has one for each member.
 
     Args:
-        models: as for Pack.load; Member objects count what they hold already.
+        models: as for Pack.load; Member objects count what they need already.
         dtype, device_map, trust_remote_code, model_kwargs, quantization, engine: as for Pack.load.
 
     Raises:
-        LoadError: a model that does not exist or cannot be loaded. A hub id of which nothing is here is no error: its
-            row says what cannot be known.
+        LoadError: a model does not exist or cannot be loaded. A hub id that is not in the local cache is no error: its
+            row says what is unknown.
     """
     loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization, engine=engine)
-    listed = as_list(models)
-    far = {at: os.fspath(model) for at, model in enumerate(listed) if is_spec(model) and is_address(os.fspath(model))}
-    workers = {at: named for at, model in enumerate(listed) if (named := of_worker(model))}
+    models_ = as_list(models)
+    servers = {
+        at: os.fspath(model) for at, model in enumerate(models_) if is_spec(model) and is_address(os.fspath(model))
+    }
+    workers = {at: match for at, model in enumerate(models_) if (match := of_worker(model))}
     specs = {
         at: loader.spec(os.fspath(m))
-        for at, m in enumerate(listed)
-        if is_spec(m) and at not in far and at not in workers
+        for at, m in enumerate(models_)
+        if is_spec(m) and at not in servers and at not in workers
     }
     looks = _Looks(loader, Counter(spec.key for spec in specs.values()))
     rows: list[MemberEstimate] = []
     speeches: list[_Speech | None] = []
-    for at, model in enumerate(listed):
+    for at, model in enumerate(models_):
         row: MemberEstimate
         speech: _Speech | None
-        if at in far:
-            address = Address.of(far[at])
+        if at in servers:
+            address = Address.of(servers[at])
             row, speech = MemberEstimate(address.called, weights=0, token_bytes=0, note="it is on a server"), None
         elif at in workers:
             row, speech = _elsewhere(workers[at])
         else:
             row, speech = looks.at(specs[at]) if at in specs else _loaded(loader.members([model])[0])
-        taken = {other.member for other in rows}
+        names = {other.member for other in rows}
         name, count = row.member, 2
-        while name in taken:  # as the loader names them
+        while name in names:  # the loader's names
             name, count = f"{row.member}-{count}", count + 1
         rows.append(replace(row, member=name))
         speeches.append(speech)
@@ -188,24 +190,24 @@ def estimate(
 
 
 def refuse(models: Any, most: int, **loading: Any) -> None:
-    """Refuse models whose weights are larger than `most` bytes.
+    """Refuse models whose weights need more than `most` bytes.
 
     Raises:
-        LoadError: they are, or may be; it has the table.
+        LoadError: they need more, or their size is unknown; the message has the table.
     """
-    found = estimate(models, **loading)
-    unknown = [each.member for each in found.members if each.weights is None]
+    total = estimate(models, **loading)
+    unknown = [each.member for each in total.members if each.weights is None]
     if unknown:
-        raise LoadError(f"max_memory={size_of(most)} cannot be kept: the size of {unknown[0]!r} is not known\n{found}")
-    if found.weights > most:
+        raise LoadError(f"max_memory={size_of(most)} cannot be checked: the size of {unknown[0]!r} is unknown\n{total}")
+    if total.weights > most:
         raise LoadError(
-            f"the weights take {size_of(found.weights)}, more than max_memory={size_of(most)}; leave members out, give "
-            f"smaller or quantised ones (.gguf), or allow more\n{found}"
+            f"the weights take {size_of(total.weights)}, more than max_memory={size_of(most)}; leave members out, give "
+            f"smaller or quantised ones (.gguf), or allow more\n{total}"
         )
 
 
 def bytes_of(limit: Any) -> int | None:
-    """`max_memory` as bytes; None for a mapping, which is accelerate's, and for None.
+    """`max_memory` in bytes; None for None and for accelerate's mapping.
 
     Raises:
         OptionError: it is none of these.
@@ -215,9 +217,9 @@ def bytes_of(limit: Any) -> int | None:
     units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
         return limit
-    if isinstance(limit, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", limit, re.I)):
-        base = 1024 if found[3] else 1000
-        if (size := int(float(found[1]) * base ** units[found[2].upper()])) > 0:
+    if isinstance(limit, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", limit, re.I)):
+        base = 1024 if match[3] else 1000
+        if (size := int(float(match[1]) * base ** units[match[2].upper()])) > 0:
             return size
     raise OptionError(
         f'max_memory={limit!r} is no size; give bytes (8589934592), "8GiB" or accelerate\'s mapping {{0: "20GiB"}}'
@@ -225,7 +227,7 @@ def bytes_of(limit: Any) -> int | None:
 
 
 def size_of(count: int | None) -> str:
-    """Bytes for people."""
+    """A size in bytes as text with a unit."""
     if count is None:
         return "?"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -242,23 +244,23 @@ def _count(parameters: int) -> str:
 
 
 def held(members: Sequence[Author]) -> list[tuple[str, int, int]]:
-    """(member, bytes of its weights, bytes of its cache a token) of loaded members; what several share counts at the
-    first of them."""
-    counted: set[Any] = set()
-    found = []
+    """(member, bytes of weights, bytes of cache per token) of loaded members. Shared weights count for the first member
+    that has them."""
+    seen_parts: set[Any] = set()
+    rows = []
     for member in members:
         if not isinstance(member, Member):  # on a server
-            found.append((member.name, 0, 0))
+            rows.append((member.name, 0, 0))
             continue
         parts = member.engine.held(member.adapter)
-        found.append((member.name, sum(parts[key] for key in parts.keys() - counted), member.engine.token_bytes))
-        counted |= parts.keys()
-    return found
+        rows.append((member.name, sum(parts[key] for key in parts.keys() - seen_parts), member.engine.token_bytes))
+        seen_parts |= parts.keys()
+    return rows
 
 
 @dataclass(frozen=True)
 class _Speech:
-    """How a member speaks: its text tokens, its chat template, what ends its answers."""
+    """What members must share to be fused well: text tokens, chat template, and the end of answers."""
 
     vocabulary: str
     template: str
@@ -268,12 +270,12 @@ class _Speech:
     def of(cls, encoder: Encoder, ends: Iterable[int]) -> _Speech:
         vocabulary = encoder.vocabulary
         ids = {*ends, vocabulary.special.get("eos"), encoder.end_of_turn}
-        spelled = frozenset(vocabulary.tokens[i] for i in ids if i is not None and i < len(vocabulary))
-        return cls(vocabulary.family, str(encoder.template), spelled)
+        spellings = frozenset(vocabulary.tokens[i] for i in ids if i is not None and i < len(vocabulary))
+        return cls(vocabulary.family, str(encoder.template), spellings)
 
 
 def _shared(speeches: Sequence[_Speech | None]) -> tuple[bool | None, bool | None, bool | None]:
-    """Whether all have one vocabulary, one template, one end."""
+    """Whether all members have the same text tokens, template and end; None if it is not known for all."""
     known = [(speech.vocabulary, speech.template, speech.ends) for speech in speeches if speech is not None]
     sure = True if len(known) == len(speeches) else None
     if not known:
@@ -282,14 +284,14 @@ def _shared(speeches: Sequence[_Speech | None]) -> tuple[bool | None, bool | Non
     return vocabulary, template, end
 
 
-def _elsewhere(named: re.Match[str]) -> tuple[MemberEstimate, _Speech | None]:
-    """Of a member in a worker."""
-    name = named[1] or os.path.basename(named[3])
+def _elsewhere(match: re.Match[str]) -> tuple[MemberEstimate, _Speech | None]:
+    """The row of a member in a worker."""
+    name = match[1] or os.path.basename(match[3])
     return MemberEstimate(name, "ray", weights=0, note="it runs in a worker, and takes nothing here"), None
 
 
 def _loaded(member: Member) -> tuple[MemberEstimate, _Speech]:
-    """Of a member that is in memory already: it takes no more."""
+    """The row of a member that is in memory already: it needs no more."""
     engine, window = member.engine, member.context_window
     row = MemberEstimate(
         member.name,
@@ -303,7 +305,7 @@ def _loaded(member: Member) -> tuple[MemberEstimate, _Speech]:
 
 
 class _Looks:
-    """Looks at what is named, and counts once what members share."""
+    """Makes the rows of members, and counts once what they share."""
 
     def __init__(self, loader: Loader, uses: Mapping[str, int]) -> None:
         self._loader, self._uses = loader, uses
@@ -311,7 +313,7 @@ class _Looks:
         self._counted: set[str] = set()
 
     def at(self, spec: Spec) -> tuple[MemberEstimate, _Speech | None]:
-        """A member's row, and how it speaks."""
+        """The row of a spec, and its text tokens, template and end."""
         try:
             if spec.key not in self._bases:
                 self._bases[spec.key] = self._loader.footprint(spec)
@@ -322,35 +324,37 @@ class _Looks:
                 raise
             return MemberEstimate(spec.name, note=str(error)), None
         encoder = None if base.tokenizer is None else Encoder(base.tokenizer)
-        own, shares, parameters = 0, True, base.parameters
+        bytes_, shares, parameters = 0, True, base.parameters
         if adapter is not None:
             parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
-            before = encoder
+            base_encoder = encoder
             if (
                 base.tokenizer is not None
-                and (brought := own_tokenizer(adapter.folder, base.tokenizer, base.config)) is not None
+                and (adapter_tokenizer := own_tokenizer(adapter.folder, base.tokenizer, base.config)) is not None
             ):
-                encoder = Encoder(brought)
+                encoder = Encoder(adapter_tokenizer)
             factors = adapter.factors()
             if factors is None:  # peft makes a copy of the base
-                own, shares = base.weights, False
+                bytes_, shares = base.weights, False
             elif self._uses[spec.key] > 1:
                 merged = (
-                    before is not None and encoder is not None and not encoder.vocabulary.same_as(before.vocabulary)
+                    base_encoder is not None
+                    and encoder is not None
+                    and not encoder.vocabulary.same_as(base_encoder.vocabulary)
                 )
-                own = base.item * sum(
+                bytes_ = base.item * sum(
                     up.shape[0] * down.shape[1] if merged else up.numel() + down.numel()
                     for down, up in factors.values()
                 )
         if shares and spec.key not in self._counted:
             self._counted.add(spec.key)
-            own += base.weights
+            bytes_ += base.weights
         row = MemberEstimate(
             spec.name,
             base.engine,
             base.dtype,
             parameters,
-            own,
+            bytes_,
             base.cache.token_bytes,
             base.window,
             None if base.window is None else base.cache.after(base.window),

@@ -1,4 +1,4 @@
-"""What a pack keeps of recent prompts, so that a question over a context that was read before starts at once."""
+"""The cache of recent prompts: a prompt that begins like an earlier one reads only the rest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from packllm.engines.base import Engine, Prefixes, Sequence
 
 MINIMUM = 64
-"""Fewest tokens that are worth keeping, and worth a copy of their own beside a prompt that begins alike."""
+"""Fewest tokens of a prefix that is worth caching, or worth a copy beside a cached one with the same beginning."""
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """A sequence that nothing is read into any more, the bytes that it holds, and whose it is."""
+class Entry:
+    """A cached sequence that reads no more, its size, and the adapter and salt that may reuse it."""
 
     adapter: int | None
     sequence: Sequence
@@ -25,13 +25,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class PrefixStats:
-    """What a PrefixCache did so far.
+    """Statistics of a PrefixCache.
 
     Attributes:
-        entries, bytes: prompts kept now, and the memory that they hold.
-        hits, misses: prompts, one a member, that could start from one, and that could not.
+        entries, bytes: number of cached prompts, and their memory.
+        hits, misses: prompts, counted per member, that could or could not start from a cached one.
         tokens: tokens that the hits did not have to read.
-        evicted: prompts that were let go to make room.
+        evicted: prompts that were removed to make room.
     """
 
     entries: int = 0
@@ -43,113 +43,115 @@ class PrefixStats:
 
 
 class PrefixCache:
-    """Recent prompts of all engines of a pack, the least recently used going first. Safe to use from several threads.
+    """The cached prompts of all engines of a pack. The least recently used one is evicted first. Safe to use from
+    several threads.
 
     Args:
-        limit: most bytes that all of them may hold.
+        limit: upper bound of their total size in bytes.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._kept: list[Kept] = []  # least recently used first
+        self._entries: list[Entry] = []  # least recently used first
         self._hits = self._misses = self._tokens = self._evicted = 0
         self._closed = False
 
     def salted(self, salt: str | None) -> Salted:
-        """The prompts that were kept under this salt, and no others."""
+        """The part of the cache with this salt."""
         return Salted(self, salt)
 
     def longest(
         self, engine: Engine, adapter: int | None, ids: List[int], salt: str | None = None
     ) -> tuple[Sequence, int] | None:
-        """The kept sequence of these weights, under this salt, that begins most like `ids`, and how many first ids are
-        the same; where an engine cannot go back, `ids` go on from its end."""
+        """The cached sequence of these weights and this salt with the longest common prefix with `ids`, and its length.
+        If the engine cannot go back, `ids` must begin with the whole cached sequence."""
         with self._lock:
-            same = []
-            for at, kept in enumerate(self._kept):
-                count = common(kept.sequence.ids, ids) if _of(kept, engine, adapter, salt) else 0
-                if engine.rewinds or count == len(kept.sequence.ids):
-                    same.append((count, at))
-            count, at = max(same, default=(0, 0))
+            matches = []
+            for at, entry in enumerate(self._entries):
+                count = common(entry.sequence.ids, ids) if _of(entry, engine, adapter, salt) else 0
+                if engine.rewinds or count == len(entry.sequence.ids):
+                    matches.append((count, at))
+            count, at = max(matches, default=(0, 0))
             if count < MINIMUM:
                 return None
-            kept = self._kept.pop(at)
-            self._kept.append(kept)
-            return kept.sequence, count
+            entry = self._entries.pop(at)
+            self._entries.append(entry)
+            return entry.sequence, count
 
     def note(self, tokens: int) -> None:
-        """A prompt starts, and need not read so many tokens."""
+        """Record that a prompt starts with so many cached tokens."""
         with self._lock:
             self._hits += tokens > 0
             self._misses += tokens == 0
             self._tokens += tokens
 
     def keep(self, adapter: int | None, sequence: Sequence, nbytes: int, salt: str | None = None) -> None:
-        """Keep a sequence, which nobody else uses; it is closed when its time has come."""
-        gone = [sequence]
+        """Store a sequence that nobody else uses; it is closed when it is evicted."""
+        evicted = [sequence]
         with self._lock:
             if not self._closed and nbytes <= self.limit:
-                new = Kept(adapter, sequence, nbytes, salt)
-                gone = [old.sequence for old in self._kept if _covers(new, old)]
-                self._kept = [*(old for old in self._kept if not _covers(new, old)), new]
-                while sum(kept.nbytes for kept in self._kept) > self.limit:
-                    gone.append(self._kept.pop(0).sequence)
+                new = Entry(adapter, sequence, nbytes, salt)
+                evicted = [old.sequence for old in self._entries if _covers(new, old)]
+                self._entries = [*(old for old in self._entries if not _covers(new, old)), new]
+                while sum(entry.nbytes for entry in self._entries) > self.limit:
+                    evicted.append(self._entries.pop(0).sequence)
                     self._evicted += 1
-        for sequence in gone:
+        for sequence in evicted:
             sequence.close()
 
     @property
     def stats(self) -> PrefixStats:
         with self._lock:
-            held = sum(kept.nbytes for kept in self._kept)
-            return PrefixStats(len(self._kept), held, self._hits, self._misses, self._tokens, self._evicted)
+            size = sum(entry.nbytes for entry in self._entries)
+            return PrefixStats(len(self._entries), size, self._hits, self._misses, self._tokens, self._evicted)
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Remove everything."""
         with self._lock:
-            gone, self._kept = self._kept, []
-        for kept in gone:
-            kept.sequence.close()
+            entries, self._entries = self._entries, []
+        for entry in entries:
+            entry.sequence.close()
 
     def close(self) -> None:
-        """Let go of everything, and keep nothing from now on."""
+        """Remove everything, and store nothing from now on."""
         self._closed = True
         self.clear()
 
 
 class Beginnings:
-    """What all prompts of one request begin with, read once, beside what is kept of earlier requests: Prefixes.
+    """Prefixes (see base.py) of one request: the common beginning of its prompts, read once, and the cache of earlier
+    requests.
 
     Args:
-        read: (adapter, sequence), one of each member that has read its beginning.
-        kept: of earlier requests; None: nothing is.
+        read: (adapter, sequence) of each member that has read its beginning.
+        cache: the cache of earlier requests; None: there is none.
     """
 
-    def __init__(self, read: List[tuple[int | None, Sequence]], kept: Prefixes | None) -> None:
-        self._read, self._kept = read, kept
+    def __init__(self, read: List[tuple[int | None, Sequence]], cache: Prefixes | None) -> None:
+        self._sequences, self._cache = read, cache
 
     def longest(self, engine: Engine, adapter: int | None, ids: List[int]) -> tuple[Sequence, int] | None:
-        found = None if self._kept is None else self._kept.longest(engine, adapter, ids)
-        for own, sequence in self._read:
-            if own == adapter and sequence.engine is engine and (found is None or found[1] < len(sequence.ids)):
+        match = None if self._cache is None else self._cache.longest(engine, adapter, ids)
+        for of_adapter, sequence in self._sequences:
+            if of_adapter == adapter and sequence.engine is engine and (match is None or match[1] < len(sequence.ids)):
                 return sequence, common(sequence.ids, ids)
-        return found
+        return match
 
     def note(self, tokens: int) -> None:
-        if self._kept is not None:
-            self._kept.note(tokens)
+        if self._cache is not None:
+            self._cache.note(tokens)
 
     def keep(self, adapter: int | None, sequence: Sequence, nbytes: int) -> None:
-        if self._kept is None:
+        if self._cache is None:
             sequence.close()
         else:
-            self._kept.keep(adapter, sequence, nbytes)
+            self._cache.keep(adapter, sequence, nbytes)
 
 
 @dataclass(frozen=True)
 class Salted:
-    """The part of a cache that one salt's requests share: base.Prefixes."""
+    """The part of a cache that requests with one salt share: base.Prefixes."""
 
     cache: PrefixCache
     salt: str | None
@@ -164,18 +166,18 @@ class Salted:
         self.cache.keep(adapter, sequence, nbytes, self.salt)
 
 
-def common(ours: List[int], theirs: List[int]) -> int:
-    """How many first ids are the same."""
-    most = min(len(ours), len(theirs))
-    return bisect_left(range(1, most + 1), True, key=lambda count: ours[:count] != theirs[:count])
+def common(one: List[int], other: List[int]) -> int:
+    """Length of the common prefix."""
+    limit = min(len(one), len(other))
+    return bisect_left(range(1, limit + 1), True, key=lambda count: one[:count] != other[:count])
 
 
-def _of(kept: Kept, engine: Engine, adapter: int | None, salt: str | None) -> bool:
-    return kept.sequence.engine is engine and kept.adapter == adapter and kept.salt == salt
+def _of(entry: Entry, engine: Engine, adapter: int | None, salt: str | None) -> bool:
+    return entry.sequence.engine is engine and entry.adapter == adapter and entry.salt == salt
 
 
-def _covers(new: Kept, old: Kept) -> bool:
-    """Whether the older one is of no use beside the newer: all but its last few tokens begin that too."""
+def _covers(new: Entry, old: Entry) -> bool:
+    """Whether the newer entry replaces the older one: all of it but a few last tokens is a prefix of the newer."""
     if not _of(old, new.sequence.engine, new.adapter, new.salt) or not new.sequence.engine.rewinds:
         return False
     return common(new.sequence.ids, old.sequence.ids) > len(old.sequence.ids) - MINIMUM

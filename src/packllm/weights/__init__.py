@@ -1,4 +1,4 @@
-"""Weightings: how much each member counts for one prompt. One strategy a file, all of them in WEIGHTINGS."""
+"""Weightings: they compute each member's weight for one prompt. Each has its own file; WEIGHTINGS lists them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ WEIGHTINGS: dict[str, Weighting] = {
 
 
 def find(name: str) -> Weighting:
-    """The weighting of that name; OptionError with the valid names otherwise."""
+    """The weighting of that name. Raise OptionError with the valid names if there is none."""
     if name not in WEIGHTINGS:
         valid = ", ".join(WEIGHTINGS)
         raise OptionError(f"weighting={name!r} is unknown; valid: {valid}, or a mapping {{member name: weight}}")
@@ -67,10 +67,10 @@ def find(name: str) -> Weighting:
 def fixed(
     weights: Mapping[str, float], names: tuple[str, ...], pool: Pool, option: str = "weighting"
 ) -> tuple[float, ...]:
-    """Weights given by the user, in member order; members not named get 0.
+    """A mapping of weights as a tuple in member order; members that it does not name get 0.
 
     Args:
-        option: which one gives them, for errors.
+        option: the option with the mapping, for error messages.
 
     Raises:
         WeightsError: an unknown member, a sum other than 1, or a negative weight in the linear pool.
@@ -82,13 +82,13 @@ def fixed(
     if not math.isclose(total, 1.0, abs_tol=1e-6):
         raise WeightsError(f"{option}={weights!r} sums to {total:g}; weights must sum to 1")
     if pool == "linear" and min(weights.values()) < 0:
-        remedy = "a prior has none below 0" if option == "prior" else "a weight below 0 needs pool='log'"
+        remedy = "prior weights must be at least 0" if option == "prior" else "negative weights need pool='log'"
         raise WeightsError(f"{option}={weights!r}: {remedy}")
     return tuple(float(weights.get(name, 0.0)) for name in names)
 
 
 def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
-    """Weights of a prompt's problem under `options.weighting` and `options.pool`."""
+    """Compute the weights of a prompt with `options.weighting` and `options.pool`; `unit` is that of the NLLs."""
     scored = problem.scored
     if isinstance(options.weighting, dict):
         pool = options.pool or "linear"
@@ -96,12 +96,12 @@ def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
     else:
         strategy, weighting = options.weighting, find(options.weighting)
         pool = options.pool or weighting.pool
-        # Where nothing was predicted there is no evidence for any member over another, but em's prior.
-        seen = scored or strategy == "em"
-        solution = weighting.solve(problem, options) if seen else simple.uniform(problem, options)
+        # Without scored tokens nothing favours any member, except the prior of em.
+        has_evidence = scored or strategy == "em"
+        solution = weighting.solve(problem, options) if has_evidence else simple.uniform(problem, options)
         if pool == "linear" and min(solution.values) < 0:
-            raise OptionError(f"pool='linear' cannot carry the negative weights of weighting={strategy!r}; use 'log'")
-        if pool != weighting.pool:  # what the weighting knows holds for its own pool
+            raise OptionError(f"pool='linear' cannot have the negative weights of weighting={strategy!r}; use 'log'")
+        if pool != weighting.pool:  # fused_nll and gap hold only for the weighting's own pool
             solution = Solution(solution.values)
     return Weights(
         values=solution.values,
@@ -117,27 +117,27 @@ def weigh(problem: Problem, options: Options, unit: Unit = "token") -> Weights:
 
 
 def solve(name: str, logits: Tensor | LogitSource, targets: Tensor, **options: Any) -> Weights:
-    """Weights from logits alone, without a pack.
+    """Compute weights from logits alone, without a pack.
 
     Args:
         name: a key of WEIGHTINGS.
-        logits: (K, t, V) next-token logits at the t positions before the targets, or a LogitSource.
-        targets: (t,) int64 observed tokens.
+        logits: (K, t, V), next-token logits at the t positions before the targets; or a LogitSource.
+        targets: int64 (t,), the observed tokens.
         options: the weighting's options (tau, alpha, beta, pool, ...).
 
     Returns:
-        Weights with members named "0", "1", ...; NLLs in nats per token.
+        Weights of members "0", "1", ...; NLLs in nats per token.
 
     Raises:
         OptionError: an unknown weighting or option.
-        WeightsError: shapes that do not fit.
+        WeightsError: shapes that do not fit together.
         MemberError: logits that are NaN or +infinity, or a position where all are -infinity.
     """
     find(name)
     source: LogitSource = TensorSource(logits) if isinstance(logits, Tensor) else logits
     members, positions, vocabulary = source.shape
     if targets.shape != (positions,):
-        raise WeightsError(f"targets have shape {tuple(targets.shape)}, logits ask for ({positions},)")
+        raise WeightsError(f"targets have shape {tuple(targets.shape)}; with these logits it must be ({positions},)")
     if positions and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise WeightsError(f"targets must be token ids in 0..{vocabulary - 1}")
     problem = Problem(tuple(str(k) for k in range(members)), source=source, targets=targets)

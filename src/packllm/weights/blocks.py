@@ -1,4 +1,5 @@
-"""What the log-pool optimisers share: margins block by block, losses on a grid, the best-member guard (METHODS §3)."""
+"""Shared by the log-pool optimisers: margins in blocks, grid search, and the guard against a worse fusion (METHODS
+§3)."""
 
 from __future__ import annotations
 
@@ -13,46 +14,46 @@ from torch import Tensor
 from packllm.weights.problem import LogitSource, Problem, Solution
 
 STEPS = 20
-"""Grids have step 1/20 = 0.05 (PackLLM Algorithm 1, line 10)."""
+"""Steps of a grid from 0 to 1: 1/20 = 0.05 each (PackLLM Algorithm 1, line 10)."""
 
 TIE = 1e-6
-"""Losses closer than this, in nats per token, count as equal: float32 logits do not tell them apart."""
+"""Losses closer than this, in nats per token, count as equal: float32 logits cannot distinguish them."""
 
 WORKSPACE = 2**20
-"""Most floats in one working tensor: it stays in a CPU's cache, and still fills a GPU."""
+"""Upper bound of the floats in one working tensor: it fits a CPU's cache, and still keeps a GPU busy."""
 
 NOTHING = -1e4
-"""Margin of a row without mass: exp() of it is exactly 0, its square is finite."""
+"""Margin of a row without mass: its exp() is exactly 0, and its square finite."""
 
 
 def usable(problem: Problem) -> list[int]:
-    """The members that give every observed token some probability, lowest NLL first, ties to the earlier.
+    """The members that give every observed token a probability above 0, lowest NLL first, the earlier among equals.
 
-    Any other member makes the log pool's prompt NLL infinite as soon as it has weight.
+    Any other member with weight makes the log pool's NLL of the prompt infinite.
     """
     finite = problem.logprobs.isfinite().all(dim=1).tolist()
-    return sorted((k for k, good in enumerate(finite) if good), key=problem.nll.tolist().__getitem__)
+    return sorted((k for k, is_finite in enumerate(finite) if is_finite), key=problem.nll.tolist().__getitem__)
 
 
 def margins(source: LogitSource, targets: Tensor, members: Sequence[int], positions: Tensor) -> Iterator[Tensor]:
-    """Logits of the chosen members minus each member's logit of the observed token.
+    """Margins: the logits of these members minus each member's logit of the observed token.
 
-    With margins a the pool's loss at a position is logsumexp_v Σ_k λ_k a_k(v) for λ on the simplex, its
-    gradient E_p a_k and its Hessian Cov_p(a_k, a_l) (METHODS §3); small numbers keep float32 moments exact.
-    A vocabulary row that is −inf in any chosen member carries no mass in the pool.
+    With margins a, the pool's loss at a position is logsumexp_v Σ_k λ_k a_k(v) for λ on the simplex, its gradient
+    E_p a_k, and its Hessian Cov_p(a_k, a_l) (METHODS §3). Margins are small numbers, which keeps float32 moments exact.
+    A token that is −inf for any of the members has no mass in the pool.
 
     Args:
-        source: where the logits come from.
-        targets: int64 (t,) observed tokens.
-        members: which members, in the order wanted; all of them `usable`.
-        positions: int64, ascending, of 0..t-1.
+        source: the source of the logits.
+        targets: int64 (t,), the observed tokens.
+        members: indices of members, in the order of the result; all must be `usable`.
+        positions: int64, ascending, from 0..t-1.
 
     Yields:
-        float32 (len(members), b, V), freshly allocated, together covering `positions` in order.
+        float32 (len(members), b, V), newly allocated; together they cover `positions` in order.
     """
     share = max(1, WORKSPACE // (len(members) * source.shape[2]))
     for part, block in source.blocks(positions, members):
-        holes = not bool(block.amin() > -math.inf)  # masking costs a third of a pass, so only where there is need
+        holes = not bool(block.amin() > -math.inf)  # masking costs a third of a pass; only done if needed
         for rows, logits in zip(part.split(share), block.split(share, dim=1), strict=True):
             observed = targets[rows.to(targets.device)].to(block.device)[:, None]
             margin = logits - logits.gather(-1, observed.expand(len(members), -1, -1))
@@ -60,13 +61,13 @@ def margins(source: LogitSource, targets: Tensor, members: Sequence[int], positi
 
 
 def pool(block: Tensor, weights: np.ndarray) -> Tensor:
-    """Σ_k λ_k s_k of logits (K, b, V): float32 (b, V), −inf wherever a member says −inf, whatever its weight."""
-    scale = torch.from_numpy(weights).to(block).clamp_min(1e-30)  # 0 · −inf would be no number
+    """Σ_k λ_k s_k of logits (K, b, V): float32 (b, V); −inf where any member has −inf, whatever its weight."""
+    scale = torch.from_numpy(weights).to(block).clamp_min(1e-30)  # 0 · −inf would be NaN
     return (scale @ block.flatten(1)).view(block.shape[1:])
 
 
 def grid_losses(points: Tensor, margin: Tensor) -> Tensor:
-    """float64 (P,) on the CPU: summed loss of each of P weight vectors on one block of margins.
+    """The summed loss of each of P weight vectors on one block of margins: float64 (P,) on the CPU.
 
     Args:
         points: float32 (P, K) on the margins' device, rows on the simplex.
@@ -80,10 +81,10 @@ def grid_losses(points: Tensor, margin: Tensor) -> Tensor:
 
 
 def grid_search(problem: Problem, name: str, members: Sequence[int], points: Tensor) -> tuple[int, float]:
-    """The first point whose loss is lowest up to TIE, and its mean loss in nats per token; one pass.
+    """The first point with the lowest loss (up to TIE), and its mean loss in nats per token; one pass over the logits.
 
     Args:
-        points: float64 (P, len(members)), rows on the simplex, preferred ones first.
+        points: float64 (P, len(members)), rows on the simplex, preferred points first.
     """
     source, targets = problem.logits(name)
     total = torch.zeros(len(points), dtype=torch.float64)
@@ -104,7 +105,8 @@ class Expansion:
 
 
 def expand(blocks: Iterable[Tensor], weights: np.ndarray) -> Expansion:
-    """f at `weights` from margins (K, b, V): with p the pool, E_p a_k and Cov_p(a_k, a_l), means over positions."""
+    """The objective at `weights` from margins (K, b, V). With p the pool: E_p a_k and Cov_p(a_k, a_l), averaged over
+    positions."""
     members, count, sums = len(weights), 0, torch.zeros(())
     for margin in blocks:
         flat = margin.flatten(1)
@@ -113,27 +115,27 @@ def expand(blocks: Iterable[Tensor], weights: np.ndarray) -> Expansion:
         weighted = margin * fused.sub_(loss).exp_()
         mean = weighted.sum(dim=-1).double()
         moments = (weighted.flatten(1) @ flat.T).double() - mean @ mean.T
-        # One small running sum: tensors kept from each block would sit between the large ones and split the heap.
+        # One small running sum: small tensors kept from each block would fragment the heap between the large ones.
         sums = sums.to(moments) + torch.cat((loss.double().sum()[None], mean.sum(dim=1), moments.flatten()))
         count += margin.shape[1]
-    means = (sums / count).cpu().numpy()  # the pass's only read from the device
+    means = (sums / count).cpu().numpy()  # the only transfer from the device in this pass
     return Expansion(float(means[0]), means[1 : members + 1], means[members + 1 :].reshape(members, members))
 
 
 def guarded(
     problem: Problem, members: Sequence[int], weights: Sequence[float], fused_nll: float, gap: float | None = None
 ) -> Solution:
-    """The solution with these weights of `members`, or the best single member where that one is better.
+    """These weights of `members`, or the best single member if it has a lower NLL.
 
     Args:
-        fused_nll: mean loss under `weights`, nats per token.
-        gap: bound on how far `fused_nll` lies above the optimum, where it is known.
+        fused_nll: mean loss under `weights`, in nats per token.
+        gap: upper bound of `fused_nll` minus the optimum, if known.
     """
     nll = (-problem.logprobs.mean(dim=1)).tolist()
     best = min(members, key=nll.__getitem__)
     if nll[best] < fused_nll:
         members, weights = [best], [1.0]
-        # The optimum lies at most `gap` below the loss that is given up here, so it is nearer to the new one.
+        # The optimum is at most `gap` below the loss that is replaced here, so it is closer to the new one.
         gap = None if gap is None else max(0.0, gap - (fused_nll - nll[best]))
         fused_nll = nll[best]
     weight = dict(zip(members, weights, strict=True))

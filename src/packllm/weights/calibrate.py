@@ -1,4 +1,4 @@
-"""A prior from a user's own answers: what a member knows of passages is not how well it answers (METHODS §3)."""
+"""Calibration: a prior from answers. A member that predicts passages well need not answer well (METHODS §3)."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from packllm.weights.common import in_common
 from packllm.weights.em import maximise
 
 LEAST = 10
-"""Rows from which on a held-out gain can be told from chance, if it is large."""
+"""Fewest rows from which a large held-out gain can be significant."""
 
 FOLDS = 10
 TOGETHER = 8
-"""Rows that are read together."""
+"""Rows that are read in one pass."""
 
 ROUNDS = 2000
-"""Samples of a bootstrap interval."""
+"""Bootstrap samples of a confidence interval."""
 
 FORMAT = "packllm prior 1"
 
 
 class Members(Protocol):
-    """What calibration asks of a pack."""
+    """The part of a pack that calibration uses."""
 
     options: Options
 
@@ -54,18 +54,18 @@ class Members(Protocol):
 
 @dataclass(frozen=True)
 class Worth:
-    """What a calibration found.
+    """The result of a calibration.
 
     Attributes:
-        rows: different rows that it saw.
-        units: words or tokens of their answers.
-        unit: which of both.
-        tokens: ids that were read, of all members.
+        rows: number of different rows.
+        units: number of words or tokens in their answers.
+        unit: which of the two.
+        tokens: number of ids read, of all members together.
         passages: each member's `em` weight on the prompts, in the pack's order.
-        answers: the same on the answers: the prior.
-        plain, calibrated: held-out NLL of the answers, nats per unit, under `em` of each prompt without and with a
-            prior that the other rows gave; None for one row.
-        gain: their difference with its 95 % bootstrap interval over rows; below 0 the prior helps.
+        answers: each member's `em` weight on the answers: the prior.
+        plain, calibrated: held-out NLL of the answers in nats per unit, under each prompt's `em` weights, without and
+            with a prior from the other rows; None if there is only one row.
+        gain: calibrated minus plain, with its 95 % bootstrap interval over rows; negative if the prior helps.
     """
 
     rows: int
@@ -80,7 +80,7 @@ class Worth:
 
     @property
     def verdict(self) -> str:
-        """Whether the prior is of use, in words."""
+        """Whether the prior helps, in words."""
         if self.gain is None or self.rows < LEAST:
             return f"Too few different rows ({self.rows}) to say whether the prior helps; give {LEAST} or more."
         _, low, high = self.gain
@@ -91,7 +91,7 @@ class Worth:
         return "No gain that can be told from chance: the interval holds 0. Leave the prior out, or give more rows."
 
     def told(self, names: Sequence[str]) -> str:
-        """All of it in lines, for members of these names."""
+        """A report in lines of text, for members with these names."""
         width = max(6, *map(len, names))
         lines = [f"{'member':{width}}  on passages  on answers"]
         for name, passages, answers in zip(names, self.passages, self.answers, strict=True):
@@ -107,11 +107,11 @@ class Worth:
 
 
 class Prior(dict[str, float]):
-    """{member name: weight}, for the option `prior`; refused by packs of other members.
+    """{member name: weight}, for the option `prior`; packs of other members refuse it.
 
     Attributes:
-        fingerprints: {member name: hash of its content}.
-        worth: what the calibration found.
+        fingerprints: {member name: hash of its weights}.
+        worth: the result of the calibration.
     """
 
     def __init__(self, weights: Mapping[str, float], fingerprints: Mapping[str, str], worth: Worth) -> None:
@@ -119,39 +119,39 @@ class Prior(dict[str, float]):
         self.fingerprints, self.worth = dict(fingerprints), worth
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe, as save() writes it."""
-        found = [{"name": n, "fingerprint": self.fingerprints[n], "weight": weight} for n, weight in self.items()]
-        return {"format": FORMAT, "members": found, "worth": {**asdict(self.worth), "verdict": self.worth.verdict}}
+        """The JSON-safe content that save() writes."""
+        members = [{"name": n, "fingerprint": self.fingerprints[n], "weight": weight} for n, weight in self.items()]
+        return {"format": FORMAT, "members": members, "worth": {**asdict(self.worth), "verdict": self.worth.verdict}}
 
     def save(self, path: str | Path) -> None:
-        """Write what the option `prior` reads."""
+        """Write the prior to a file for the option `prior`."""
         Path(path).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prior_of(given: str | Mapping[str, float], members: Sequence[Author]) -> dict[str, float]:
-    """The prior of these members by their names, from a mapping or a file of Prior.save().
+def prior_of(prior: str | Mapping[str, float], members: Sequence[Author]) -> dict[str, float]:
+    """The prior of these members by name, from a mapping or a file of Prior.save().
 
     Raises:
-        WeightsError: the file cannot be read, or it is of other members.
+        WeightsError: the file cannot be read, or belongs to other members.
     """
-    if isinstance(given, str):
-        named = _read_prior(given)
-    elif isinstance(given, Prior):
-        named = [(given.fingerprints[name], weight) for name, weight in given.items()]
+    if isinstance(prior, str):
+        fingerprinted = _read_prior(prior)
+    elif isinstance(prior, Prior):
+        fingerprinted = [(prior.fingerprints[name], weight) for name, weight in prior.items()]
     else:
-        return dict(given)
-    left = {member.name: member.fingerprint for member in members}
-    known, here = Counter(fingerprint for fingerprint, _ in named), Counter(left.values())
-    if known != here:
-        lost = next((m.name for m in members if here[m.fingerprint] > known[m.fingerprint]), None)
-        which = f"it does not know member {lost!r}" if lost else "it is of more members"
-        raise WeightsError(f"prior={shown(given)} is of another pack: {which}; calibrate this pack (packllm calibrate)")
-    found = {}
-    for fingerprint, weight in named:
-        name = next(name for name, own in left.items() if own == fingerprint)
-        del left[name]
-        found[name] = weight
-    return found
+        return dict(prior)
+    unmatched = {member.name: member.fingerprint for member in members}
+    counts, pack_counts = Counter(fingerprint for fingerprint, _ in fingerprinted), Counter(unmatched.values())
+    if counts != pack_counts:
+        missing = next((m.name for m in members if pack_counts[m.fingerprint] > counts[m.fingerprint]), None)
+        which = f"it does not know member {missing!r}" if missing else "it is of more members"
+        raise WeightsError(f"prior={shown(prior)} is of another pack: {which}; calibrate this pack (packllm calibrate)")
+    result = {}
+    for fingerprint, weight in fingerprinted:
+        name = next(name for name, other in unmatched.items() if other == fingerprint)
+        del unmatched[name]
+        result[name] = weight
+    return result
 
 
 def _read_prior(path: str) -> list[tuple[str, float]]:
@@ -165,51 +165,51 @@ def _read_prior(path: str) -> list[tuple[str, float]]:
 
 
 def calibrate(pack: Members, rows: Iterable[Mapping[str, Any]]) -> Prior:
-    """What each member is worth on answers: `em` on the gold answers' probabilities, given question and context, over
-    all rows together. Every member reads every row once.
+    """Compute a prior: the members' `em` weights on gold answers, given question and context, over all rows together.
+    Every member reads every row once.
 
     Args:
-        pack: the members; its options say how prompts are put and scored.
+        pack: the members; its options say how prompts are formatted and scored.
         rows: {"question": text, "context": text or "passages": list of texts, "answer": text}, or {"messages": list of
-            messages, "answer": text}. A row that comes twice counts once.
+            messages, "answer": text}. Equal rows count once.
 
     Raises:
-        DataError: no rows, or one that is none: without a question, without an answer, or with one of no token.
-        ContextOverflowError: a row does not fit a member.
+        DataError: there are no rows, or a row has no question, no answer, or an answer without tokens.
+        ContextOverflowError: a row is too long for a member.
         MemberError: a member fails.
     """
     members = pack.models
-    asked = [_row(row, at, pack.has_chat_template) for at, row in enumerate(rows, 1)]
-    different = {json.dumps(row, default=repr, sort_keys=True): row for row in asked}.values()
+    checked = [_row(row, at, pack.has_chat_template) for at, row in enumerate(rows, 1)]
+    different = {json.dumps(row, default=repr, sort_keys=True): row for row in checked}.values()
     if not different:
         raise DataError("calibration needs rows of question, context and answer; there is none")
     texts = [[_encoded(member, prompt, answer, pack.options) for member in members] for prompt, answer in different]
-    read: list[tuple[np.ndarray, np.ndarray]] = []
+    scored: list[tuple[np.ndarray, np.ndarray]] = []
     words = False
     with tqdm(total=len(texts), desc="Reading rows", unit="row", disable=None, delay=SLOW, leave=False) as bar:
         for start in range(0, len(texts), TOGETHER):
             group = texts[start : start + TOGETHER]
-            for row, given in zip(group, _given(members, group), strict=True):
+            for row, logprobs in zip(group, _given(members, group), strict=True):
                 prompts, answers = [prompt for prompt, _ in row], [answer for _, answer in row]
-                scores = [g[[at - 1 for at in p.positions]] for p, g in zip(prompts, given, strict=True)]
-                said = [g[len(p.ids) - 1 :] for p, g in zip(prompts, given, strict=True)]
-                answered = in_common(members, answers, said)
-                words |= answered.tokens is None
-                read.append((in_common(members, prompts, scores).matrix.numpy(), answered.matrix.numpy()))
+                scores = [g[[at - 1 for at in p.positions]] for p, g in zip(prompts, logprobs, strict=True)]
+                answer_scores = [g[len(p.ids) - 1 :] for p, g in zip(prompts, logprobs, strict=True)]
+                answer_words = in_common(members, answers, answer_scores)
+                words |= answer_words.tokens is None
+                scored.append((in_common(members, prompts, scores).matrix.numpy(), answer_words.matrix.numpy()))
                 bar.update()
-    if not sum(answer.shape[1] for _, answer in read):
+    if not sum(answer.shape[1] for _, answer in scored):
         raise DataError("no answer has a word that all members could score; give longer answers")
     tokens = sum(len(prompt.ids) + len(answer.ids) - 1 for row in texts for prompt, answer in row)
-    worth = _worth(read, "word" if words else "token", tokens, pack.options.alpha)
+    worth = _worth(scored, "word" if words else "token", tokens, pack.options.alpha)
     weights = {member.name: weight for member, weight in zip(members, worth.answers, strict=True)}
     return Prior(weights, {member.name: member.fingerprint for member in members}, worth)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file, gzipped or not.
+    """The rows of a .jsonl file, plain or gzipped.
 
     Raises:
-        DataError: it cannot be read, or a line is no JSON object.
+        DataError: the file cannot be read, or a line is no JSON object.
     """
     try:
         raw = path.read_bytes()
@@ -230,7 +230,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(row: Mapping[str, Any], at: int, has_template: bool) -> tuple[Prompt, str]:
-    """Prompt and answer of a row."""
+    """The prompt and the answer of a row."""
     if not isinstance(row, Mapping):
         raise DataError(f"row {at} is {shown(row)}; a row is a mapping with question, context and answer")
     answer, question = row.get("answer"), row.get("question")
@@ -244,7 +244,7 @@ def _row(row: Mapping[str, Any], at: int, has_template: bool) -> tuple[Prompt, s
         prompt = check(with_context(question, _passages(row, at)), has_template)
     except PromptError as error:
         raise DataError(f"row {at}: {error}") from error
-    # Text that is continued needs a place for the answer.
+    # A prompt without a chat template needs a mark where the answer begins.
     return (prompt, answer) if has_template else (f"{prompt}\n\nAnswer:", f" {answer}")
 
 
@@ -257,76 +257,78 @@ def _passages(row: Mapping[str, Any], at: int) -> list[str]:
 
 
 def _encoded(member: Member, prompt: Prompt, answer: str, options: Options) -> tuple[Encoded, Encoded]:
-    """A prompt and the answer that continues it. An answer that the tokenizer rewrites is one unit."""
+    """A prompt, and the answer that continues it. An answer that the tokenizer changes counts as one unit."""
     window = member.context_window
     try:
-        put = member.encoder.encode(prompt, options.score_on, (), None, options.chat_template_kwargs, window=window)
+        encoded = member.encoder.encode(prompt, options.score_on, (), None, options.chat_template_kwargs, window=window)
     except TooLong as error:
         raise ContextOverflowError(member.name, window or 0, error.tokens, 1) from None
     ids = member.encoder.continuation(answer)
     if not ids:
-        raise DataError(f"the answer {shown(answer)} comes to no token of member {member.name!r}")
-    if window is not None and len(put.ids) + len(ids) > window:
-        raise ContextOverflowError(member.name, window, len(put.ids), len(ids))
+        raise DataError(f"the answer {shown(answer)} has no tokens for member {member.name!r}; give other text")
+    if window is not None and len(encoded.ids) + len(ids) > window:
+        raise ContextOverflowError(member.name, window, len(encoded.ids), len(ids))
     places = offsets(answer, [member.vocabulary.text_bytes(i) for i in ids])
     starts, ends = places or ([0] * len(ids), [len(answer)] * len(ids))
-    return put, Encoded(ids, answer, list(range(len(ids))), starts, ends)
+    return encoded, Encoded(ids, answer, list(range(len(ids))), starts, ends)
 
 
 def _given(members: Sequence[Member], rows: Sequence[list[tuple[Encoded, Encoded]]]) -> Iterator[list[Tensor]]:
-    """What each member gives all ids of each row after the first: float64 (n - 1,), K of them a row."""
+    """Each member's log-probabilities of a row's ids, except the first: K tensors float64 (n - 1,) a row."""
     reads = []
     for row in rows:
         for member, (prompt, answer) in zip(members, row, strict=True):
             ids = [*prompt.ids, *answer.ids]
             reads.append(Read(member.open(), ids[:-1], ids[1:]))
     try:
-        found = read_together(reads)
+        answers = read_together(reads)
     finally:
         for read in reads:
             read.sequence.close()
-    for at in range(0, len(found), len(members)):
+    for at in range(0, len(answers), len(members)):
         part: list[Tensor] = []
-        for member, given in zip(members, found[at : at + len(members)], strict=True):
-            if isinstance(given, Exception):
-                raise member.failed(given)
-            part.append(given)
+        for member, scores in zip(members, answers[at : at + len(members)], strict=True):
+            if isinstance(scores, Exception):
+                raise member.failed(scores)
+            part.append(scores)
         yield part
 
 
-def _worth(read: Sequence[tuple[np.ndarray, np.ndarray]], unit: str, tokens: int, alpha: float) -> Worth:
-    size = len(read[0][0])
+def _worth(rows: Sequence[tuple[np.ndarray, np.ndarray]], unit: str, tokens: int, alpha: float) -> Worth:
+    size = len(rows[0][0])
     uniform = np.full(size, 1.0 / size)
 
     def worth(matrices: Iterable[np.ndarray]) -> np.ndarray:
         return np.array(maximise(np.concatenate(list(matrices), axis=1), uniform, alpha)[0])
 
-    found = Worth(
-        rows=len(read),
-        units=sum(answer.shape[1] for _, answer in read),
+    result = Worth(
+        rows=len(rows),
+        units=sum(answer.shape[1] for _, answer in rows),
         unit=unit,
         tokens=tokens,
-        passages=tuple(worth(prompt for prompt, _ in read).tolist()),
-        answers=tuple(worth(answer for _, answer in read).tolist()),
+        passages=tuple(worth(prompt for prompt, _ in rows).tolist()),
+        answers=tuple(worth(answer for _, answer in rows).tolist()),
     )
-    if len(read) == 1:
-        return found
-    nats = np.zeros((2, len(read)))
-    for fold in range(min(FOLDS, len(read))):
-        pi = worth(answer for at, (_, answer) in enumerate(read) if at % FOLDS != fold)
-        for at in range(fold, len(read), FOLDS):
-            prompt, answer = read[at]
+    if len(rows) == 1:
+        return result
+    nats = np.zeros((2, len(rows)))
+    for fold in range(min(FOLDS, len(rows))):
+        pi = worth(answer for at, (_, answer) in enumerate(rows) if at % FOLDS != fold)
+        for at in range(fold, len(rows), FOLDS):
+            prompt, answer = rows[at]
             nats[0, at] = _nll(maximise(prompt, uniform, alpha)[0], answer)
             nats[1, at] = _nll(maximise(prompt, pi, "prompt")[0], answer)
-    units = np.array([answer.shape[1] for _, answer in read])
+    units = np.array([answer.shape[1] for _, answer in rows])
     plain, calibrated = (nats.sum(1) / units.sum()).tolist()
-    drawn = np.random.default_rng(0).integers(0, len(read), (ROUNDS, len(read)))
-    differences = (nats[1] - nats[0])[drawn].sum(1) / np.maximum(units[drawn].sum(1), 1)
+    samples = np.random.default_rng(0).integers(0, len(rows), (ROUNDS, len(rows)))
+    differences = (nats[1] - nats[0])[samples].sum(1) / np.maximum(units[samples].sum(1), 1)
     low, high = np.quantile(differences, [0.025, 0.975]).tolist()
-    return Worth(**{**asdict(found), "plain": plain, "calibrated": calibrated, "gain": (calibrated - plain, low, high)})
+    return Worth(
+        **{**asdict(result), "plain": plain, "calibrated": calibrated, "gain": (calibrated - plain, low, high)}
+    )
 
 
 def _nll(weights: Sequence[float], logprobs: np.ndarray) -> float:
-    """Of what occurred, in nats, under the mixture."""
+    """NLL in nats of what was observed, under the mixture."""
     scale = torch.tensor(weights, dtype=torch.float64).log()[:, None]
     return -float((torch.from_numpy(logprobs) + scale).logsumexp(0).sum())

@@ -1,4 +1,4 @@
-"""What several members gave one text, in units that all of them have: tokens, or words (METHODS §4)."""
+"""The log-probabilities of several members on one text, in common units: tokens or words (METHODS §4)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from packllm.engines.member import Member
 
 @dataclass(frozen=True)
 class Common:
-    """K members on one text.
+    """Scores of K members on one text, in common units.
 
     Attributes:
         matrix: float64 (K, n), log-probabilities of the units.
-        spans: their character offsets in the text.
-        tokens: the units as each member's tokens; None where they are words.
-        own: all tokens of each member, in shared ids where there are any.
-        shared: the ids that members of one family share, where theirs are not the same anyway.
+        spans: character offsets (start, end) of the units in the text.
+        tokens: the units as each member's tokens; None if the units are words.
+        own: all scored tokens of each member, as shared ids if members share any.
+        shared: the ids that members of one family share; None if their ids are equal or they share none.
     """
 
     matrix: Tensor
@@ -35,15 +35,15 @@ class Common:
 
 
 def in_common(members: Sequence[Member], encoded: Sequence[Encoded], logprobs: Sequence[Tensor | None]) -> Common:
-    """Members that split the text into the same tokens are compared token by token, others by the words that end at
-    boundaries of all of them.
+    """Compare members token by token if they split the text alike, otherwise by the words that end at token boundaries
+    of all members.
 
     Args:
-        members, encoded, logprobs: K members, how the text is encoded for each, and float64 (t_k,) of its scored
-            tokens; None where the reading left that out.
+        members, encoded, logprobs: of K members: the member, its encoding of the text, and its log-probabilities of the
+            scored tokens, float64 (t_k,); None if the prefill did not compute them.
     """
     akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members[1:])
-    if not akin:  # in one vocabulary all hide the same
+    if not akin:  # in one vocabulary all have the same unknown tokens
         unknown = [member.vocabulary.special.get("unk") for member in members]
         logprobs = [charged(*each) for each in zip(logprobs, encoded, unknown, strict=True)]
     own = [scored(e, p) for e, p in zip(encoded, logprobs, strict=True)]
@@ -61,7 +61,7 @@ def in_common(members: Sequence[Member], encoded: Sequence[Encoded], logprobs: S
 
 
 def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
-    """One member's tokens of the scored text, with what the prefill gave them; NaN if it left that out."""
+    """One member's tokens of the scored text with their log-probabilities; NaN if `logprobs` is None."""
     if logprobs is None:
         logprobs = torch.full((len(encoded.positions),), torch.nan, dtype=torch.float64)
     ids = [encoded.ids[at] for at in encoded.positions]
@@ -69,14 +69,15 @@ def scored(encoded: Encoded, logprobs: Tensor | None) -> Scored:
 
 
 def charged(logprobs: Tensor | None, encoded: Encoded, unknown: int | None) -> Tensor | None:
-    """Log-probabilities of scored tokens, with 8 bits taken off for each byte that a member's tokenizer does not know.
+    """Log-probabilities of scored tokens, with 8 bits subtracted for each byte that the member's tokenizer does not
+    know.
 
-    The probability of "unknown" says nothing of the text behind it: all of it could have been spelled at random.
+    The probability of "unknown" says nothing about the text behind it. 8 bits a byte is the cost of random bytes.
     """
     if logprobs is None or unknown is None:
         return logprobs
-    hidden = [
+    unknown_bytes = [
         len(encoded.text[start:end].encode()) if encoded.ids[at] == unknown else 0
         for at, start, end in zip(encoded.positions, encoded.starts, encoded.ends, strict=True)
     ]
-    return logprobs - math.log(256) * torch.tensor(hidden, dtype=torch.float64)
+    return logprobs - math.log(256) * torch.tensor(unknown_bytes, dtype=torch.float64)

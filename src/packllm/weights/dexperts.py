@@ -1,5 +1,5 @@
-"""dexperts: weights (1, α, −α) on base, expert and anti-expert (Liu et al. 2021, PackLLM arXiv 2404.11531, Eq. 9),
-with α given or, in dexperts-opt, picked on the prompt."""
+"""dexperts: weights (1, α, −α) on base, expert and anti-expert (Liu et al. 2021, PackLLM arXiv 2404.11531, Eq. 9).
+α is an option; dexperts-opt chooses it on the prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def _check(problem: Problem) -> None:
 
 
 def solve_opt(problem: Problem, options: Options) -> Solution:
-    """Weights (1, α, −α) with the α of {0, .05, ..., 1} of lowest prompt NLL; equal losses go to the smaller."""
+    """Weights (1, α, −α) with the α of {0, .05, ..., 1} that has the lowest NLL of the prompt, the smallest among
+    equals."""
     _check(problem)
     if len(usable(problem)) < 3:
         problem.logits("dexperts-opt")

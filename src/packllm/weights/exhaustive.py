@@ -1,4 +1,4 @@
-"""exhaustive: every point of the simplex grid, the yardstick of PackLLM's Table 4 (arXiv 2404.11531)."""
+"""exhaustive: every point of a grid on the simplex, the reference of PackLLM's Table 4 (arXiv 2404.11531)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def solve(problem: Problem, options: Options) -> Solution:
 
 
 def simplex_grid(members: int) -> Tensor:
-    """float64 (P, members): all weights that are multiples of 0.05, the ones heavier in front first."""
-    # Stars and bars: a point is a choice of where the K − 1 bars stand among the 20 stars.
+    """float64 (P, members): all weights that are multiples of 0.05, those with more weight in front first."""
+    # Stars and bars: a point is a choice of the positions of K − 1 bars among 20 stars.
     bars = torch.tensor(list(combinations(range(STEPS + members - 1), members - 1)), dtype=torch.float64)
     ends = torch.full((len(bars), 1), STEPS + members - 1, dtype=torch.float64)
     stars = torch.diff(torch.cat((-torch.ones_like(ends), bars, ends), dim=1)) - 1

@@ -11,10 +11,10 @@ from packllm.weights.problem import Problem, Solution
 
 
 def solve(problem: Problem, options: Options) -> Solution:
-    """Folds members in one at a time, best first, each with the λ of {0, .05, ..., 1} of lowest prompt NLL.
+    """Fold in one member after the other, best first, each with the λ of {0, .05, ..., 1} that gives the lowest NLL.
 
-    λ is what the members folded so far keep and 1 − λ what the next one gets. Equal losses go to the larger
-    λ, and λ = 1 ends the folding. One pass over the logits a fold, at most K − 1 in all.
+    λ is the share of the members folded in before, and 1 − λ that of the next one. The larger λ wins among equal
+    losses; λ = 1 ends the folding. Each member takes one pass over the logits, so there are at most K − 1.
     """
     problem.logits("opt")
     members = usable(problem)

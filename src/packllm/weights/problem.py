@@ -1,4 +1,4 @@
-"""What a weighting gets to see: how well each member predicted one prompt."""
+"""The input of a weighting: how well each member predicted one prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from packllm.weights.result import Pool
 
 
 class LogitSource(Protocol):
-    """Next-token logits of K members on the t scored positions of one prompt, never all at once."""
+    """Next-token logits of K members at the t scored positions of one prompt; they come in blocks, never all at
+    once."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -24,40 +25,55 @@ class LogitSource(Protocol):
         ...
 
     def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For the given positions (int64, ascending, of 0..t-1): pairs of a part of them, shape (b,), and
-        float32 logits on those, shape (K, b, V), or of the given members only, in their order. May be
-        called again; each call computes anew. A block may be overwritten by the next one, and by the caller."""
+        """The logits in blocks. May be called several times; each call computes them again.
+
+        Args:
+            positions: int64, ascending, from 0..t-1.
+            members: indices of members, in the order of the result; None: all.
+
+        Yields:
+            Part of the positions, (b,), and their logits, float32 (K, b, V). A block may be overwritten by the next
+            one, and by the caller.
+        """
         ...
 
 
 @runtime_checkable
 class SharedHeadSource(LogitSource, Protocol):
-    """A LogitSource whose members' logits are one matrix times hidden states: s_k = W h_k. Then Σ_k λ_k s_k =
-    W Σ_k λ_k h_k and E_p s_k = h_k · Wᵀp, so that two products give what otherwise takes K."""
+    """A LogitSource of members with a common LM head: s_k = W h_k for hidden states h_k. Then Σ_k λ_k s_k = W Σ_k λ_k
+    h_k and E_p s_k = h_k · Wᵀp, so two matrix products replace K."""
 
     def losses(
         self, weights: np.ndarray, positions: Tensor, targets: Tensor, members: Sequence[int]
     ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        """Pool of `members` under `weights` on the given positions (any order), part by part: float32 (b,), its
-        loss −log p(x), and what gives for rows (m,) of them float32 (len(members), m), the loss's gradient
-        E_p s_k − s_k(x), until the next part is asked for."""
+        """The loss of the pool of `members` under `weights`, part by part.
+
+        Args:
+            weights: λ of `members`.
+            positions: int64, in any order.
+            targets: int64 (t,), the observed tokens.
+            members: indices of the members.
+
+        Yields:
+            The loss −log p(x), float32 (b,), and a function from rows (m,) of this part to the gradient
+            E_p s_k − s_k(x), float32 (len(members), m); it is valid until the next part.
+        """
         ...
 
 
 class Problem:
-    """One prompt as the members scored it.
+    """The scores of one prompt.
 
     Args:
         names: the members' names.
-        logprobs: float64 (K, t), log p_k of each observed token (or word); without it they are read from the
-            source when first asked for, unless a weighting that reads the logits anyway has told them by then.
-        nll: float64 (K,), each member's mean NLL in the unit that members are compared by (METHODS §2); without
-            it the sum of -logprobs over `units`.
-        source: the logits behind `logprobs`, for the log-pool optimisers; None where the members share no
-            tokens to fuse on.
-        targets: int64 (t,), the observed tokens; None with `source`.
-        text: the scored text, for weightings that read it; None where there are only logits.
-        units: how many units the observed tokens are; as many as tokens if None.
+        logprobs: float64 (K, t), log p_k of each observed token (or word). None: computed from the source when needed,
+            or provided by a weighting that has read the logits.
+        nll: float64 (K,), each member's mean NLL in the common unit (METHODS §2). None: the sum of -logprobs over
+            `units`.
+        source: the logits, for the log-pool optimisers; None if the members share no tokens.
+        targets: int64 (t,), the observed tokens; None without `source`.
+        text: the scored text, for weightings that use it; None if there are only logits.
+        units: the number of units of the text; None: as many as observed tokens.
     """
 
     def __init__(
@@ -83,7 +99,7 @@ class Problem:
         """float64 (K, t), log p_k of each observed token (or word)."""
         if self._logprobs is None:
             source, targets = self.logits("em")
-            self.told(observed_logprobs(source, targets))
+            self.provide_logprobs(observed_logprobs(source, targets))
         assert self._logprobs is not None
         return self._logprobs
 
@@ -94,20 +110,20 @@ class Problem:
             return self._nll
         return -self.logprobs.sum(1) / max(self._units or self.scored, 1)
 
-    def told(self, logprobs: Tensor) -> None:
-        """Take `logprobs` from who has read all logits, where they are not known yet."""
+    def provide_logprobs(self, logprobs: Tensor) -> None:
+        """Provide `logprobs`, by a weighting that has read all logits; ignored if they are known."""
         self.check(logprobs)
         if self._logprobs is None:
             self._logprobs = logprobs
 
     def check(self, logprobs: Tensor) -> None:
-        """MemberError naming the member with a NaN in `logprobs` (K, ...), which stands for logits that are none."""
+        """Raise MemberError for the first member with a NaN in `logprobs` (K, ...), a sign of invalid logits."""
         for name, faulty in zip(self.names, logprobs.isnan().flatten(1).any(1).tolist(), strict=True):
             if faulty:
                 raise MemberError(name, "its logits are not finite (NaN or infinity)")
 
     def logits(self, strategy: str) -> tuple[LogitSource, Tensor]:
-        """`source` and `targets`, for a weighting that cannot do without them."""
+        """`source` and `targets`; raise WeightsError if there are none."""
         if self.source is None or self.targets is None:
             raise WeightsError(
                 f"weighting={strategy!r} needs members that split the scored text into the same tokens of one "
@@ -119,7 +135,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights in member order, and what the weighting knows about them (see Weights)."""
+    """Weights in member order, with their NLL and gap if the weighting computes them (see Weights)."""
 
     values: tuple[float, ...]
     fused_nll: float | None = None
@@ -131,10 +147,10 @@ class Weighting:
     """One strategy.
 
     Attributes:
-        pool: what it is meant for.
-        solve: what it computes.
-        needs_logits: whether it reads logits, which makes the prefill keep what it needs to produce them again.
-        takes: names of the options that it reads; it ignores the others, which belong to other strategies.
+        pool: the pool that its weights are for.
+        solve: the function that computes the weights.
+        needs_logits: whether it reads logits; the prefill then keeps what is needed to compute them again.
+        takes: names of the options that it reads; it ignores all others.
     """
 
     pool: Pool
@@ -144,11 +160,11 @@ class Weighting:
 
 
 class TensorSource:
-    """A LogitSource over a (K, t, V) tensor that the caller already holds.
+    """A LogitSource over a tensor.
 
     Args:
         logits: (K, t, V), any float type.
-        block: positions a block.
+        block: positions per block.
     """
 
     def __init__(self, logits: Tensor, block: int = 64) -> None:
@@ -166,7 +182,7 @@ class TensorSource:
 
 
 def observed_logprobs(source: LogitSource, targets: Tensor) -> Tensor:
-    """float64 (K, t): log-softmax of the source's logits at the observed tokens."""
+    """The log-softmax of the source's logits at the observed tokens: float64 (K, t)."""
     members, positions, _ = source.shape
     observed = torch.empty(members, positions, dtype=torch.float64)
     for part, block in source.blocks(torch.arange(positions)):
@@ -176,14 +192,14 @@ def observed_logprobs(source: LogitSource, targets: Tensor) -> Tensor:
 
 
 def chosen(block: Tensor, targets: Tensor) -> Tensor:
-    """Logits (K, b) of the targets (b,) among logits (K, b, V)."""
+    """The logits (K, b) of the targets (b,), from logits (K, b, V)."""
     return block.gather(-1, targets.to(block.device).expand(len(block), -1)[..., None])[..., 0]
 
 
 def normalisers(block: Tensor) -> Tensor:
-    """log Σ_v exp s_k(v) of logits (K, b, V): float32 (K, b), NaN where that is not finite."""
+    """log Σ_v exp s_k(v) of logits (K, b, V): float32 (K, b), NaN where it is not finite."""
     peak = block.amax(-1, keepdim=True)
-    scratch = torch.empty_like(block[0])  # logsumexp takes a fresh one each time, and twice as long
+    scratch = torch.empty_like(block[0])  # logsumexp allocates its own and takes twice as long
     sums = [torch.sub(logits, top, out=scratch).exp_().sum(-1) for logits, top in zip(block, peak, strict=True)]
-    found = torch.stack(sums).log_() + peak[..., 0]
-    return found.masked_fill_(~found.isfinite(), torch.nan)
+    log_sums = torch.stack(sums).log_() + peak[..., 0]
+    return log_sums.masked_fill_(~log_sums.isfinite(), torch.nan)

@@ -1,4 +1,4 @@
-"""Weights: what a weighting returns and every answer carries."""
+"""Weights: the result of a weighting, and part of every answer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Unit = Literal["token", "byte", "word"]
 
 @dataclass(frozen=True)
 class Weights:
-    """What each member counts for, in member order.
+    """Each member's weight, in member order.
 
     Attributes:
-        values: the weights; they sum to 1, and only log-pool weights may be negative (DExperts). Those of an answer
-            that adapts are of what comes next; the NLLs are of the prompt all the same.
+        values: the weights; they sum to 1, and only log-pool weights may be negative (DExperts). In an answer with
+            adaptive weights they are those for the next token; the NLLs are still those of the prompt.
         names: the members' names.
-        pool: how the members fuse: "linear" (mixture, METHODS Eq. 8) or "log" (PackLLM Eq. 1).
-        nll: each member's mean negative log-likelihood of the scored text, in nats per `unit` (Eq. 2);
-            None for a member that was not scored, and for all where nothing could be scored.
-        unit: what `nll` and `fused_nll` are counted per.
+        pool: how the members are fused: "linear" (mixture, METHODS Eq. 8) or "log" (PackLLM Eq. 1).
+        nll: each member's mean negative log-likelihood of the scored text, in nats per `unit` (Eq. 2); None for a
+            member that was not scored, and for all members if nothing could be scored.
+        unit: the unit of `nll` and `fused_nll`.
         strategy: the weighting's name, "fixed" for a mapping.
-        fused_nll: NLL of the fused pack on the scored text under `values`, where the weighting computes it.
-        gap: upper bound in nats per token on how far `fused_nll` is from the optimum (exact, map).
-        scored: number of units the NLLs are means of.
-        start: what `values` were when the answer began, where they have moved since.
-        path: what they were at the start of every 16 tokens of the answer, where they move and that was asked for.
-        explanation: of Pack.weigh with `explain`: what members gave each message and passage. Answers have their own.
+        fused_nll: NLL of the fused pack on the scored text under `values`, if the weighting computes it.
+        gap: upper bound, in nats per token, of the distance of `fused_nll` from the optimum (exact, map).
+        scored: number of units that the NLLs are averaged over.
+        start: `values` before the answer, if adaptive weights have changed since.
+        path: `values` at the start of every 16 tokens of the answer, if weights adapt and `weight_path` is set.
+        explanation: only from Pack.weigh with `explain`: the members' perplexities of each message and passage.
     """
 
     values: tuple[float, ...]
@@ -48,32 +48,32 @@ class Weights:
 
     @property
     def at_start(self) -> Weights:
-        """What they were when the answer began."""
+        """The weights from before the answer."""
         return self if self.start is None else replace(self, values=self.start, start=None, path=None)
 
     @property
     def perplexity(self) -> tuple[float | None, ...]:
-        """exp(nll) of each member, per `unit`."""
+        """Each member's perplexity, exp(nll), per `unit`."""
         return tuple(None if n is None else math.exp(n) if n < 700 else math.inf for n in self.nll)
 
     @property
     def top(self) -> str:
-        """Name of the member with the largest weight (the first of equals)."""
+        """Name of the member with the largest weight (the first among equals)."""
         return self.names[max(range(len(self.values)), key=self.values.__getitem__)]
 
     @property
     def note(self) -> str | None:
-        """Why nothing was scored, where nothing was; None elsewhere."""
+        """Why nothing was scored, in words; None if something was."""
         if self.scored or self.strategy == "fixed":
             return None
-        alike = "all members count the same" if len({*self.values}) == 1 else "the prior alone counts"
+        alike = "all members have the same weight" if len({*self.values}) == 1 else "only the prior counts"
         return (
-            f"nothing was scored, so {alike}: a model predicts tokens from those before them, and "
-            "of the text that is scored none has one before it that all members share; give a longer text"
+            f"nothing was scored, so {alike}: a model predicts a token only from tokens before it, and no token of the "
+            "scored text has one that all members share; give a longer text"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe: non-finite numbers become None."""
+        """A JSON-safe dict; non-finite numbers become None."""
 
         def safe(number: float | None) -> float | None:
             return number if number is not None and math.isfinite(number) else None

@@ -1,5 +1,5 @@
-"""router: a classifier on the prompt's words chooses one member, in the style of FoE (Wang et al. 2023,
-arXiv 2310.01542), which must be trained on labelled prompts."""
+"""router: a classifier over the prompt's words chooses one member, in the style of FoE (Wang et al. 2023,
+arXiv 2310.01542). It must be trained on labelled prompts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from packllm.weights.problem import Problem, Solution
 
 
 def fit(prompts: Sequence[str], labels: Sequence[str], path: str | os.PathLike, *, seed: int = 0) -> None:
-    """Train logistic regression on tf-idf of labelled prompts, and write it to `path` for the option `fitted`.
+    """Train a logistic regression on the tf-idf of labelled prompts, and write it to `path` for the option `fitted`.
 
     Args:
         prompts: texts.
-        labels: for each, the name of the member that answers it best.
+        labels: for each prompt, the name of the member that answers it best.
+        path: file to write.
+        seed: random seed of the training.
 
     Raises:
-        ExtraError: scikit-learn is absent.
-        DataError: no labels, not one for each prompt, or the same for all.
+        ExtraError: scikit-learn is not installed.
+        DataError: not one label per prompt, or the same label for all.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -36,17 +38,17 @@ def fit(prompts: Sequence[str], labels: Sequence[str], path: str | os.PathLike, 
     features, rows = tfidf.fit(prompts, "the router")
     model = LogisticRegression(C=10.0, max_iter=1000, random_state=seed).fit(rows, labels)
     weights, bias = model.coef_, model.intercept_
-    if len(model.classes_) == 2:  # one row for the second class
+    if len(model.classes_) == 2:  # scikit-learn gives only the row of the second class
         weights, bias = np.concatenate((-weights, weights)) / 2, np.concatenate((-bias, bias)) / 2
     arrays = {"weights": weights.astype(np.float32), "bias": bias}
     tfidf.Fitted("router", tuple(map(str, model.classes_)), features, arrays).save(path)
 
 
 def solve(problem: Problem, options: Options) -> Solution:
-    """All weight on the member whose class scores highest; a member that no label named gets none."""
+    """All weight on the member whose class scores highest; members without labelled prompts get none."""
     fitted = tfidf.load(options.fitted, "router")
-    labelled = [name for name in problem.names if name in fitted.names]
-    row = fitted.features.of(tfidf.known(fitted, labelled or problem.names, problem.text))
+    candidates = [name for name in problem.names if name in fitted.names]
+    row = fitted.features.of(tfidf.known(fitted, candidates or problem.names, problem.text))
     scores = dict(zip(fitted.names, fitted.arrays["weights"] @ row + fitted.arrays["bias"], strict=True))
-    best = max(labelled, key=scores.__getitem__)
+    best = max(candidates, key=scores.__getitem__)
     return Solution(tuple(float(name == best) for name in problem.names))

@@ -1,7 +1,7 @@
-"""tf-idf of a prompt, from a fitted vocabulary alone: what `cbtm` and `router` look at.
+"""tf-idf of a prompt, over a fitted vocabulary, for `cbtm` and `router`.
 
-The same numbers as scikit-learn's TfidfVectorizer with its defaults (lower case, words of two characters or
-more, smoothed idf, rows of length 1), which does the fitting; reading needs numpy only.
+The numbers equal those of scikit-learn's TfidfVectorizer with its defaults (lower case, words of at least two
+characters, smoothed idf, rows of length 1). Fitting uses scikit-learn; the rest needs only numpy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from packllm.errors import DataError, ExtraError, WeightsError
 
 TERMS = 8192
-"""Most terms that fitting keeps: the commonest ones."""
+"""Terms that fitting keeps, at most; the most frequent ones."""
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 
@@ -39,7 +39,7 @@ class Features:
     idf: np.ndarray
 
     def of(self, text: str) -> np.ndarray:
-        """float64 (F,), of length 1; zeros where the text has none of the terms."""
+        """The tf-idf row of a text: float64 (F,), of length 1; all zeros if the text has none of the terms."""
         row = np.zeros(len(self.idf))
         for word, count in Counter(_WORD.findall(text.lower())).items():
             if word in self.index:
@@ -48,11 +48,11 @@ class Features:
 
 
 def fit(texts: Sequence[str], what: str) -> tuple[Features, Any]:
-    """Features of these texts, and their rows as scikit-learn's sparse matrix.
+    """Fit the features to texts; return them and the texts' rows as scikit-learn's sparse matrix.
 
     Raises:
-        ExtraError: scikit-learn is absent.
-        DataError: no text holds a word.
+        ExtraError: scikit-learn is not installed.
+        DataError: no text contains a word.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -69,7 +69,7 @@ def fit(texts: Sequence[str], what: str) -> tuple[Features, Any]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a strategy learnt: its name, the members it knows, its features and its arrays."""
+    """A fitted strategy: its name, the members it knows, its features and its arrays."""
 
     strategy: str
     names: tuple[str, ...]
@@ -77,7 +77,7 @@ class Fitted:
     arrays: dict[str, np.ndarray]
 
     def save(self, path: str | os.PathLike) -> None:
-        """An .npz file of plain arrays: reading it cannot run code."""
+        """Write an .npz file of plain arrays; loading it cannot run code."""
         terms = sorted(self.features.index, key=self.features.index.__getitem__)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
@@ -86,20 +86,20 @@ class Fitted:
 
 
 def load(path: str | None, strategy: str) -> Fitted:
-    """The fitted file that the option `fitted` names.
+    """Load the file of the option `fitted`.
 
     Raises:
-        WeightsError: no file named, or not one of that strategy.
+        WeightsError: no file is given, or it is of another strategy.
     """
     if path is None:
         raise WeightsError(f"weighting={strategy!r} needs fitted=PATH, a file of packllm.weights.{strategy}.fit")
     try:
-        found = _load(os.fspath(path), os.stat(path).st_mtime_ns)
+        fitted = _load(os.fspath(path), os.stat(path).st_mtime_ns)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise WeightsError(f"fitted={path!r} cannot be read: {error}") from None
-    if found.strategy != strategy:
-        raise WeightsError(f"fitted={path!r} was fitted for weighting={found.strategy!r}, not {strategy!r}")
-    return found
+    if fitted.strategy != strategy:
+        raise WeightsError(f"fitted={path!r} was fitted for weighting={fitted.strategy!r}, not {strategy!r}")
+    return fitted
 
 
 @lru_cache(maxsize=8)
@@ -112,10 +112,10 @@ def _load(path: str, changed: int) -> Fitted:
 
 
 def known(fitted: Fitted, names: Sequence[str], text: str | None) -> str:
-    """The prompt's text, once it is sure that every member is known.
+    """The prompt's text. Checks first that every member was fitted.
 
     Raises:
-        WeightsError: a member that was not fitted, or logits without text.
+        WeightsError: a member was not fitted, or there are only logits and no text.
     """
     missing = [name for name in names if name not in fitted.names]
     if missing:

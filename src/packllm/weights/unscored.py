@@ -1,4 +1,4 @@
-"""Weights of members that say nothing of the prompt: authors, which can write and not judge."""
+"""Weights of packs with members that cannot score a prompt: authors, which only write."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from packllm.weights.result import Weights
 
 
 def check_unscored(options: Options, unscored: Sequence[str]) -> None:
-    """WeightsError if a weighting needs more of members than some of them tell."""
+    """Raise WeightsError if the weighting needs logits and a member gives none."""
     if unscored and isinstance(options.weighting, str) and find(options.weighting).needs_logits:
         raise WeightsError(
-            f"weighting={options.weighting!r} needs the logits of all members, and {unscored[0]!r} has none to give; "
+            f"weighting={options.weighting!r} needs the logits of all members, but {unscored[0]!r} gives none; "
             f"use em, sim, top1, uniform or a mapping {{member name: weight}}"
         )
 
 
 def joined(scored: Weights | None, names: Sequence[str], which: Sequence[str], options: Options) -> Weights:
-    """Weights of all members, from those of the ones that scored the prompt.
+    """The weights of all members, from those of the members that scored the prompt.
 
-    A mapping holds as it is. `top1` chooses among those that scored it. Else a member that did not has its share of
-    `prior` (of all the same, without one), and the others share the rest as the weighting says.
+    A mapping is used as it is. `top1` chooses among the members that scored the prompt. Otherwise a member that did not
+    gets its share of `prior` (or 1/K), and the rest is shared as the weighting says.
 
     Args:
-        scored: of the members that scored it; None: nobody did.
+        scored: the weights of the members that scored the prompt; None if none did.
         names: all members.
-        which: the names of those that scored it, in the order of `scored`.
+        which: the names of the members that scored it, in the order of `scored`.
     """
     at = {name: k for k, name in enumerate(which)}
     pool = options.pool or ("linear" if isinstance(options.weighting, dict) else find(options.weighting).pool)
@@ -53,7 +53,7 @@ def joined(scored: Weights | None, names: Sequence[str], which: Sequence[str], o
 
 
 def _shares(prior: Any, names: Sequence[str]) -> list[float]:
-    """What each of these members is worth before anything is known."""
+    """The prior weights of these members."""
     worth = [1.0 if prior is None else float(prior.get(name, 0.0)) for name in names]
     total = math.fsum(worth)
     return [value / total for value in worth] if total > 0 else [1.0 / len(names)] * len(names)

@@ -1,4 +1,4 @@
-"""Figures of requests at the same time, of growth with context and members, of threads beside a busy core."""
+"""Benchmarks of concurrent requests, of growth with context and members, and of threads beside a busy core."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTION = "What is said here?"
 
 IMPORTS = {
     "packllm": "import packllm",
-    "pack": "from packllm import Pack",  # torch, and what of transformers a pack needs
+    "pack": "from packllm import Pack",  # torch, and the parts of transformers that a pack needs
     "theirs": "import transformers, torch",
 }
 
@@ -47,46 +47,46 @@ print(time.perf_counter() - started)
 
 
 def company(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
-    """Seconds of requests from threads and tasks over those of the same requests as one batch."""
+    """Requests from threads and tasks: their time over that of the same requests as one batch."""
     pack = Pack(members, chat_template=False, max_tokens=tokens, batch_size=TASKS, prefix_cache_mb=0)
     prompts = _different(text, TASKS)
-    spent: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     pack.generate_batch(prompts[:2])
     for _ in bar(range(repeat), "Company"):
-        timed(spent, "threads", _in_threads, pack, prompts[:THREADS])
-        timed(spent, "batch_of_8", pack.generate_batch, prompts[:THREADS])
-        timed(spent, "tasks", _in_tasks, pack, prompts)
-        timed(spent, "batch_of_32", pack.generate_batch, prompts)
-    report.figures["company.threads"] = ratio(spent["threads"], spent["batch_of_8"])
-    report.figures["company.tasks"] = ratio(spent["tasks"], spent["batch_of_32"])
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+        timed(times, "threads", _in_threads, pack, prompts[:THREADS])
+        timed(times, "batch_of_8", pack.generate_batch, prompts[:THREADS])
+        timed(times, "tasks", _in_tasks, pack, prompts)
+        timed(times, "batch_of_32", pack.generate_batch, prompts)
+    report.figures["company.threads"] = ratio(times["threads"], times["batch_of_8"])
+    report.figures["company.tasks"] = ratio(times["tasks"], times["batch_of_32"])
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 def beside(report: Report, members: Sequence[Member], long: str, tokens: int, repeat: int) -> None:
-    """Seconds that a short question takes while a long prompt is read, over those it takes alone."""
+    """A short question while a long prompt is read: its time over that of the question alone."""
     pack = Pack(members, chat_template=False, max_tokens=tokens, prefix_cache_mb=0)
-    spent: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     pack.generate(QUESTION)
     for _ in bar(range(repeat), "Beside"):
-        timed(spent, "question_alone", pack.generate, QUESTION)
-        begun, engine = threading.Event(), members[0].engine
+        timed(times, "question_alone", pack.generate, QUESTION)
+        started, engine = threading.Event(), members[0].engine
 
-        def seen(parts: Any, own: Callable = engine.run, begun: threading.Event = begun) -> None:  # type: ignore[attr-defined]
-            begun.set()
-            own(parts)
+        def watched(parts: Any, run: Any = engine.run, started: threading.Event = started) -> None:  # type: ignore[attr-defined]
+            started.set()
+            run(parts)
 
-        with patch.object(engine, "run", seen):
+        with patch.object(engine, "run", watched):
             reading = threading.Thread(target=pack.generate, args=(long,), kwargs={"max_tokens": 1})
             reading.start()
-            begun.wait()
-            timed(spent, "question_beside", pack.generate, QUESTION)
+            started.wait()
+            timed(times, "question_beside", pack.generate, QUESTION)
         reading.join()
-    report.figures["company.beside"] = ratio(spent["question_beside"], spent["question_alone"])
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+    report.figures["company.beside"] = ratio(times["question_beside"], times["question_alone"])
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 def passes(report: Report, tokens: int) -> None:
-    """Passes over the weights of many requests at once, over those of one batch of them; three tiny models."""
+    """Passes over the weights for many concurrent requests, over those for one batch of them; three tiny models."""
     first = random_member(quick=True)
     trio = [first, noisy_copy(first, 1), noisy_copy(first, 2)]
     for member in trio:
@@ -99,18 +99,18 @@ def passes(report: Report, tokens: int) -> None:
 
 
 def _different(text: str, count: int) -> list[str]:
-    """Prompts that share no prefix."""
+    """Prompts without a common prefix."""
     return [f"{at} {text}" for at in range(count)]
 
 
 def _counted(members: Sequence[Member], function: Callable[..., Any], *arguments: Any) -> int:
-    """Passes that members' engines run while the function does."""
+    """Passes that the members' engines run during a call of the function."""
     runs: list[int] = []
     with ExitStack() as stack:
         for engine in {id(member.engine): member.engine for member in members}.values():
-            own = engine.run  # type: ignore[attr-defined]
+            run = engine.run  # type: ignore[attr-defined]
             stack.enter_context(
-                patch.object(engine, "run", lambda parts, own=own: runs.append(1) or own(parts))  # type: ignore
+                patch.object(engine, "run", lambda parts, run=run: runs.append(1) or run(parts))  # type: ignore
             )
         function(*arguments)
     return len(runs)
@@ -132,21 +132,21 @@ def _in_tasks(pack: Pack, prompts: Sequence[str]) -> None:
 
 
 def growth(report: Report, members: Sequence[Member], room: int, tokens: int, repeat: int) -> None:
-    """A step of all members: of eight rows over one; after long contexts over a short one; of K small models over K
+    """The time of one step of all members: eight rows over one; long contexts over a short one; K small models over K
     steps of one."""
     even = {member.name: 1 / len(members) for member in members}
     pack = Pack(members, chat_template=False, max_tokens=tokens, weighting=even, draft_tokens=1)
     short = text_of(members, min(128, room))
-    spent: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     contexts = {length: text_of(members, length) for length in GROWN if length <= room - tokens}
     for _ in bar(range(repeat), "Growth"):
-        spent.setdefault("step_at_128", []).append(_step(pack, [short]))
-        spent.setdefault("step_of_8_rows", []).append(_step(pack, _different(short, 8)))
+        times.setdefault("step_at_128", []).append(_step(pack, [short]))
+        times.setdefault("step_of_8_rows", []).append(_step(pack, _different(short, 8)))
         for length, text in contexts.items():
-            spent.setdefault(f"step_at_{length}", []).append(_step(pack, [text]))
-    report.figures["growth.rows"] = ratio(spent["step_of_8_rows"], spent["step_at_128"])
+            times.setdefault(f"step_at_{length}", []).append(_step(pack, [text]))
+    report.figures["growth.rows"] = ratio(times["step_of_8_rows"], times["step_at_128"])
     for length in contexts:
-        report.figures[f"growth.{length}"] = ratio(spent[f"step_at_{length}"], spent["step_at_128"])
+        report.figures[f"growth.{length}"] = ratio(times[f"step_at_{length}"], times["step_at_128"])
     first = random_member(quick=room < 200)
     crowd = [first, *(noisy_copy(first, seed) for seed in range(1, MOST))]
     for member in crowd:
@@ -154,40 +154,42 @@ def growth(report: Report, members: Sequence[Member], room: int, tokens: int, re
     text = text_of(crowd[:1], 64)
     for _ in bar(range(repeat), "Members"):
         for count in (1, MOST):
-            parts = {member.name: 1 / count for member in crowd[:count]}
-            several = Pack(crowd[:count], chat_template=False, max_tokens=tokens, weighting=parts, draft_tokens=1)
-            spent.setdefault(f"step_of_{count}_members", []).append(_step(several, [text]))
+            even_weights = {member.name: 1 / count for member in crowd[:count]}
+            several = Pack(
+                crowd[:count], chat_template=False, max_tokens=tokens, weighting=even_weights, draft_tokens=1
+            )
+            times.setdefault(f"step_of_{count}_members", []).append(_step(several, [text]))
     report.figures["growth.members"] = ratio(
-        spent[f"step_of_{MOST}_members"], [MOST * seconds for seconds in spent["step_of_1_members"]]
+        times[f"step_of_{MOST}_members"], [MOST * seconds for seconds in times["step_of_1_members"]]
     )
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 def _step(pack: Pack, prompts: Sequence[str]) -> float:
-    """Seconds a token, once the prompts are read."""
+    """Seconds per token after the prefill."""
     generation = pack.generate_batch(prompts)[-1]
     timings = generation.timings
     return (timings["total"] - timings["first_token"]) / (generation.usage.completion_tokens - 1)
 
 
 def threads(report: Report, tokens: int, repeat: int, skip: bool) -> None:
-    """Seconds of decoding with two threads over one, while a loop keeps one core busy and while none does: waiting
-    passively and, as torch does where nobody says otherwise, spinning."""
+    """Decoding with two threads over one, in seconds, while a loop keeps one core busy and while none does. The threads
+    wait passively, or spin, as torch's do by default."""
     if skip or machine.cores() < 2:
         report.notes.append("threads: not measured" + ("" if skip else ", this process has one core"))
         return
-    spent: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Threads"):
         for state, beside in (("busy", _Busy), ("idle", nullcontext)):
             with beside():
                 for name, count, policy in (("one", 1, "PASSIVE"), ("passive", 2, "PASSIVE"), ("active", 2, "ACTIVE")):
                     program = DECODE.format(threads=count, tokens=tokens)
-                    found = _python(program, OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY=policy)
-                    spent.setdefault(f"{state}_{name}", []).append(float(found))
+                    output = _python(program, OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY=policy)
+                    times.setdefault(f"{state}_{name}", []).append(float(output))
     for state in ("busy", "idle"):
-        report.figures[f"threads.{state}"] = ratio(spent[f"{state}_passive"], spent[f"{state}_one"])
-        report.figures[f"threads.{state}_spinning"] = ratio(spent[f"{state}_active"], spent[f"{state}_one"])
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+        report.figures[f"threads.{state}"] = ratio(times[f"{state}_passive"], times[f"{state}_one"])
+        report.figures[f"threads.{state}_spinning"] = ratio(times[f"{state}_active"], times[f"{state}_one"])
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 class _Busy:
@@ -202,18 +204,18 @@ class _Busy:
 
 
 def imports(report: Report, repeat: int) -> None:
-    """Seconds of a process that imports packllm, and its Pack, over one that imports transformers and torch."""
-    spent: dict[str, list[float]] = {}
+    """Processes that import packllm, or its Pack, over one that imports transformers and torch, in seconds."""
+    times: dict[str, list[float]] = {}
     for _ in bar(range(repeat), "Imports"):
         for name, program in IMPORTS.items():
-            timed(spent, f"import_{name}", _python, program)
-    report.figures["start.import"] = ratio(spent["import_packllm"], spent["import_theirs"])
-    report.figures["start.import_pack"] = ratio(spent["import_pack"], spent["import_theirs"])
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+            timed(times, f"import_{name}", _python, program)
+    report.figures["start.import"] = ratio(times["import_packllm"], times["import_theirs"])
+    report.figures["start.import_pack"] = ratio(times["import_pack"], times["import_theirs"])
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 def _python(program: str, **environment: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ, **environment}
     )
-    return done.stdout
+    return process.stdout

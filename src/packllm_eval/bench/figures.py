@@ -1,4 +1,4 @@
-"""The figures, one function a group. Each fills in its part of a Report."""
+"""The benchmarks, one function per group. Each adds its figures to a Report."""
 
 from __future__ import annotations
 
@@ -31,48 +31,48 @@ WEIGHTINGS = ("em", "exact", "opt", "sim", "top1", "map")
 
 
 def weighting(report: Report, members: Sequence[Member], text: str, repeat: int) -> None:
-    """Seconds that each weighting adds to a prefill that scores, over seconds of a bare prefill.
+    """The time that each weighting adds to a scoring prefill, over the time of a bare prefill.
 
-    The log-pool optimisers read the scores out together with what else they need: what reading the scores alone
-    takes is subtracted. All start from the same passes, whose times vary by more than a weighting takes.
+    The log-pool optimisers compute the scores together with other results, so the time of the scores alone is
+    subtracted. All weightings start from the same passes, because passes vary by more than a weighting takes.
     """
     options = {name: make_options({"weighting": name}) for name in WEIGHTINGS}
     encoded = [member.encoder.encode(text) for member in members]
-    spent: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
 
     def passes(scored: bool) -> tuple[list[Line], list[torch.Tensor]]:
-        read = [_read(member, e, scored) for member, e in zip(members, encoded, strict=True)]
-        return [line for line, _ in read], [given for _, given in read]
+        results = [_read(member, e, scored) for member, e in zip(members, encoded, strict=True)]
+        return [line for line, _ in results], [scores for _, scores in results]
 
     passes(False)  # the first pass over a new length is slower
     for _ in bar(range(repeat), "Weighting"):
-        lines, _ = timed(spent, "prefill", passes, False)
-        again, logprobs = timed(spent, "prefill_and_scores", passes, True)
-        spent.setdefault("scores", []).append(max(0.0, spent["prefill_and_scores"][-1] - spent["prefill"][-1]))
+        lines, _ = timed(times, "prefill", passes, False)
+        scored_lines, logprobs = timed(times, "prefill_and_scores", passes, True)
+        times.setdefault("scores", []).append(max(0.0, times["prefill_and_scores"][-1] - times["prefill"][-1]))
         sequences = [line.sequence for line in lines]
         for name in WEIGHTINGS:
-            with suppress(WeightsError):  # members of different vocabularies: the others can still be measured
+            with suppress(WeightsError):  # members with different vocabularies: skip this weighting
                 if find(name).needs_logits:
                     unread = [None] * len(members)
-                    timed(spent, f"scores_{name}", weights_of, members, sequences, encoded, unread, options[name])
+                    timed(times, f"scores_{name}", weights_of, members, sequences, encoded, unread, options[name])
                 else:
-                    timed(spent, name, weights_of, members, sequences, encoded, logprobs, options[name])
-        for line in [*lines, *again]:
+                    timed(times, name, weights_of, members, sequences, encoded, logprobs, options[name])
+        for line in [*lines, *scored_lines]:
             line.close()
-    added = {name: spent[name] for name in WEIGHTINGS if name in spent}
+    added = {name: times[name] for name in WEIGHTINGS if name in times}
     for name in WEIGHTINGS:
-        if whole := spent.get(f"scores_{name}"):
-            added[name] = [a - b for a, b in zip(whole, spent["scores"], strict=True)]
-        report.figures[f"weighting.{name}"] = ratio(added.get(name), spent["prefill"])
-    report.figures["weighting.scoring"] = ratio(spent["scores"], spent["prefill"])
+        if with_scores := times.get(f"scores_{name}"):
+            added[name] = [a - b for a, b in zip(with_scores, times["scores"], strict=True)]
+        report.figures[f"weighting.{name}"] = ratio(added.get(name), times["prefill"])
+    report.figures["weighting.scoring"] = ratio(times["scores"], times["prefill"])
     report.figures["weighting.exact_over_opt"] = ratio(added.get("exact"), added.get("opt"))
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 def memory(report: Report, members: Sequence[Member], text: str) -> None:
-    """MiB that a weighed prefill peaks above a bare one; in both, all caches are held to the end."""
+    """MiB by which the peak of a weighted prefill exceeds that of a bare one; both keep all caches to the end."""
     variants = ("none", "em", "exact")
-    for variant in variants:  # what is made once, at the first call
+    for variant in variants:  # excludes what is only computed at the first call
         _prefill(members, text[:100], variant)
     peaks = {}
     for variant in bar(variants, "Memory"):
@@ -86,7 +86,7 @@ def memory(report: Report, members: Sequence[Member], text: str) -> None:
 
 
 def _prefill(members: Sequence[Member], text: str, weighting: str) -> None:
-    """A request's prefill with a weighting, or with "none" the members' bare prefill."""
+    """A request's prefill with a weighting; with "none" the members' bare prefill."""
     if weighting != "none":
         request = Request(members, make_options({"weighting": weighting}), [text])
         with suppress(WeightsError):
@@ -99,7 +99,7 @@ def _prefill(members: Sequence[Member], text: str, weighting: str) -> None:
 
 
 def _read(member: Member, encoded: Encoded, scored: bool) -> tuple[Line, torch.Tensor]:
-    """A member at the end of a prompt that it has read alone, and its scores, if they are wanted."""
+    """A member's line at the end of a prompt, and the scores if `scored`."""
     sequence = member.open()
     if isinstance(sequence.engine, KeepsHidden):
         sequence.engine.keep_hidden(sequence)
@@ -110,36 +110,37 @@ def _read(member: Member, encoded: Encoded, scored: bool) -> tuple[Line, torch.T
 
 
 def decoding(report: Report, members: Sequence[Member], text: str, tokens: int, repeat: int) -> None:
-    """Seconds per token after the first, greedy: generate, each member alone, one-hot weights, all fused."""
+    """Seconds per token after the first, greedy: transformers.generate, each member alone, one-hot weights, all
+    fused."""
     pack = Pack(members, chat_template=False, max_tokens=tokens)
     singles = [Pack([member], chat_template=False, max_tokens=tokens) for member in members]
     even = {member.name: 1 / len(members) for member in members}
     first = members[0]
-    spent: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
 
     def note(name: str, seconds: float) -> None:
-        spent.setdefault(name, []).append(seconds)
+        times.setdefault(name, []).append(seconds)
 
     pack_step(singles[0], text)
     _generate_step(first, text, tokens)
     for _ in bar(range(repeat), "Decoding"):
-        for _ in range(3):  # what should not differ at all takes more pairs to tell
+        for _ in range(3):  # equal times need more pairs to be shown as equal
             note("token_generate", _generate_step(first, text, tokens))
             note("token_pack_of_one", pack_step(singles[0], text))
         for at, single in enumerate(singles):
             note(f"token_alone_{at}", pack_step(single, text))
-            if at == 0:  # next to what it is compared with
+            if at == 0:  # measured right after the time that it is compared with
                 note("token_one_hot", pack_step(pack, text, weighting={first.name: 1.0}))
         with suppress(VocabularyError):
             note("token_fused", pack_step(pack, text, weighting=even, decoding="tokens"))
-    alone = [spent[f"token_alone_{at}"] for at in range(len(members))]
-    spent["token_alone_sum"] = [sum(values) for values in zip(*alone, strict=True)]
-    report.figures["decoding.alone"] = ratio(spent["token_pack_of_one"], spent["token_generate"])
-    report.figures["decoding.one_hot"] = ratio(spent["token_one_hot"], alone[0])
-    report.figures["decoding.fused"] = ratio(spent.get("token_fused"), spent["token_alone_sum"])
+    alone = [times[f"token_alone_{at}"] for at in range(len(members))]
+    times["token_alone_sum"] = [sum(values) for values in zip(*alone, strict=True)]
+    report.figures["decoding.alone"] = ratio(times["token_pack_of_one"], times["token_generate"])
+    report.figures["decoding.one_hot"] = ratio(times["token_one_hot"], alone[0])
+    report.figures["decoding.fused"] = ratio(times.get("token_fused"), times["token_alone_sum"])
     if len({id(member.engine) for member in members}) == 1:
-        report.figures["decoding.one_batch"] = ratio(spent["token_fused"], alone[0])
-    report.seconds |= {name: median(values) for name, values in spent.items()}
+        report.figures["decoding.one_batch"] = ratio(times["token_fused"], alone[0])
+    report.seconds |= {name: median(values) for name, values in times.items()}
 
 
 def pack_step(pack: Pack, text: str, **options: Any) -> float:
@@ -149,7 +150,7 @@ def pack_step(pack: Pack, text: str, **options: Any) -> float:
 
 
 class _Clock:
-    """A streamer for transformers.generate that notes when tokens arrive; the prompt comes first."""
+    """A streamer for transformers.generate that records when tokens arrive; the prompt comes first."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
@@ -182,7 +183,7 @@ def _generate_step(member: Member, text: str, tokens: int) -> float:
 
 
 def start(report: Report, repeat: int, skip: bool) -> None:
-    """Seconds that Pack.starter() takes in a new process, and that process as a whole; conversions are done before."""
+    """Seconds of Pack.starter() in a new process, and of the whole process; conversions are done beforehand."""
     if skip:
         report.notes.append("start: not measured")
         return
@@ -195,6 +196,6 @@ def start(report: Report, repeat: int, skip: bool) -> None:
     )
     for _ in bar(range(2), "Start"):
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+        process = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
         report.figures["start.process"] = time.perf_counter() - started
-        report.figures["start.load"] = float(done.stdout)
+        report.figures["start.load"] = float(process.stdout)

@@ -23,45 +23,44 @@ def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=None)
 
 
-def timed(spent: dict[str, list[float]], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function and append the seconds it took to spent[name]."""
+def timed(times: dict[str, list[float]], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; append its duration in seconds to times[name]."""
     synchronize()
     started = time.perf_counter()
     result = function(*arguments)
     synchronize()
-    spent.setdefault(name, []).append(time.perf_counter() - started)
+    times.setdefault(name, []).append(time.perf_counter() - started)
     return result
 
 
 def synchronize() -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def ratio(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> float | None:
-    """Median of the repeats' ratios: each compares two neighbours in time."""
+    """Median of the repeats' ratios; each compares two measurements that are close in time."""
     if not ours or not theirs:
         return None
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def peak_mib(members: Sequence[Member], function: Callable[..., None], *arguments: Any) -> float | None:
-    """Most memory held while the function runs: of the GPU where the members are on one, else of the process.
-
-    None where the system cannot tell.
+    """Peak memory in MiB while the function runs: of the GPU if members are on one, else of the process. None if the
+    system cannot tell.
     """
     gc.collect()
     if any(member.model.device.type == "cuda" for member in members):
         torch.cuda.reset_peak_memory_stats()
         function(*arguments)
         return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(OSError, AttributeError):  # glibc only: give back what earlier figures freed
+    with suppress(OSError, AttributeError):  # glibc only: return freed memory to the system
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current size
     except OSError:
         return None
     function(*arguments)
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else None
+    match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) / 1024 if match else None

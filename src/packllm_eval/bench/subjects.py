@@ -1,4 +1,4 @@
-"""What the bench measures on: members, text, the machine."""
+"""The subjects of the benchmarks: members, text, the machine."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from packllm.engines.member import Member
 from packllm.errors import LoadError
 
 NOISE = 0.05
-"""Noise in the copies that fill up a pack, of a matrix's standard deviation."""
+"""Noise in the weights of copies that complete a pack, relative to a matrix's standard deviation."""
 
 
 def build(models: Sequence[str] | None, count: int, quick: bool = False) -> tuple[list[Member], list[str]]:
-    """`count` members and notes on where they come from."""
+    """`count` members, and notes on their origin."""
     notes = []
     if not models and starter_is_here():
         models = starter.specs()
@@ -32,33 +32,33 @@ def build(models: Sequence[str] | None, count: int, quick: bool = False) -> tupl
     else:
         notes.append("neither --model nor the starter pack: small members with random weights")
         members = [random_member(quick)]
-    given = len(members)
-    for at in range(given, count):
-        members.append(noisy_copy(members[at % given], seed=at))
-    if given < count and models:
-        notes.append(f"{given} given, {count - given} more are copies of them with noise in their weights")
+    originals = len(members)
+    for at in range(originals, count):
+        members.append(noisy_copy(members[at % originals], seed=at))
+    if originals < count and models:
+        notes.append(f"{originals} given, {count - originals} more are copies of them with noise in their weights")
     return members, notes
 
 
 def starter_is_here() -> bool:
-    """Whether Pack.starter() loads without a model hub."""
+    """Whether Pack.starter() works without a model hub."""
     folder = Path(starter.__file__).parent
     return starter.base_model() != starter.HUB_ID and all((folder / name).is_dir() for name in starter.EXPERTS)
 
 
 def noisy_copy(member: Member, seed: int, noise: float = NOISE) -> Member:
-    """A member with weights of its own that predicts almost the same.
+    """A copy of a member with slightly different weights, which predicts almost the same.
 
     Args:
-        noise: standard deviation of what is added to a matrix, over that matrix's own.
+        noise: standard deviation of the noise in a matrix, relative to the matrix's own.
     """
     model = copy.deepcopy(member.merged())
     generator = torch.Generator(device=member.model.device).manual_seed(seed)
     with torch.inference_mode():
         for weight in model.parameters():
             if weight.dim() > 1:
-                drawn = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
-                weight.add_((drawn * weight.float().std() * noise).to(weight.dtype))
+                noise_ = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
+                weight.add_((noise_ * weight.float().std() * noise).to(weight.dtype))
     return Member(model, member.tokenizer, f"{member.name}-noise{seed}", member.encoder)
 
 
@@ -90,7 +90,7 @@ def random_member(quick: bool) -> Member:
 
 
 def prose() -> str:
-    """English that comes with Python: its language reference, without the runs of spaces and rules."""
+    """English text that comes with Python: its language reference, without long runs of spaces and rules."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -99,7 +99,7 @@ def prose() -> str:
 
 
 def text_of(members: Sequence[Member], tokens: int) -> str:
-    """Prose of about `tokens` tokens, never more, for every member."""
+    """A text of at most `tokens` tokens, and close to that, for every member."""
     text = prose()[: 8 * tokens]
     while (longest := max(len(member.encoder.encode(text).ids) for member in members)) > tokens:
         text = text[: min(len(text) - 1, len(text) * tokens // longest)]
@@ -107,7 +107,7 @@ def text_of(members: Sequence[Member], tokens: int) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The facts about the machine that the figures depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {

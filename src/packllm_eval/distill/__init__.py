@@ -1,10 +1,10 @@
-"""One member taught by the whole pack: knowledge distillation from the fused distribution (FuseLLM, arXiv 2401.10491;
-PackLLM Table 2).
+"""Knowledge distillation from the fused distribution of a pack to one member (FuseLLM, arXiv 2401.10491; PackLLM Table
+2).
 
-The pack reads each training text once (teacher.py) and its distributions are kept on disk; the student then learns
-them with transformers' Trainer (student.py). A run that was interrupted goes on where it stopped. TRL's trainers read
-a teacher that is one torch module with the student's tokenizer, anew at every step; a pack is neither, and its reading
-costs more than the student's step.
+The pack reads each training text once (teacher.py) and its distributions are stored on disk. The student then learns
+them with transformers' Trainer (student.py). An interrupted run is continued. TRL's trainers are not used: they expect
+a teacher that is one torch module with the student's tokenizer, and run it at every step. A pack is no such module, and
+costs more per text than the student's step.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ __all__ = ["TOP", "Closed", "Result", "Training", "distill"]
 
 PACK, NAME = "the pack", "distilled"
 WORK = "work"
-"""Folder of what a run keeps to go on from; nobody needs it after the run."""
+"""Folder of intermediate results, to continue an interrupted run; not needed after the run."""
 
 
 @dataclass(frozen=True)
 class Closed:
-    """How far distillation came on one corpus, in bits per byte of held-out text.
+    """The progress of distillation on one corpus, in bits per byte of held-out text.
 
     Attributes:
+        corpus: its name.
         before, after: the student's.
         pack: the pack's.
     """
@@ -52,21 +53,21 @@ class Closed:
 
     @property
     def share(self) -> float | None:
-        """Of the gap between student and pack, what is closed; None where the pack is no better."""
+        """The share of the gap between student and pack that was closed; None if the pack is no better."""
         return (self.before - self.after) / (self.before - self.pack) if self.before > self.pack else None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run.
+    """The result of a distillation.
 
     Attributes:
-        folder: the adapter or model; a spec of Pack.load.
+        folder: the adapter or model; a spec for Pack.load.
         member: the distilled member.
-        table: bits per byte of held-out texts: every member ("member NAME"), the distilled one among them, the pack. A
-            member of another vocabulary is there twice: by itself, and in the student's tokens, as it taught.
-        closed: by corpus.
-        lessons: how much the pack taught (see teacher.teach).
+        table: bits per byte of held-out texts of every member ("member NAME"), including the distilled one, and of the
+            pack. A member with another vocabulary has two rows: by itself, and in the student's tokens, as it taught.
+        closed: progress by corpus.
+        lessons: statistics of the lessons (see teacher.teach).
     """
 
     folder: Path
@@ -86,20 +87,20 @@ def distill(
     *,
     length: int = 512,
 ) -> Result:
-    """Teach a member what the pack says of texts, and compare both on other texts.
+    """Train a member on the pack's distributions over texts, and compare both on other texts.
 
     Args:
-        pack: the teacher, under its own options.
+        pack: the teacher, with its own options.
         student: name of the member that learns.
-        documents: what is read and learnt.
-        held_out: what both are compared on.
-        folder: where the adapter (or the model) is written. A run that was interrupted goes on from it.
-        training: how; None: as usual.
-        length: most tokens of a text, in the student's tokens.
+        documents: the training texts.
+        held_out: the texts for the comparison.
+        folder: where the adapter (or the model) is written. An interrupted run is continued from it.
+        training: the training settings; None: the defaults.
+        length: maximum tokens of a text, in the student's tokens.
 
     Raises:
-        OptionError: no such member, or one that cannot learn so.
-        DataError: fewer usable texts than a batch; the folder holds another run.
+        OptionError: no such member, or one that cannot be trained in this way.
+        DataError: fewer usable texts than a batch; the folder belongs to another run.
     """
     training = training or Training()
     names = [member.name for member in pack.members]
@@ -109,7 +110,7 @@ def distill(
     training.check(learner)
     with alone_in(folder / WORK):
         members, work = in_ids_of(learner, pack.models), folder / WORK
-        lessons, told = teach(members, pack.options, documents, work, length=length, batch=training.batch_size)
+        lessons, statistics = teach(members, pack.options, documents, work, length=length, batch=training.batch_size)
         train(members, lessons, learner.end_ids if shared_by(members) else (), folder, work, training)
         distilled = _loaded(folder, pack, learner, training)
         table = _compared(pack, members, distilled, held_out, work, length)
@@ -122,29 +123,30 @@ def distill(
         )
         for corpus in dict.fromkeys(entry.corpus for entry in table)
     ]
-    return Result(folder, distilled, table, closed, told)
+    return Result(folder, distilled, table, closed, statistics)
 
 
 def _loaded(folder: Path, pack: Pack, learner: Member, training: Training) -> Member:
-    """The distilled member, as a pack loads it, under a name that no member has."""
-    found: Any = f"{NAME}={folder}"
+    """The distilled member as a pack loads it, under a name that no other member has."""
+    model: Any = f"{NAME}={folder}"
     if not training.full:
-        found = Member(merge(learner.model, str(folder)), learner.tokenizer, NAME, learner.encoder)
-    return Loader().members([*pack.members, found])[-1]
+        model = Member(merge(learner.model, str(folder)), learner.tokenizer, NAME, learner.encoder)
+    return Loader().members([*pack.members, model])[-1]
 
 
 def _compared(
     pack: Pack, members: Sequence[Member], distilled: Member, documents: Sequence[Document], work: Path, length: int
 ) -> list[Entry]:
-    """Bits per byte of held-out texts under every member, through MinED too where it was taught so, and the pack."""
+    """Bits per byte of held-out texts for every member, for members that taught through MinED also in this way, and for
+    the pack."""
     names = tuple(member.name for member in pack.members)
     mapped = [copy.copy(member) for member in members if member not in pack.members]
     for member in mapped:
         member.name = f"{member.name} in {members[0].name}'s tokens"
-    everyone = Pack([*pack.members, *mapped, distilled], **pack.options.model_dump(exclude_unset=True))
+    all_members = Pack([*pack.members, *mapped, distilled], **pack.options.model_dump(exclude_unset=True))
     method = Method(PACK, {"weighting": pack.options.weighting}, names)
-    path = work / f"held-out-{distilled.fingerprint[:12]}.jsonl"  # of one training; another one begins anew
-    records = lm.evaluate(everyone, documents, path, methods=[method], length=length)
+    path = work / f"held-out-{distilled.fingerprint[:12]}.jsonl"  # one file per training
+    records = lm.evaluate(all_members, documents, path, methods=[method], length=length)
     return lm_table(records, best_of=names)
 
 

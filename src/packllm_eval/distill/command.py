@@ -1,4 +1,4 @@
-"""packllm distill: texts in, an adapter and a table out."""
+"""packllm distill: it reads texts, and writes an adapter and a table."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from packllm_eval.report import grid, write
 from packllm_eval.rows import Document, read_documents, sample
 
 HELD_OUT = 10
-"""One text in so many is held out, by its hash, where no files are given for that."""
+"""Without files for it, one text in this many is held out, chosen by its hash."""
 
 
 def texts(
     files: Sequence[Path], held_out: Sequence[Path], documents: int | None, compared: int | None, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """Texts to learn and texts to compare on; none is among both.
+    """Texts for training and texts for the comparison, without overlap.
 
     Raises:
-        DataError: files that cannot be read; nothing to compare on.
+        DataError: a file cannot be read, or no text is left for the comparison.
     """
-    found, others = _read(files), _read(held_out)
+    all_texts, compared_texts = _read(files), _read(held_out)
     if not held_out:
-        others = [one for one in found if int(one.id, 16) % HELD_OUT == 0]
-    apart = {one.text for one in others}
-    learnt = sample([one for one in found if one.text not in apart], documents, seed, 200)
-    if not others:
-        raise DataError("none of so few texts is held out to compare on; give more texts, or --held-out FILE")
-    return learnt, sample(others, compared, seed, 20)
+        compared_texts = [one for one in all_texts if int(one.id, 16) % HELD_OUT == 0]
+    excluded = {one.text for one in compared_texts}
+    training = sample([one for one in all_texts if one.text not in excluded], documents, seed, 200)
+    if not compared_texts:
+        raise DataError("too few texts: none was held out for the comparison; give more texts, or --held-out FILE")
+    return training, sample(compared_texts, compared, seed, 20)
 
 
 def _read(paths: Sequence[Path]) -> list[Document]:
@@ -54,19 +54,19 @@ def run(
     length: int,
     as_json: bool,
 ) -> None:
-    """Distil, and print what came of it."""
+    """Distil, and print the results."""
     result = distill(pack, student, documents, held_out, out, training, length=length)
-    taught = result.lessons
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in taught["weights"].items())
+    statistics = result.lessons
+    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in statistics["weights"].items())
     parts = [
-        f"The pack taught {taught['tokens']:,} tokens of {taught['texts']} texts ({taught['left_out']} left out); "
-        f"mean weights: {weights}; the tokens kept hold {taught['mass']:.1%} of its distributions.",
+        f"The pack taught {statistics['tokens']:,} tokens of {statistics['texts']} texts ({statistics['left_out']} "
+        f"left out); mean weights: {weights}; the tokens kept hold {statistics['mass']:.1%} of its distributions.",
         "Bits per byte of held-out texts:",
         grid(result.table),
         "\n".join(f"- {_told(one)}" for one in result.closed),
     ]
     content = {
-        "lessons": taught,
+        "lessons": statistics,
         "closed": [{**asdict(one), "share": one.share} for one in result.closed],
         "table": [entry.as_dict() for entry in result.table],
     }

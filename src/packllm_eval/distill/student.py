@@ -1,4 +1,5 @@
-"""The student: a member that learns what the pack said, as a LoRA adapter or whole, with transformers' Trainer."""
+"""The student: a member that learns the pack's distributions, as a LoRA adapter or with all weights, with
+transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -29,25 +30,25 @@ log = logging.getLogger("packllm")
 RANK = 16
 
 LEAST = 1e-6
-"""Least mass that all tokens but the kept ones together may have: its logarithm is to stay a number."""
+"""Smallest mass of all tokens outside a lesson's top tokens, so that its logarithm is finite."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a student learns.
+    """Training settings.
 
     Attributes:
-        full: all weights, instead of a LoRA adapter.
-        rank: of the adapter, on all linear layers, which starts from nothing. None: 16; where members are adapters of
-            the student, it starts from their mean and has all their ranks together.
-        epochs: times that every text is learnt.
-        batch_size: texts a step.
+        full: train all weights instead of a LoRA adapter.
+        rank: of the adapter, on all linear layers, initialised to zero. None: 16; if members are adapters of the
+            student, the adapter starts from their mean, with the sum of their ranks.
+        epochs: how often every text is learnt.
+        batch_size: texts per step.
         rate: highest learning rate; None: 8e-4 for an adapter, 5e-5 for all weights.
-        seed: of the adapter's first weights and the order of texts.
+        seed: of the adapter's initial weights and the order of texts.
 
     Raises:
         OptionError: a value out of range.
-        ExtraError: an adapter is wanted and peft is not installed.
+        ExtraError: an adapter is to be trained, but peft is not installed.
     """
 
     full: bool = False
@@ -67,9 +68,9 @@ class Training:
             raise ExtraError("training an adapter", "peft", "distill")
 
     def check(self, student: Member) -> None:
-        """OptionError where a member cannot learn so."""
+        """Raise OptionError if this member cannot be trained with these settings."""
         if not hasattr(student.engine, "merged"):
-            raise OptionError(f"student={student.name!r} is no transformers model here; only these can be trained")
+            raise OptionError(f"student={student.name!r} is no local transformers model; only these can be trained")
         if not self.full and student.adapter is not None:
             raise OptionError(
                 f"student={student.name!r} is an adapter already; name its base as the student, or train it whole: "
@@ -89,27 +90,30 @@ def train(
     work: Path,
     training: Training,
 ) -> None:
-    """Write what the student learns of the lessons to `folder`; an interrupted run goes on from its last checkpoint.
+    """Train the student on lessons and write the result to `folder`. An interrupted run continues at its last
+    checkpoint.
 
     Args:
-        members: the pack's, the student first.
+        members: the pack's members, the student first.
         lessons: files of Lessons.
-        ends: ids of the student's that the lessons take for one, under the first of them.
-        work: folder of the checkpoints. They are of one training on these lessons; those of another are dropped.
+        ends: the student's end ids; the lessons count them as one, under the first of them.
+        folder: for the result.
+        work: folder of the checkpoints; those of another training are deleted.
+        training: the settings.
     """
     from transformers import Trainer, TrainingArguments
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint, set_seed
 
     settings = json.loads(json.dumps({**asdict(training), "lessons": [path.stem for path in lessons]}))
-    told, checkpoints = work / "training.json", work / "checkpoints"
+    state_file, checkpoints = work / "training.json", work / "checkpoints"
     state: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        state = json.loads(told.read_text())
+        state = json.loads(state_file.read_text())
     if state.get("settings") != settings:
         shutil.rmtree(checkpoints, ignore_errors=True)
         state = {"settings": settings, "bfloat16": _in_halves(), "done": False}
-        told.write_text(json.dumps(state))
+        state_file.write_text(json.dumps(state))
     if state["done"]:
         return
     set_seed(training.seed)
@@ -138,28 +142,28 @@ def train(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            found = loss(model(**given, use_cache=False).logits, inputs["lessons"])
-            return (found, None) if return_outputs else found
+            tensors = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            value = loss(model(**tensors, use_cache=False).logits, inputs["lessons"])
+            return (value, None) if return_outputs else value
 
     trainer = Learning(model, arguments, train_dataset=_Lessons(lessons), data_collator=_together)
     for path in checkpoints.glob("checkpoint-*"):
-        if not (path / TRAINER_STATE_NAME).is_file():  # it is written last: the run was killed before
+        if not (path / TRAINER_STATE_NAME).is_file():  # it is written last, so this checkpoint is incomplete
             shutil.rmtree(path)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    with redirect_stdout(sys.stderr):  # where the losses are told line by line, if nobody watches a bar
+    with redirect_stdout(sys.stderr):  # without a terminal the losses are printed line by line
         trainer.train(resume_from_checkpoint=last)
     model.save_pretrained(folder)
     if training.full:
         members[0].tokenizer.save_pretrained(folder)
-    told.write_text(json.dumps({**state, "done": True}))
+    state_file.write_text(json.dumps({**state, "done": True}))
 
 
 class Loss:
-    """KL(pack || student) over the tokens that a lesson keeps, and all others as one: a lower bound of the whole.
+    """KL(pack || student) over the top tokens of a lesson, with all others as one token: a lower bound of the full KL.
 
     Args:
-        student: whose logits it takes.
+        student: the member whose logits it takes.
         ends: as in train().
     """
 
@@ -168,21 +172,21 @@ class Loss:
         self._ends = sorted(i for i in ends if i < student.vocabulary_size)
 
     def __call__(self, logits: Tensor, lessons: Sequence[Lesson]) -> Tensor:
-        """Mean nats a token, of logits (batch, n, V)."""
+        """Mean nats per token, for logits (batch, n, V)."""
         losses = [self._one(row, lesson) for row, lesson in zip(logits, lessons, strict=True)]
         return torch.cat(losses).mean()
 
     def _one(self, logits: Tensor, lesson: Lesson) -> Tensor:
-        """(t,)"""
+        """KL of each place, (t,)."""
         rows = self._real(logits[lesson.places])
         top, pack = lesson.top.to(rows.device), lesson.logprobs.to(rows.device)
-        told = rows.gather(-1, top)
+        student = rows.gather(-1, top)
         if len(self._ends) > 1:
-            told = torch.where(top == self._ends[0], rows[:, self._ends].logsumexp(-1, keepdim=True), told)
-        told = told - rows.logsumexp(-1, keepdim=True)
-        rest, own_rest = (1 - one.exp().sum(-1) for one in (pack, told))
-        rest, own_rest = rest.clamp_min(0), own_rest.clamp_min(LEAST)
-        return (pack.exp() * (pack - told)).sum(-1) + rest * (rest.clamp_min(LEAST).log() - own_rest.log())
+            student = torch.where(top == self._ends[0], rows[:, self._ends].logsumexp(-1, keepdim=True), student)
+        student = student - rows.logsumexp(-1, keepdim=True)
+        rest, student_rest = (1 - one.exp().sum(-1) for one in (pack, student))
+        rest, student_rest = rest.clamp_min(0), student_rest.clamp_min(LEAST)
+        return (pack.exp() * (pack - student)).sum(-1) + rest * (rest.clamp_min(LEAST).log() - student_rest.log())
 
 
 class _Lessons(torch.utils.data.Dataset):
@@ -197,7 +201,7 @@ class _Lessons(torch.utils.data.Dataset):
 
 
 def _together(lessons: Sequence[Lesson]) -> dict[str, Any]:
-    """A batch: ids padded to the right, and the lessons."""
+    """A batch: ids padded on the right, and the lessons."""
     ids = [lesson.ids for lesson in lessons]
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
@@ -207,7 +211,7 @@ def _together(lessons: Sequence[Lesson]) -> dict[str, Any]:
 
 
 def _trainable(members: Sequence[Member], training: Training) -> Any:
-    """A copy of the model of the first member, with what learns."""
+    """A copy of the first member's model, with the parameters to train."""
     student = members[0]
     model = copy.deepcopy(student.merged())
     if training.full:
@@ -223,24 +227,24 @@ def _trainable(members: Sequence[Member], training: Training) -> Any:
     for name, (down, up) in start.items():
         module: Any = model.get_submodule(f"base_model.model.{name}")
         module.lora_A["default"].weight.data.copy_(down)
-        module.lora_B["default"].weight.data.copy_(up / 2)  # which lora_alpha doubles
+        module.lora_B["default"].weight.data.copy_(up / 2)  # lora_alpha doubles it
     return model
 
 
 def _mean(experts: Sequence[Member]) -> Factors:
-    """One adapter that is the mean of several on one engine."""
-    found = [expert.engine.adapters.factors(expert.adapter) for expert in experts]  # type: ignore[attr-defined]
+    """One adapter equal to the mean of several adapters of one engine."""
+    factors_of = [expert.engine.adapters.factors(expert.adapter) for expert in experts]  # type: ignore[attr-defined]
     return {
         name: (
-            torch.cat([factors[name][0] for factors in found]),
-            torch.cat([factors[name][1] for factors in found], dim=1) / len(found),
+            torch.cat([factors[name][0] for factors in factors_of]),
+            torch.cat([factors[name][1] for factors in factors_of], dim=1) / len(factors_of),
         )
-        for name in found[0]
+        for name in factors_of[0]
     }
 
 
 def _in_halves() -> bool:
-    """Whether products are faster in bfloat16 here."""
+    """Whether matrix products are faster in bfloat16 on this machine."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return not torch.accelerator.is_available() and fastest() == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The teacher: what the pack's fused distribution says after each token of a text, kept on disk."""
+"""The teacher: it stores the pack's fused distribution after each token of a text on disk."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from packllm_eval.records import LEFT_OUT, run
 from packllm_eval.rows import Document
 
 TOP = 64
-"""Tokens of each distribution that are kept, and the mass of all others as one (docs/results.md tells what is lost)."""
+"""Number of top tokens stored per distribution; the rest is one mass (docs/results.md has the loss by this)."""
 
 FIRST = 32
-"""Tokens that all members read; those without weight by then do not read on."""
+"""Tokens that all members read; members without weight after them stop reading."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A text as the student reads it, and what the pack says of it.
+    """A text in the student's tokens with the pack's distributions.
 
     Attributes:
         ids: int64 (n,), the text in the student's ids.
-        places: int64 (t,), after which of them the pack says what follows.
-        top: int64 (t, TOP), ids that are likeliest there.
-        logprobs: float32 (t, TOP), theirs.
+        places: int64 (t,), indices of the ids after which there is a distribution.
+        top: int64 (t, TOP), the most likely ids there.
+        logprobs: float32 (t, TOP), their log-probabilities.
     """
 
     ids: Tensor
@@ -44,35 +44,35 @@ class Lesson:
     logprobs: Tensor
 
     def save(self, path: Path) -> None:
-        kept = {"ids": self.ids.int(), "places": self.places.int(), "top": self.top.int()}
+        arrays = {"ids": self.ids.int(), "places": self.places.int(), "top": self.top.int()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({**kept, "logprobs": self.logprobs.half()}, path)
+        save_file({**arrays, "logprobs": self.logprobs.half()}, path)
 
     @classmethod
     def load(cls, path: Path) -> Lesson:
-        found = load_file(path)
-        return cls(found["ids"].long(), found["places"].long(), found["top"].long(), found["logprobs"].float())
+        arrays = load_file(path)
+        return cls(arrays["ids"].long(), arrays["places"].long(), arrays["top"].long(), arrays["logprobs"].float())
 
 
 def teach(
     members: Sequence[Member], options: Options, documents: Sequence[Document], folder: Path, *, length: int, batch: int
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Let the pack read texts; a run that was interrupted goes on.
+    """Let the pack read texts and store its distributions; an interrupted run is continued.
 
     Args:
-        members: the pack's, in the ids of the student, which is the first of them (see in_ids_of).
+        members: the pack's members, in the student's ids, the student first (see in_ids_of).
         options: the pack's.
         documents: the texts.
-        folder: where the lessons are kept.
-        length: most tokens of a text.
-        batch: the fewest texts that the student can learn from.
+        folder: where the lessons are stored.
+        length: maximum tokens of a text.
+        batch: texts per training step; at least so many texts are needed.
 
     Returns:
         Files of the lessons; and "texts", "tokens", "left_out", the mean "weights" of the members, and the mean "mass"
-        of the tokens kept.
+        of the top tokens.
 
     Raises:
-        DataError: fewer usable texts than a batch; the folder holds the lessons of another run.
+        DataError: fewer usable texts than a batch; the folder has the lessons of another run.
     """
     _enough(len(documents), batch, "the corpus has", "give more texts")
     header = {
@@ -98,14 +98,14 @@ def teach(
     _enough(len(good), batch, f"{len(reasons)} of {len(records)} texts cannot be used ({(reasons or [''])[0]}), which "
             "leaves", "give longer texts or more of them")  # fmt: skip
     tokens = sum(record["tokens"] for record in good)
-    told = {
+    statistics = {
         "texts": len(good),
         "tokens": tokens,
         "left_out": len(reasons),
         "weights": {m.name: sum(r["weights"].get(m.name, 0.0) for r in good) / len(good) for m in members},
         "mass": sum(record["mass"] * record["tokens"] for record in good) / tokens,
     }
-    return [folder / "lessons" / f"{record['id']}.safetensors" for record in good], told
+    return [folder / "lessons" / f"{record['id']}.safetensors" for record in good], statistics
 
 
 def _enough(count: int, batch: int, what: str, remedy: str) -> None:
@@ -114,7 +114,7 @@ def _enough(count: int, batch: int, what: str, remedy: str) -> None:
 
 
 def in_ids_of(student: Member, members: Sequence[Member]) -> list[Member]:
-    """The members, the student first, and those of other vocabularies in its ids, through MinED."""
+    """The members, the student first; those with other vocabularies are mapped to its ids by MinED."""
     others = [member for member in members if member is not student]
     return [
         student,
@@ -123,35 +123,34 @@ def in_ids_of(student: Member, members: Sequence[Member]) -> list[Member]:
 
 
 def read(members: Sequence[Member], text: str, length: int, options: Options) -> tuple[Lesson, dict[str, float]]:
-    """What members, the student first among them, say together of a text under the weights that it gives them; and
-    these.
+    """The fused distributions of members (the student first) over a text under its weights; and the weights by name.
 
     Raises:
         DataError: the text is too short.
     """
     encoder = members[0].encoder
     if len(encoder.encode(text).positions) < 2:
-        raise DataError(f"the text {text[:40]!r} is too short to say anything of; give texts of some sentences")
+        raise DataError(f"the text {text[:40]!r} is too short; give texts of several sentences")
     text = text[: cut_after(encoder, text, length)]
     head = text[: cut_after(encoder, text, FIRST)]
-    own = encoder.encode(text)
+    encoded = encoder.encode(text)
     running = list(range(len(members)))
-    plain = options.weighting == "em" and getattr(options, "prior", None) is None  # what else may name all members
+    plain = options.weighting == "em" and getattr(options, "prior", None) is None  # other options may name all members
     if plain and len(head) < len(text) and len(members) > 1:
         with Reading(members, [head], keep=False) as reading:
             running = [k for k, weight in enumerate(reading.weights(options, running).values) if weight]
-        if shared_by(members):  # the ids that are spoken are the first one's
+        if shared_by(members):  # the shared ids are the first member's
             running = sorted({0, *running})
     with Reading([members[k] for k in running], [text]) as reading:
         weights = reading.weights(options, range(len(running)))
-        places = torch.tensor(own.positions) - 1
-        kept = [_top(block[:, : members[0].vocabulary_size]) for block in reading.fused(weights)]
-    top, logprobs = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    lesson = Lesson(torch.tensor(own.ids), places[-len(top) :], top, logprobs)
+        places = torch.tensor(encoded.positions) - 1
+        tops = [_top(block[:, : members[0].vocabulary_size]) for block in reading.fused(weights)]
+    top, logprobs = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    lesson = Lesson(torch.tensor(encoded.ids), places[-len(top) :], top, logprobs)
     return lesson, dict(zip(weights.names, weights.values, strict=True))
 
 
 def _top(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and log-probabilities of the likeliest of float32 (b, V)."""
-    found = rows.topk(min(TOP, rows.shape[-1]))
-    return found.indices.cpu(), found.values.cpu()
+    """The most likely ids of rows float32 (b, V), and their log-probabilities."""
+    top = rows.topk(min(TOP, rows.shape[-1]))
+    return top.indices.cpu(), top.values.cpu()

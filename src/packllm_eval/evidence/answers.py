@@ -1,4 +1,4 @@
-"""Greedy answers to the questions with passages, under all methods: batches of plain transformers models."""
+"""Greedy answers to questions with passages under all methods, by batches of plain transformers models."""
 
 from __future__ import annotations
 
@@ -22,31 +22,35 @@ MAX_TOKENS = 64
 
 
 def answer(members: Sequence[Member], data: Path, out: Path, device: str, limit: int | None, batch: int) -> None:
-    """answers.jsonl: {"id", "method", "text", "tokens", "running", "seconds"} a line; lines that are there stay."""
+    """Append to answers.jsonl: {"id", "method", "text", "tokens", "running", "seconds"} per line; keep existing
+    lines."""
     alike = [member for member in members if member.vocabulary.same_as(members[0].vocabulary)]
     names = [member.name for member in alike]
     rows = reading.rows_of(data, limit)
     families = [member.vocabulary.family for member in alike]
-    found = reading.load(rows, "rag", out, names)
+    scored = reading.load(rows, "rag", out, names)
     pooled = reading.load_pooled(rows, out)
-    known = priors([(r, answers_together(r, s, families)[0]) for r, s in found if r.use == "calibrate"])
-    test = [(row, scores) for row, scores in found if row.use == "test" and row.id in pooled]
+    known_priors = priors([(r, answers_together(r, s, families)[0]) for r, s in scored if r.use == "calibrate"])
+    test = [(row, scores) for row, scores in scored if row.use == "test" and row.id in pooled]
     if not test:
         raise DataError(f"{out} has no arrays of these questions; run `read` first, with the same --limit")
     test.sort(key=lambda pair: int(pair[0].id.rpartition("-")[2]))  # each batch has rows of all corpora
     path = out / "answers.jsonl"
-    there = {(one["id"], one["method"]) for one in _lines(path)}
+    existing = {(one["id"], one["method"]) for one in _lines(path)}
     models: list[Alone] = []
     for start in range(0, len(test), batch):
         group = test[start : start + batch]
-        wanted = [m for m in methods(names) if any((row.id, m.label) not in there for row, _ in group)]
-        if not wanted:
+        missing = [m for m in methods(names) if any((row.id, m.label) not in existing for row, _ in group)]
+        if not missing:
             continue
         models = models or [Alone(member, device) for member in alike]
         prompts = Prompts(models, [row for row, _ in group])
-        for method in wanted:
+        for method in missing:
             weights = np.stack(
-                [weights_of(method, names, r, together(r, s, families)[0], known, pooled[r.id]) for r, s in group]
+                [
+                    weights_of(method, names, r, together(r, s, families)[0], known_priors, pooled[r.id])
+                    for r, s in group
+                ]
             )
             started = time.perf_counter()
             texts = prompts.greedy(method, weights)
@@ -64,7 +68,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 class Prompts:
-    """A batch of prompts, read once by all members; answers go back to their end."""
+    """A batch of prompts, read once by all members. Each call of greedy() starts at their end."""
 
     def __init__(self, models: Sequence[Alone], rows: Sequence[Row]) -> None:
         self._models, self._device = models, models[0].device
@@ -81,63 +85,63 @@ class Prompts:
         self._caches, self._first = [], []
         for one in models:
             with torch.inference_mode():
-                given = one.model(
+                output = one.model(
                     input_ids=padded.to(self._device),
                     attention_mask=self._mask,
                     position_ids=places,
                     use_cache=True,
                     logits_to_keep=1,
                 )
-            self._caches.append(given.past_key_values)
-            self._first.append(one.real(given.logits[:, -1]).log_softmax(-1))
+            self._caches.append(output.past_key_values)
+            self._first.append(one.real(output.logits[:, -1]).log_softmax(-1))
 
     def greedy(self, method: Method, weights: np.ndarray) -> list[tuple[str, int]]:
         """(text, tokens) of each prompt's answer under weights (rows, K)."""
         used = [k for k in range(weights.shape[1]) if weights[:, k].any()]
         ends = torch.tensor(sorted(self._models[0].member.end_ids), device=self._device)
         state = Adaptive(weights[:, used]) if method.adapt else None
-        now = torch.from_numpy(weights[:, used]).to(self._device)
+        current = torch.from_numpy(weights[:, used]).to(self._device)
         rows = [self._first[k] for k in used]
         done = torch.zeros(len(weights), dtype=torch.bool, device=self._device)
         written: list[list[int]] = [[] for _ in weights]
         for at in range(MAX_TOKENS):
-            tokens = _fused(rows, now, method.pool).argmax(-1)
+            tokens = _fused(rows, current, method.pool).argmax(-1)
             done |= torch.isin(tokens, ends)
-            for row, (token, over) in enumerate(zip(tokens.tolist(), done.tolist(), strict=True)):
-                if not over:
+            for row, (token, is_done) in enumerate(zip(tokens.tolist(), done.tolist(), strict=True)):
+                if not is_done:
                     written[row].append(token)
             if done.all() or at == MAX_TOKENS - 1:
                 break
             if state is not None:
                 p = torch.stack([row.gather(-1, tokens[:, None])[:, 0] for row in rows], -1).double().exp()
                 state.observe(p.cpu().numpy())
-                now = torch.from_numpy(state.weights()).to(self._device)
+                current = torch.from_numpy(state.weights()).to(self._device)
             rows = self._step(used, tokens, at)
         for k in used:
-            if more := self._caches[k].get_seq_length() - self._length:
-                self._caches[k].crop(-more)  # below 0: so many off the end
+            if extra := self._caches[k].get_seq_length() - self._length:
+                self._caches[k].crop(-extra)  # negative: the number of tokens to remove
         return [(self._tokenizer.decode(ids, skip_special_tokens=True), len(ids)) for ids in written]
 
     def _step(self, used: Sequence[int], tokens: Tensor, at: int) -> list[Tensor]:
-        """Log-probabilities (rows, V) of each member in use, after the answers' token `at`."""
+        """Log-probabilities (rows, V) of each used member, after the answers' token `at`."""
         mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), at + 1)], -1)
         places = self._mask.sum(-1, keepdim=True) + at
-        found = []
+        logprobs = []
         for k in used:
             with torch.inference_mode():
-                given = self._models[k].model(
+                output = self._models[k].model(
                     input_ids=tokens[:, None],
                     attention_mask=mask,
                     position_ids=places,
                     past_key_values=self._caches[k],
                     use_cache=True,
                 )
-            found.append(self._models[k].real(given.logits[:, -1]).log_softmax(-1))
-        return found
+            logprobs.append(self._models[k].real(output.logits[:, -1]).log_softmax(-1))
+        return logprobs
 
 
 def _fused(rows: Sequence[Tensor], weights: Tensor, pool: str) -> Tensor:
-    """(rows, V), rising with the fused probabilities."""
+    """Values (rows, V) in the order of the fused probabilities."""
     total: Tensor | None = None
     for k, row in enumerate(rows):
         scale = weights[:, k, None].to(row)

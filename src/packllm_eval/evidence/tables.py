@@ -1,4 +1,4 @@
-"""Tables of all methods, from the arrays alone."""
+"""Tables of all methods, made from the arrays."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from packllm_eval.evidence.reading import Row, Scores
 from packllm_eval.statistics import interval, proportion
 
 PROMPTS = (32, 128, 256)
-"""Tokens of a document that its weights are from."""
+"""Prompt lengths in tokens of a document."""
 
 REST = 256
-"""Most tokens after them that are predicted; at least a quarter of it."""
+"""Tokens after the prompt that are predicted, at most; documents with less than a quarter of it are left out."""
 
 LEASTS = (0.01, 0.03, 0.05, 0.1)
 ASLEEP, BLOCK = 0.05, 8
@@ -42,16 +42,16 @@ Pair = tuple[Row, list[Scores]]
 
 
 def told(data: Path, out: Path, limit: int | None) -> str:
-    """All tables that there are arrays for, in Markdown."""
+    """All tables for which there are arrays, in Markdown."""
     members = json.loads((out / "members.json").read_text())
     rows = reading.rows_of(data, limit)
     alike = [one["name"] for one in members if one["vocabulary"] == members[0]["vocabulary"]]
-    everybody = [one["name"] for one in members]
+    all_names = [one["name"] for one in members]
     families = [one["vocabulary"] for one in members]
     parts = list(rag(rows, out, alike, families[0]))
-    for names in [alike, everybody] if len(everybody) > len(alike) else [alike]:
-        own = [families[everybody.index(name)] for name in names]
-        parts += language(reading.load(rows, "lm", out, names), names, own)
+    for names in [alike, all_names] if len(all_names) > len(alike) else [alike]:
+        families_of_names = [families[all_names.index(name)] for name in names]
+        parts += language(reading.load(rows, "lm", out, names), names, families_of_names)
     parts += choice(reading.load(rows, "choice", out, alike), alike, families[0])
     return "\n\n".join(parts)
 
@@ -62,73 +62,73 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def versus(a: np.ndarray, b: np.ndarray, sizes: np.ndarray | None = None, places: int = 4) -> str:
     """a − b on the same rows, with a 95 % bootstrap interval."""
-    found = interval((a - b).tolist(), None if sizes is None else sizes.tolist())
-    return f"{found.value:+.{places}f} [{found.low:+.{places}f}, {found.high:+.{places}f}]"
+    difference = interval((a - b).tolist(), None if sizes is None else sizes.tolist())
+    return f"{difference.value:+.{places}f} [{difference.low:+.{places}f}, {difference.high:+.{places}f}]"
 
 
 # Answers to questions with passages
 
 
 def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> Iterator[str]:
-    found = reading.load(rows, "rag", out, names)
+    scored = reading.load(rows, "rag", out, names)
     families = [family] * len(names)
     pooled = reading.load_pooled(rows, out)
-    test = [pair for pair in found if pair[0].use == "test" and pair[0].id in pooled]
+    test = [pair for pair in scored if pair[0].use == "test" and pair[0].id in pooled]
     if not test:
         return
-    known = priors([(r, answers_together(r, s, families)[0]) for r, s in found if r.use == "calibrate"])
-    nats = {m.label: rag_nats(m, names, test, known, pooled) for m in methods(names)}
+    known_priors = priors([(r, answers_together(r, s, families)[0]) for r, s in scored if r.use == "calibrate"])
+    nats = {m.label: rag_nats(m, names, test, known_priors, pooled) for m in methods(names)}
     corpora = list(dict.fromkeys(row.corpus for row, _ in test))
-    here = {corpus: [at for at, (row, _) in enumerate(test) if row.corpus == corpus] for corpus in corpora}
-    alone = {name: nats[f"member {name}"] for name in names}
-    best = {c: min(names, key=lambda name: alone[name][here[c]].sum()) for c in corpora}
-    nats["best member in hindsight"] = np.array([alone[best[r.corpus]][at] for at, (r, _) in enumerate(test)])
+    places = {corpus: [at for at, (row, _) in enumerate(test) if row.corpus == corpus] for corpus in corpora}
+    alone_nats = {name: nats[f"member {name}"] for name in names}
+    best = {c: min(names, key=lambda name: alone_nats[name][places[c]].sum()) for c in corpora}
+    nats["best member in hindsight"] = np.array([alone_nats[best[r.corpus]][at] for at, (r, _) in enumerate(test)])
     sizes = np.array([len(scores[0].texts[0]) for _, scores in test])
     octets = np.array([len(row.texts[0].encode()) for row, _ in test])
     lines = []
     for label, values in sorted(nats.items(), key=lambda item: item[1].sum()):
-        cells = [f"{values[at].sum() / sizes[at].sum():.4f}" for at in here.values()]
+        cells = [f"{values[at].sum() / sizes[at].sum():.4f}" for at in places.values()]
         against = [versus(values, nats[b], sizes) for b in ("em", "best member in hindsight")]
         total = f"{values.sum() / sizes.sum():.4f}", f"{values.sum() / octets.sum() / np.log(2):.4f}"
         lines.append([label, *cells, *total, *against])
-    counted = ", ".join(f"{corpus} {len(here[corpus])} (best: {best[corpus]})" for corpus in corpora)
+    counts = ", ".join(f"{corpus} {len(places[corpus])} (best: {best[corpus]})" for corpus in corpora)
     weights = "; ".join(
-        f"{n} " + " ".join(f"{k} {v:.2f}" for k, v in zip(names, w, strict=True)) for n, w in known.items()
+        f"{n} " + " ".join(f"{k} {v:.2f}" for k, v in zip(names, w, strict=True)) for n, w in known_priors.items()
     )
     headings = ["method", *corpora, "nats/token", "bits/byte", "against em", "against the best member"]
-    yield f"## RAG answers\n\n{len(test)} questions: {counted}. Priors: {weights}.\n\n{table(headings, lines)}"
-    yield from per_corpus(nats, here, sizes)
+    yield f"## RAG answers\n\n{len(test)} questions: {counts}. Priors: {weights}.\n\n{table(headings, lines)}"
+    yield from per_corpus(nats, places, sizes)
     yield from written(test, out, names)
     yield from raced(test, families)
 
 
-def rag_nats(method: Method, names: Sequence[str], test: Sequence[Pair], known: Any, pooled: Any) -> np.ndarray:
-    """NLL of each gold answer."""
+def rag_nats(method: Method, names: Sequence[str], test: Sequence[Pair], known_priors: Any, pooled: Any) -> np.ndarray:
+    """NLL of each gold answer in nats."""
     if method.pool == "log":
         return np.array([-pooled[row.id][method.weighting][1].sum() for row, _ in test])
     prompts = [np.stack([one.prompt for one in scores]) for _, scores in test]
-    found = [weights_of(method, names, row, p, known) for (row, _), p in zip(test, prompts, strict=True)]
-    return nll(np.stack(found), [np.stack([one.texts[0] for one in scores]) for _, scores in test], method.adapt)
+    weights = [weights_of(method, names, row, p, known_priors) for (row, _), p in zip(test, prompts, strict=True)]
+    return nll(np.stack(weights), [np.stack([one.texts[0] for one in scores]) for _, scores in test], method.adapt)
 
 
 def nll(weights: np.ndarray, texts: Sequence[np.ndarray], adapt: bool = False) -> np.ndarray:
-    """Nats of each text (K, n), under weights (rows, K)."""
+    """NLL of each text (K, n) in nats, under weights (rows, K)."""
     if adapt:
         return adapting(weights, texts)[0]
     return np.array([-likelihood(w, text).sum() for w, text in zip(weights, texts, strict=True)])
 
 
-def per_corpus(nats: dict[str, np.ndarray], here: dict[str, list[int]], sizes: np.ndarray) -> Iterator[str]:
-    """Each pack against the best single member in hindsight, domain by domain."""
+def per_corpus(nats: dict[str, np.ndarray], places: dict[str, list[int]], sizes: np.ndarray) -> Iterator[str]:
+    """Each pack against the best single member in hindsight, by domain."""
     lines = []
     for label in ("em", "em + prior (pooled)", "em + prior (own)", "em + adapt", "em + prior (own) + adapt"):
         best = nats["best member in hindsight"]
-        lines.append([label, *(versus(nats[label][at], best[at], sizes[at]) for at in here.values())])
-    yield "Against the best member in hindsight, nats a token:\n\n" + table(["method", *here], lines)
+        lines.append([label, *(versus(nats[label][at], best[at], sizes[at]) for at in places.values())])
+    yield "Against the best member in hindsight, nats a token:\n\n" + table(["method", *places], lines)
 
 
 def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[str]:
-    """Greedy answers, as far as there are any."""
+    """The table of greedy answers, if there are any."""
     path = out / "answers.jsonl"
     if not path.exists():
         return
@@ -139,20 +139,22 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
         one = json.loads(line)
         if one["id"] in gold:
             by.setdefault(one["method"], {})[one["id"]] = one
-    ids = [id_ for id_ in gold if all(id_ in found for found in by.values())]
-    f1s = {label: np.array([f1(found[i]["text"], gold[i]) for i in ids]) for label, found in by.items()}
+    ids = [id_ for id_ in gold if all(id_ in by_id for by_id in by.values())]
+    f1s = {label: np.array([f1(by_id[i]["text"], gold[i]) for i in ids]) for label, by_id in by.items()}
     lines = []
     for label in sorted(by, key=lambda label: -f1s[label].mean()):
         one = [by[label][i] for i in ids]
         holds = proportion([same(gold[i]) in same(o["text"]) for i, o in zip(ids, one, strict=True)])
-        again = np.mean([repeated(o["text"]) for o in one])
+        repetition = np.mean([repeated(o["text"]) for o in one])
         members = 1 if label.startswith("member ") else len(names)
-        read = np.mean([prompts[i] * members + o["tokens"] * o["running"] for i, o in zip(ids, one, strict=True)])
+        tokens_read = np.mean(
+            [prompts[i] * members + o["tokens"] * o["running"] for i, o in zip(ids, one, strict=True)]
+        )
         seconds = np.mean([o["seconds"] for o in one])
         against = versus(f1s[label], f1s["em"])
-        held = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
-        figures = f"{again:.4f}", f"{seconds:.3f}", f"{read:.0f}"
-        lines.append([label, f"{f1s[label].mean():.4f}", against, held, *figures])
+        gold_share = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
+        figures = f"{repetition:.4f}", f"{seconds:.3f}", f"{tokens_read:.0f}"
+        lines.append([label, f"{f1s[label].mean():.4f}", against, gold_share, *figures])
     headings = ["method", "F1", "against em", "holds the gold answer", "repeated 3-grams", "s", "tokens read"]
     yield f"### Greedy answers\n\n{len(ids)} questions.\n\n{table(headings, lines)}"
 
@@ -165,38 +167,42 @@ def same(text: str) -> str:
     return " ".join(words(text))
 
 
-def f1(given: str, gold: str) -> float:
-    """Of the words, as in SQuAD."""
-    a, b = Counter(words(given)), Counter(words(gold))
-    both = sum((a & b).values())
-    return 2 * both / (sum(a.values()) + sum(b.values())) if both else 0.0
+def f1(text: str, gold: str) -> float:
+    """F1 of the words, as in SQuAD."""
+    a, b = Counter(words(text)), Counter(words(gold))
+    common = sum((a & b).values())
+    return 2 * common / (sum(a.values()) + sum(b.values())) if common else 0.0
 
 
 def repeated(text: str) -> float:
-    """Share of word 3-grams that occurred before."""
-    found = words(text)
-    grams = [*zip(found, found[1:], found[2:], strict=False)]
+    """Share of word 3-grams that occurred earlier in the text."""
+    tokens = words(text)
+    grams = [*zip(tokens, tokens[1:], tokens[2:], strict=False)]
     return 1 - len({*grams}) / len(grams) if grams else 0.0
 
 
 def raced(test: Sequence[Pair], families: Sequence[str]) -> Iterator[str]:
-    """Racing prefill: what is read, and what that costs in likelihood, with and without adapt."""
+    """Racing prefill: the share of tokens read, and the loss in likelihood, with and without adapt."""
     lines, octets = [], np.array([len(row.texts[0].encode()) for row, _ in test])
     answers = [answers_together(row, scores, families)[0] for row, scores in test]
     prompts = [together(row, scores, families)[0] for row, scores in test]
-    whole = [em(prompt) for prompt in prompts]
+    full_weights = [em(prompt) for prompt in prompts]
     for least in LEASTS:
-        left, shares = zip(*(racing(prompt, least, FIRST) for prompt in prompts), strict=True)
-        lost = sum(not some[full.argmax()] for some, full in zip(left, whole, strict=True))
-        known = np.stack([dropped(full, least) for full in whole])
-        ran = np.zeros_like(known)
-        for row, (some, prompt) in enumerate(zip(left, prompts, strict=True)):
-            ran[row, some] = whole[row] if some.all() else em(prompt[some])
-            ran[row] = dropped(ran[row], least)
+        survivors, shares = zip(*(racing(prompt, least, FIRST) for prompt in prompts), strict=True)
+        dropped_best = sum(
+            not kept_members[full.argmax()] for kept_members, full in zip(survivors, full_weights, strict=True)
+        )
+        full_dropped = np.stack([dropped(full, least) for full in full_weights])
+        raced_weights = np.zeros_like(full_dropped)
+        for row, (kept_members, prompt) in enumerate(zip(survivors, prompts, strict=True)):
+            raced_weights[row, kept_members] = full_weights[row] if kept_members.all() else em(prompt[kept_members])
+            raced_weights[row] = dropped(raced_weights[row], least)
         for adapt in (False, True):
-            raced_bits, all_bits = (nll(weights, answers, adapt) / np.log(2) for weights in (ran, known))
+            raced_bits, all_bits = (
+                nll(weights, answers, adapt) / np.log(2) for weights in (raced_weights, full_dropped)
+            )
             loss = versus(raced_bits, all_bits, octets, places=5)
-            lines.append([f"{least:g}", "yes" if adapt else "no", f"{np.mean(shares):.3f}", loss, str(lost)])
+            lines.append([f"{least:g}", "yes" if adapt else "no", f"{np.mean(shares):.3f}", loss, str(dropped_best)])
     headings = ["min_weight", "adapt", "tokens read", "bits/byte against all read", "best member dropped"]
     yield f"### Racing prefill\n\nFirst chunk {FIRST} tokens, then as many each time.\n\n{table(headings, lines)}"
 
@@ -204,34 +210,39 @@ def raced(test: Sequence[Pair], families: Sequence[str]) -> Iterator[str]:
 # Language modelling
 
 
-def language(found: Sequence[Pair], names: Sequence[str], families: Sequence[str]) -> Iterator[str]:
-    """em with adapt and without, and with members that sleep, by length of the prompt: half of the documents (the even
-    ones) is to choose on, the other half is reported."""
+def language(scored: Sequence[Pair], names: Sequence[str], families: Sequence[str]) -> Iterator[str]:
+    """The effect of `adapt` and of sleeping members, by length of the prompt. Even documents are for choosing settings,
+    odd ones for the report."""
     unit = "token" if len({*families}) == 1 else "word"
     lines = []
     for length in PROMPTS:
-        cut = [(row, *at_length(row, scores, families, length)) for row, scores in found]
-        fit = [(row, p, a, size) for row, p, a, size in cut if a.shape[1] >= REST // 4 // (1 if unit == "token" else 2)]
+        split_rows = [(row, *at_length(row, scores, families, length)) for row, scores in scored]
+        fit = [
+            (row, p, a, size)
+            for row, p, a, size in split_rows
+            if a.shape[1] >= REST // 4 // (1 if unit == "token" else 2)
+        ]
         for half in ("choose", "report"):
             part = [one for at, one in enumerate(fit) if at % 2 == (half == "report")]
-            for kind, chosen in pure_and_mixed(part):
-                if chosen:
-                    lines.append([str(length), half, kind, str(len(chosen)), *compared(chosen)])
+            for kind, group in pure_and_mixed(part):
+                if group:
+                    lines.append([str(length), half, kind, str(len(group)), *compared(group)])
     if lines:
         headings = ["prompt", "half", "text", "documents", "em, bits/byte", "uniform", "top1", "+ adapt", "+ sleeping"]
         headings += ["members run a " + unit, f"em, min_weight {ASLEEP:g}"]
         yield f"## Language modelling, {unit}s of {', '.join(names)}\n\n{table(headings, lines)}"
 
 
-def pure_and_mixed(found: Sequence[Any]) -> list[tuple[str, list[Any]]]:
-    mixed = [one for one in found if one[0].corpus == "mixed"]
-    return [("pure", [one for one in found if one[0].corpus != "mixed"]), ("mixed", mixed), ("all", list(found))]
+def pure_and_mixed(rows: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    mixed = [one for one in rows if one[0].corpus == "mixed"]
+    return [("pure", [one for one in rows if one[0].corpus != "mixed"]), ("mixed", mixed), ("all", list(rows))]
 
 
 def at_length(
     row: Row, scores: Sequence[Scores], families: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(K, n) of a document's first `length` tokens (of the first member), (K, m) of what follows, and its bytes."""
+    """Of a document: log-probabilities (K, n) of its first `length` tokens (of the first member), (K, m) of the text
+    that follows, and the bytes of the latter."""
     matrix, spans = together(row, scores, families)
     ends = scores[0].spans[:, 1]
     start = ends[min(length, len(ends)) - 1]
@@ -241,19 +252,19 @@ def at_length(
     return matrix[:, :first], matrix[:, first:last], max(1, len(text.encode()))
 
 
-def compared(found: Sequence[Any]) -> list[str]:
-    """The cells of a line: bits per byte, and differences to em."""
-    sizes = np.array([size for *_, size in found])
-    texts = [text for _, _, text, _ in found]
-    full = [em(prompt) for _, prompt, _, _ in found]
-    kept = np.stack([dropped(weights) for weights in full])
-    best = np.array([prompt.sum(1).argmax() for _, prompt, _, _ in found])
-    asleep, run = adapting(kept, texts, ASLEEP, BLOCK)
+def compared(rows: Sequence[Any]) -> list[str]:
+    """The cells of a line: bits per byte, and differences from em."""
+    sizes = np.array([size for *_, size in rows])
+    texts = [text for _, _, text, _ in rows]
+    full = [em(prompt) for _, prompt, _, _ in rows]
+    weights_ = np.stack([dropped(weights) for weights in full])
+    best = np.array([prompt.sum(1).argmax() for _, prompt, _, _ in rows])
+    asleep, running = adapting(weights_, texts, ASLEEP, BLOCK)
     nats = {
-        "em": nll(kept, texts),
-        "uniform": nll(np.full_like(kept, 1 / kept.shape[1]), texts),
-        "top1": nll(np.eye(kept.shape[1])[best], texts),
-        "adapt": nll(kept, texts, True),
+        "em": nll(weights_, texts),
+        "uniform": nll(np.full_like(weights_, 1 / weights_.shape[1]), texts),
+        "top1": nll(np.eye(weights_.shape[1])[best], texts),
+        "adapt": nll(weights_, texts, True),
         "sleeping": asleep,
         "least": nll(np.stack([dropped(weights, ASLEEP) for weights in full]), texts),
     }
@@ -265,7 +276,7 @@ def compared(found: Sequence[Any]) -> list[str]:
         difference["top1"],
         difference["adapt"],
         difference["sleeping"],
-        f"{run:.2f}",
+        f"{running:.2f}",
         difference["least"],
     ]
 
@@ -273,32 +284,33 @@ def compared(found: Sequence[Any]) -> list[str]:
 # Multiple choice
 
 
-def choice(found: Sequence[Pair], names: Sequence[str], family: str) -> Iterator[str]:
-    """Accuracy by what choices are rated on: their likelihood per byte, less half of what they have alone."""
-    test = [pair for pair in found if pair[0].use == "test"]
+def choice(scored: Sequence[Pair], names: Sequence[str], family: str) -> Iterator[str]:
+    """Accuracy of two ratings of choices: log-likelihood per byte, and the same minus half of that without the
+    question."""
+    test = [pair for pair in scored if pair[0].use == "test"]
     if not test:
         return
-    known = priors([(r, right_answer(r, s)) for r, s in found if r.use == "calibrate"])
-    chosen = [m for m in methods(names) if m.pool == "linear" and not m.adapt and m.prior != "own"]
+    known_priors = priors([(r, right_answer(r, s)) for r, s in scored if r.use == "calibrate"])
+    selected = [m for m in methods(names) if m.pool == "linear" and not m.adapt and m.prior != "own"]
     hits: dict[tuple[str, str], np.ndarray] = {}
-    for method in chosen:
+    for method in selected:
         for half in (0.0, 0.5):
-            right = [rated(method, names, row, s, known, half) == row.answer for row, s in test]
+            right = [rated(method, names, row, s, known_priors, half) == row.answer for row, s in test]
             hits[method.label, "half-PMI per byte" if half else "per byte"] = np.array(right, float)
     corpora = list(dict.fromkeys(row.corpus for row, _ in test))
-    here = {corpus: [at for at, (row, _) in enumerate(test) if row.corpus == corpus] for corpus in corpora}
+    places = {corpus: [at for at, (row, _) in enumerate(test) if row.corpus == corpus] for corpus in corpora}
     lines = []
     for (label, rating), values in sorted(hits.items(), key=lambda item: -item[1].mean()):
         share = proportion([bool(v) for v in values])
         against = [versus(values, hits["em", rating], places=3)]
         against.append(versus(values, hits[label, "per byte"], places=3))
-        cells = [f"{values[at].mean():.3f}" for at in here.values()]
+        cells = [f"{values[at].mean():.3f}" for at in places.values()]
         lines.append([label, rating, *cells, f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]", *against])
     halves = [[at for at in range(len(test)) if at % 2 == half] for half in (0, 1)]
     gains = [versus(hits["em", "half-PMI per byte"][at], hits["em", "per byte"][at], places=3) for at in halves]
     headings = ["method", "rating", *corpora, "all", "against em, same rating", "against per byte"]
     yield (
-        f"## Multiple choice\n\n{len(test)} questions, prior from {len(found) - len(test)} others. Half-PMI against "
+        f"## Multiple choice\n\n{len(test)} questions, prior from {len(scored) - len(test)} others. Half-PMI against "
         f"per byte under em, on the even questions {gains[0]}, on the odd ones {gains[1]}.\n\n{table(headings, lines)}"
     )
 
@@ -307,12 +319,14 @@ def right_answer(row: Row, scores: Sequence[Scores]) -> np.ndarray:
     return np.stack([one.texts[row.answer] for one in scores])
 
 
-def rated(method: Method, names: Sequence[str], row: Row, scores: Sequence[Scores], known: Any, half: float) -> int:
-    """The choice with the highest rating; ties go to the earlier."""
-    weights = weights_of(method, names, row, np.stack([one.prompt for one in scores]), known)
+def rated(
+    method: Method, names: Sequence[str], row: Row, scores: Sequence[Scores], known_priors: Any, half: float
+) -> int:
+    """The choice with the highest rating; the earlier among equals."""
+    weights = weights_of(method, names, row, np.stack([one.prompt for one in scores]), known_priors)
     ratings = []
     for at, text in enumerate(row.texts):
-        given = likelihood(weights, np.stack([one.texts[at] for one in scores])).sum()
-        alone = likelihood(weights, np.stack([one.alone[at] for one in scores])).sum() if half else 0.0
-        ratings.append((given - half * alone) / len(text.encode()))
+        conditional = likelihood(weights, np.stack([one.texts[at] for one in scores])).sum()
+        unconditional = likelihood(weights, np.stack([one.alone[at] for one in scores])).sum() if half else 0.0
+        ratings.append((conditional - half * unconditional) / len(text.encode()))
     return int(np.argmax(ratings))

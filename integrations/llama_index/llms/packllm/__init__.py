@@ -1,4 +1,4 @@
-"""packllm for LlamaIndex: `PackLLM` answers wherever LlamaIndex takes an LLM."""
+"""packllm for LlamaIndex: `PackLLM` is a LlamaIndex LLM."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""LlamaIndex's messages as the pack's, and the pack's answers as LlamaIndex's responses."""
+"""Translates LlamaIndex's messages for the pack, and the pack's answers to LlamaIndex's responses."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SAME_ROLE = {"developer": "system", "chatbot": "assistant", "model": "assistant"
 
 
 def from_message(message: ChatMessage) -> dict[str, Any]:
-    """The pack's message: role and text, the calls and the reasoning of an assistant, the call that a tool answers.
-    Marks for the cache of a provider (CachePoint) say nothing.
+    """A message in the pack's format: role, text, an assistant's calls and reasoning, the call that a tool answers.
+    A provider's cache marks (CachePoint) are ignored.
 
     Raises:
-        PromptError: no message, or content that is not text.
+        PromptError: it is no ChatMessage, or its content is no text.
     """
     if not isinstance(message, ChatMessage):
         raise PromptError(f"a conversation is a list of ChatMessage, not of {type(message).__name__}")
@@ -46,21 +46,21 @@ def from_message(message: ChatMessage) -> dict[str, Any]:
                 f"{type(block).__name__} in a message of role {message.role.value!r}: the models read text only; "
                 "send TextBlock or a string"
             )
-    known = message.additional_kwargs
-    told = known.get("tool_calls")
-    if not calls and told is not None:
-        if not isinstance(told, list | tuple):
+    additional = message.additional_kwargs
+    extra_calls = additional.get("tool_calls")
+    if not calls and extra_calls is not None:
+        if not isinstance(extra_calls, list | tuple):
             raise PromptError(f"tool_calls in a message of role {message.role.value!r} must be a list of calls")
-        calls = [_openai_call(call) for call in told]
+        calls = [_openai_call(call) for call in extra_calls]
     role = SAME_ROLE.get(message.role.value, message.role.value)
-    translated: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
+    result: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
     if calls:
-        translated["tool_calls"] = calls
+        result["tool_calls"] = calls
     if role == "assistant" and (thought := "\n".join(filter(None, thoughts))):
-        translated["reasoning_content"] = thought
+        result["reasoning_content"] = thought
     if role == "tool":
-        translated |= {name: known[name] for name in ("tool_call_id", "name") if known.get(name) is not None}
-    return translated
+        result |= {name: additional[name] for name in ("tool_call_id", "name") if additional.get(name) is not None}
+    return result
 
 
 def _call(identity: str | None, name: str, arguments: Any) -> dict[str, Any]:
@@ -68,27 +68,29 @@ def _call(identity: str | None, name: str, arguments: Any) -> dict[str, Any]:
 
 
 def _openai_call(call: Any) -> Any:
-    """A call in additional_kwargs, where integrations of OpenAI's kind keep mappings or objects; the pack checks it."""
+    """A call in additional_kwargs, which other integrations store as mappings or objects; the pack checks it."""
     return call.model_dump() if hasattr(call, "model_dump") else call
 
 
 def log_probs(tokens: Sequence[TokenLogprob] | None) -> list[list[LogProb]] | None:
-    """For each token itself, then the others that were likely there. What members gave them is in `raw`."""
+    """For each token: itself, then the other likely tokens. The members' log-probabilities are in `raw`."""
     if tokens is None:
         return None
 
-    def told(one: TokenLogprob) -> LogProb:
-        known = one.as_dict()
-        return LogProb(token=known["token"], logprob=known["logprob"], bytes=known["bytes"])
+    def to_log_prob(one: TokenLogprob) -> LogProb:
+        fields = one.as_dict()
+        return LogProb(token=fields["token"], logprob=fields["logprob"], bytes=fields["bytes"])
 
     def differs(one: TokenLogprob, other: TokenLogprob) -> bool:
         return (one.id, one.token) != (other.id, other.token)
 
-    return [[told(one), *(told(other) for other in one.top_logprobs if differs(one, other))] for one in tokens]
+    return [
+        [to_log_prob(one), *(to_log_prob(other) for other in one.top_logprobs if differs(one, other))] for one in tokens
+    ]
 
 
 class CompletionReply:
-    """Completion responses from a growing text."""
+    """Makes completion responses from a growing text."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -99,12 +101,12 @@ class CompletionReply:
 
 
 class ChatReply:
-    """Chat responses from a growing text: the content without calls of tools, and the calls as far as they are whole.
-    Reasoning is a ThinkingBlock before the content, and while it streams additional_kwargs["thinking_delta"].
+    """Makes chat responses from a growing text: its content without tool calls, and the calls that are complete.
+    Reasoning is a ThinkingBlock before the content, and in streams also additional_kwargs["thinking_delta"].
 
     Args:
-        tools: tools whose calls to look for; without any, no text is a call.
-        parallel: whether an answer may hold several calls; else the first counts.
+        tools: the offered tools; without tools no text is a call.
+        parallel: whether an answer may have several calls; otherwise only the first one counts.
     """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], parallel: bool) -> None:
@@ -124,7 +126,7 @@ class ChatReply:
 
 
 def _message(answer: ParsedAnswer, reasoning: str) -> ChatMessage:
-    """Calls are blocks, which memories keep, and OpenAI-like dictionaries, which older parts of the core read."""
+    """The answer as a message. Calls are blocks, which memories keep, and OpenAI-like dicts, which older code reads."""
     calls = answer.calls
     blocks: list[ContentBlock] = [ThinkingBlock(content=reasoning)] if reasoning else []
     blocks += [TextBlock(text=answer.content)] if answer.content or not calls else []

@@ -1,4 +1,4 @@
-"""Streams between the pack and LlamaIndex: announced, closable."""
+"""Streams that LlamaIndex's callbacks know of and that callers can close."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def streaming(callback: Callable) -> Callable:
-    """Announce a stream to LlamaIndex's callbacks, and let closing it close the work.
+    """Report a stream to LlamaIndex's callbacks, such that closing the stream ends the work.
 
-    The framework's own wrapper only drops the generator beneath it, and a handler that keeps its events
-    (LlamaDebugHandler) keeps the exception, its frames, and so the work alive.
+    The framework's own wrapper only drops the generator inside it. A handler that stores its events (LlamaDebugHandler)
+    then keeps the exception, its frames, and so the generator alive.
     """
 
     def wrap(method: Callable) -> Callable:

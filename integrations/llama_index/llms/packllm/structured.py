@@ -1,4 +1,4 @@
-"""Structured output: answers that are valid because nothing else can be decoded."""
+"""Structured output: answers that satisfy their schema, because decoding allows nothing else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ dispatcher = get_dispatcher(__name__)
 
 
 class StructuredOutput(LLM):
-    """Structured prediction under the JSON schema of the class asked for, which needs the extra `structured`.
+    """Structured prediction with the JSON schema of the output class; needs the extra `structured`.
 
-    That is what pydantic_program_mode=DEFAULT means here; the other modes are LlamaIndex's own. LLM needs no extra:
-    the models are told the schema, and what they say is parsed.
+    This is pydantic_program_mode=DEFAULT; the other modes are LlamaIndex's own. LLM needs no extra: the prompt contains
+    the schema, and the answer is parsed.
     """
 
     def structured_predict(
@@ -68,13 +68,13 @@ class StructuredOutput(LLM):
 
     def _program(self, output_cls: type[Model], prompt: BasePromptTemplate) -> LLMTextCompletionProgram[Model]:
         parser = _Valid if self.metadata.is_chat_model else PydanticOutputParser
-        # The program leaves its parser on the prompt, and that one is the caller's.
+        # The program stores its parser in the prompt, which belongs to the caller: hence a copy.
         return LLMTextCompletionProgram(parser(output_cls), output_cls, prompt.model_copy(), self)
 
 
 class _Valid(PydanticOutputParser):
-    """For JSON that is valid. The schema stays out of the user's message, for that is what weighs the members: the
-    pack puts it into the system message."""
+    """Parser of valid JSON. The schema is not added to the user's message, because the weights are computed from it:
+    the pack adds it to the system message."""
 
     def format(self, query: str) -> str:
         return query
@@ -84,7 +84,7 @@ class _Valid(PydanticOutputParser):
 
 
 def _under(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Options of the pack under which the answer is of the class, and no call of a tool that the model is given."""
+    """The pack's options for an answer of this class; tools are off, so that it is not a call."""
     return {"json_schema": schema_of_type(output_cls), "tools": (), "tool_choice": None, **(llm_kwargs or {})}
 
 

@@ -1,4 +1,4 @@
-"""What LlamaIndex asks of a model that calls functions, over chat methods that take the pack's options."""
+"""LlamaIndex's function-calling interface, for chat methods that take the pack's options."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from packllm import OptionError, PackError
 
 
 class NoToolCallError(PackError, ValueError):
-    """A model was to call a tool and did not, or not in a form that can be read."""
+    """The model had to call a tool, but its answer has no call, or none that can be parsed."""
 
 
 class ToolCalling(FunctionCallingLLM):
-    """The tools of a call become options of the pack; calls in an answer become LlamaIndex's selections."""
+    """Turns the tools of a request into options of the pack, and calls in an answer into LlamaIndex's selections."""
 
     def _prepare_chat_with_tools(
         self,
@@ -32,16 +32,16 @@ class ToolCalling(FunctionCallingLLM):
         tool_choice: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Arguments of the chat methods."""
+        """The arguments of the chat methods."""
         messages = list(chat_history or ())
         if user_msg is not None:
             messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
-        words: dict[str, Any] = {"messages": messages, **kwargs}
+        arguments: dict[str, Any] = {"messages": messages, **kwargs}
         if tools:
-            words |= {"tools": [_described(tool) for tool in tools]}
-            words |= {"allow_parallel_tool_calls": allow_parallel_tool_calls}
+            arguments |= {"tools": [_described(tool) for tool in tools]}
+            arguments |= {"allow_parallel_tool_calls": allow_parallel_tool_calls}
         choice = _choice(tool_choice, tool_required)
-        return words if choice is None else words | {"tool_choice": choice}
+        return arguments if choice is None else arguments | {"tool_choice": choice}
 
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
@@ -49,7 +49,7 @@ class ToolCalling(FunctionCallingLLM):
         """The calls in an answer.
 
         Raises:
-            NoToolCallError: there is none, and error_on_no_tool_call.
+            NoToolCallError: there is none, and error_on_no_tool_call is True.
         """
         message = response.message
         calls = [
@@ -73,27 +73,27 @@ class ToolCalling(FunctionCallingLLM):
         return await super().apredict_and_call(tools, *args, **self._with_react(kwargs))
 
     def _with_react(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """For models without a chat format LlamaIndex makes a ReAct agent here, and names no formatter for it."""
+        """For models without a chat template LlamaIndex makes a ReAct agent, and needs a formatter for it."""
         if self.metadata.is_function_calling_model:
             return kwargs
         return {"react_chat_formatter": ReActChatFormatter(), "output_parser": ReActOutputParser(), **kwargs}
 
 
 def _described(tool: BaseTool) -> dict[str, Any]:
-    described = tool.metadata.to_openai_tool(skip_length_check=True)
-    # LlamaIndex replaces characters that OpenAI refuses, and then does not find the tool under the new name.
-    described["function"]["name"] = tool.metadata.get_name()
-    return described
+    description = tool.metadata.to_openai_tool(skip_length_check=True)
+    # LlamaIndex replaces characters that OpenAI refuses, but then does not find the tool by the new name.
+    description["function"]["name"] = tool.metadata.get_name()
+    return description
 
 
 def _choice(choice: str | Mapping[str, Any] | None, required: bool) -> str | None:
-    """tool_choice as the pack has it; OpenAI's {"type": "function", "function": {"name": ...}} names a tool."""
+    """tool_choice in the pack's format; OpenAI's {"type": "function", "function": {"name": ...}} names a tool."""
     function = choice.get("function", choice) if isinstance(choice, Mapping) else {}
     name = choice
     if isinstance(choice, Mapping):
         name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str | None) or (name is None and choice is not None):
-        raise OptionError(f"tool_choice={choice!r} names no tool")
+        raise OptionError(f"tool_choice={choice!r} names no tool; give a tool's name, 'auto', 'any' or 'none'")
     if required and name in ("auto", "none"):
-        raise OptionError(f"tool_required=True demands a call and tool_choice={name!r} does not; leave one of them out")
+        raise OptionError(f"tool_required=True contradicts tool_choice={name!r}; leave one of them out")
     return "any" if required and name is None else name

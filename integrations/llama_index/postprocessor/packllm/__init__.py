@@ -1,4 +1,4 @@
-"""packllm for LlamaIndex: `PackRerank` puts retrieved nodes in order."""
+"""packllm for LlamaIndex: `PackRerank` reranks retrieved nodes."""
 
 from importlib.util import find_spec
 

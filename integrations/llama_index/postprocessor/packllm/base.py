@@ -1,4 +1,4 @@
-"""PackRerank: a packllm.Pack that puts retrieved nodes in order."""
+"""PackRerank: a packllm.Pack that reranks retrieved nodes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from packllm import Pack, PromptError
 
 
 class PackRerank(BaseNodePostprocessor):
-    """Several local language models that rate nodes as one, by how well each explains the question (see
+    """Several local language models that rerank nodes together, by the question's likelihood given each node (see
     packllm.Pack.relevance). The best come first; their score is log p(question | node) in nats.
 
     Raises:
-        PromptError: at the call, a blank or missing question, or a node without text.
-        ContextOverflowError: at the call, a node that is too long for a member.
+        PromptError: when called with a blank or missing question, or a node without text.
+        ContextOverflowError: when called with a node that is too long for a member.
 
     Examples:
         ```python
@@ -27,11 +27,11 @@ class PackRerank(BaseNodePostprocessor):
     """
 
     pack: Pack = Field(exclude=True, repr=False)
-    """The pack that rates."""
+    """The pack that rates the nodes."""
     top_n: int | None = Field(default=None, ge=1)
-    """How many nodes to give back; None: all."""
+    """How many nodes to return; None: all."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the pack's for each rating."""
+    """Options of the pack for each rating."""
 
     @classmethod
     def class_name(cls) -> str:
