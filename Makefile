@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test newest engines models lint bench wheel-check clean
+.PHONY: setup demo test newest engines models lint docs bench wheel-check clean
 
 setup: .venv/ready
 
@@ -62,6 +62,18 @@ ENGINES := .venv-engines/bin/python
 engines: .venv-engines/ready
 	OMP_NUM_THREADS=1 $(ENGINES) -m pytest --numprocesses auto --dist loadfile tests/test_llama_cpp.py tests/test_ray.py
 
+# The site, in site/: strict, offline, and from the source alone, so it needs no model and none of the pinned packages.
+# Material for MkDocs is kept until May 2027; Zensical, by the same team, reads the same mkdocs.yml.
+SITE := .venv-docs
+$(SITE)/ready: constraints-docs.txt
+	rm -rf $(SITE)
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $<
+	touch $@
+
+docs: $(SITE)/ready
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict
+
 # The table of architectures, some ten minutes; the tests run a sample of it.
 models: setup
 	$(BIN)/python -m packllm_eval.models > docs/models.md.new
@@ -87,4 +99,4 @@ wheel-check:
 	$(FRESH)/bin/python tests/installed.py
 
 clean:
-	rm -rf .venv .venv-newest .venv-engines $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .venv-newest .venv-engines $(SITE) $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist site

@@ -79,12 +79,12 @@ def by_tokens(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chu
     places = options.draft_tokens
     if places is None and options.seed is not None and options.temperature > 0:
         places = 1  # drafts consume random numbers: with them a seeded answer would depend on its batch
-    return _written(request, rows, lambda ensemble, rows: speculative_ids(ensemble, rows, places))
+    return written(request, rows, lambda ensemble, rows: speculative_ids(ensemble, rows, places))
 
 
 def drawn(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
     """As by_tokens; each token comes from one member, drawn by the weights."""
-    return _written(request, rows, lazy_ids)
+    return written(request, rows, lazy_ids)
 
 
 def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
@@ -110,7 +110,9 @@ def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk]
                     yield r, Chunk(text, row.weights)
 
 
-def _written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple[int, Chunk], None, None]:
+def written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple[int, Chunk], None, None]:
+    """(row, Chunk) of the rows that are not done, whose tokens `ids` chooses. What turns tokens into an answer is here:
+    end tokens, stop strings, the limit, guaranteed forms, penalties, usage."""
     lines: dict[tuple[int, int], Line] = {}
     shared: dict[int, Shared | None] = {}
     for r in (r for r, row in enumerate(rows) if not row.done):

@@ -40,7 +40,7 @@ def _any(request: Request) -> None:
     """Accept every request."""
 
 
-def _named(name: str, decode: Decode) -> Decode:
+def named(name: str, decode: Decode) -> Decode:
     """`decode`, with `name` as the decoding in its last chunks."""
 
     def decode_named(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
@@ -51,7 +51,7 @@ def _named(name: str, decode: Decode) -> Decode:
     return decode_named
 
 
-_TOKENS, _PROVED, _COOL = _named("tokens", by_tokens), _named("tokens", proved), _named("cool", by_segments)
+_TOKENS, _PROVED, _COOL = named("tokens", by_tokens), named("tokens", proved), named("cool", by_segments)
 
 
 def _auto(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk], None, None]:
@@ -90,10 +90,10 @@ def _tokens(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk
 DECODINGS: dict[str, Decoding] = {
     "auto": Decoding(_any, _auto),
     "tokens": Decoding(check_tokens, _tokens),
-    "lazy": Decoding(check_drawn, _named("lazy", drawn)),
+    "lazy": Decoding(check_drawn, named("lazy", drawn)),
     "cool": Decoding(check_segments, _COOL),
-    "cool+rerank": Decoding(check_reranked, _named("cool+rerank", reranked)),
-    "mined": Decoding(check_models, _named("mined", by_tokens), mapped=True),
+    "cool+rerank": Decoding(check_reranked, named("cool+rerank", reranked)),
+    "mined": Decoding(check_models, named("mined", by_tokens), mapped=True),
 }
 
 
