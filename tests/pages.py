@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -64,3 +67,34 @@ def anchors(text: str) -> set[str]:
     """What headings are linked by."""
     headings = [line.lstrip("#") for line in without_fences(text) if line.startswith("#")]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@contextmanager
+def registries() -> Iterator[None]:
+    """Weightings and decodings that are added meanwhile are gone afterwards."""
+    from packllm.decode.decodings import DECODINGS
+    from packllm.weights import WEIGHTINGS
+
+    before = [(registry, dict(registry)) for registry in (WEIGHTINGS, DECODINGS)]
+    try:
+        yield
+    finally:
+        for registry, entries in before:
+            registry.clear()
+            registry.update(entries)
+
+
+def definitions(name: str) -> dict[str, Any]:
+    """What the Python blocks of a page import, define and register, without what they run."""
+    space: dict[str, Any] = {}
+    for block in blocks(read(name)):
+        if block.language == "python":
+            tree = ast.parse(block.text)
+            tree.body = [one for one in tree.body if _defines(one)]
+            exec(compile(tree, name, "exec"), space)
+    return space
+
+
+def _defines(statement: ast.stmt) -> bool:
+    registers = isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Subscript)
+    return registers or isinstance(statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)

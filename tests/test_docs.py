@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 from conftest import CORPUS
-from pages import PAGES, ROOT, Block, anchors, blocks, commands, read, without_fences
+from pages import PAGES, ROOT, Block, anchors, blocks, commands, read, registries, without_fences
 
 LANGUAGES = {"python", "sh", "text", "json", "dockerfile", "ini"}
 TABLES_OF_RUNS = ("docs/results.md", "docs/results/", "docs/log.md")
@@ -180,6 +180,7 @@ def test_programs_run(name, request, inside, monkeypatch, capsys):
         request.getfixturevalue("starter")
     space: dict[str, Any] = {"__name__": "__main__"}
     with ExitStack() as stack:
+        stack.enter_context(registries())
         replaced = stack.enter_context(_served(make=request.getfixturevalue("make_member"))) if name in SERVED else {}
         monkeypatch.setenv("EXAMPLE_KEY", "none")
         for block in found:
