@@ -60,7 +60,8 @@ ENGINES := .venv-engines/bin/python
 	touch $@
 
 engines: .venv-engines/ready
-	OMP_NUM_THREADS=1 $(ENGINES) -m pytest --numprocesses auto --dist loadfile tests/test_llama_cpp.py tests/test_ray.py
+	OMP_NUM_THREADS=1 $(ENGINES) -m pytest --numprocesses auto --dist loadfile tests/test_llama_cpp.py tests/test_ray.py \
+		"tests/test_docs.py::test_programs_run[docs/engines.md]"
 
 # The site, in site/: strict, offline, and from the source alone, so it needs no model and none of the pinned packages.
 # Material for MkDocs is kept until May 2027; Zensical, by the same team, reads the same mkdocs.yml.

@@ -148,7 +148,7 @@ def subject(monkeypatch) -> Subject:
         monkeypatch.setattr(engine, "row", row)
 
     def held() -> int:
-        return sum(isinstance(one, space["Notes"]) and not one.closed for one in gc.get_objects())
+        return sum(type(one) is space["Notes"] and not one.closed for one in gc.get_objects())
 
     return Subject(engine, truth, ids, poisoned, lambda sequence: None, held)
 
