@@ -106,6 +106,14 @@ def test_the_reference_has_all_public_names():
     assert all(re.search(rf"::: \S+\.{name}$", told, re.MULTILINE) for name in adapters)
 
 
+def test_the_citation_is_cff_and_names_both_papers():
+    cited = pytest.importorskip("yaml").safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "version"} <= cited.keys()
+    assert [one["identifiers"][0]["value"] for one in cited["references"]] == ["arXiv:2404.11531", "arXiv:2407.19807"]
+    assert all({"type", "title", "authors"} <= one.keys() for one in cited["references"])
+
+
 # Programs
 
 
