@@ -43,9 +43,9 @@ def registries_stay() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["weighting", "decoding", "engine"])
 def test_an_example_is_whole_and_short(name):
-    first = next(block for block in blocks(read(f"docs/extending/{name}.md")) if block.language == "python")
-    assert len([line for line in first.text.splitlines() if line.strip()]) <= {"engine": 60}.get(name, 32)
-    assert "from packllm import" in first.text
+    first, *_ = (block.text for block in blocks(read(f"docs/extending/{name}.md")) if block.language == "python")
+    assert len([line for line in first.splitlines() if line.strip()]) <= (45 if name == "engine" else 32)
+    assert "from packllm" in first
 
 
 # The weighting
