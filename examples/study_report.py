@@ -1,8 +1,8 @@
-"""The tables and plots of `docs/results.md`, of those records of study.py that there are:
+"""Tables and plots of `docs/results.md`, from the existing records of study.py:
 
     python examples/study_report.py --data study --out docs/results
 
-Markdown tables, JSON and pictures, by the names of the studies.
+Writes Markdown tables, JSON and plots, named after the studies.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def averages(entries: list[tables.Entry]) -> list[tables.Entry]:
 
 
 def plot_counts(path: Path, entries: list[tables.Entry]) -> None:
-    """Bits per byte by the number of members, a line a weighting (PackLLM Figure 3)."""
+    """Plot bits per byte against the number of members, one line per weighting (PackLLM Figure 3)."""
     import matplotlib.pyplot as pyplot
 
     scores = {entry.method: entry.score for entry in entries}
