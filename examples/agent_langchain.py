@@ -5,9 +5,9 @@
     python examples/agent_langchain.py "Does the verdict of a jury have to be unanimous?"
 
 Small models seldom call a tool unprompted, and often write invalid calls. Here constrained decoding forces the first
-step to be a valid call of the search, and the system prompt has an example of a good call. Later steps may answer or call
-again; the last of STEPS asks for an answer from all results. The table at the end comes from a callback handler: the
-weight of each member in each step.
+step to be a valid call of the search, and the system prompt has an example of a good call. Later steps may answer or
+call again; the last of STEPS asks for an answer from all results. The table at the end comes from a callback handler:
+the weight of each member in each step.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python examples/agent_llama_index.py "Does the verdict of a jury have to be unanimous?"
 
 Small models seldom call a tool unprompted, and often write invalid calls. Here constrained decoding forces the first
-step of the FunctionAgent to be a valid call of the search, and a stop text keeps the ReActAgent from inventing the tool's
-result. The table at the end comes from LlamaIndex's instrumentation: the weight of each member in each step.
+step of the FunctionAgent to be a valid call of the search, and a stop text keeps the ReActAgent from inventing the
+tool's result. The table at the end comes from LlamaIndex's instrumentation: the weight of each member in each step.
 """
 
 from __future__ import annotations
