@@ -46,9 +46,9 @@ class Plan(AgentMiddleware):
         if taken < STEPS - 1:
             return handler(request.override(tool_choice="auto" if taken else "search_passages"))
         # After a history of calls a small model writes another one, so show it only the question and the results.
-        found = dict.fromkeys(message.text for message in request.messages if isinstance(message, ToolMessage))
-        told = SystemMessage(ANSWER + "\n\n".join(found))
-        return handler(request.override(system_message=told, messages=request.messages[:1], tool_choice="none"))
+        results = dict.fromkeys(message.text for message in request.messages if isinstance(message, ToolMessage))
+        system = SystemMessage(ANSWER + "\n\n".join(results))
+        return handler(request.override(system_message=system, messages=request.messages[:1], tool_choice="none"))
 
 
 class Steps(BaseCallbackHandler):

@@ -63,13 +63,13 @@ class Steps(BaseEventHandler):
     def show(self) -> None:
         names = self._seen[0][1]["names"]
         table = Table("step", *names, "perplexity", "read", "written", "seconds", box=None, header_style="dim")
-        for number, (agent, said) in enumerate(self._seen, 1):
-            weights, perplexity = said["start"] or said["weights"], said["perplexity"]
+        for number, (agent, record) in enumerate(self._seen, 1):
+            weights, perplexity = record["start"] or record["weights"], record["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)
             cells = [f"{weight:.2f}" for weight in weights]
             cells[top] = f"[bold green]{cells[top]}[/]"
             surprise = "-" if perplexity[top] is None else f"{perplexity[top]:.1f}"
-            usage, seconds = said["usage"], said["timings"]["total"]
+            usage, seconds = record["usage"], record["timings"]["total"]
             counts = str(usage["prompt_tokens"]), str(usage["completion_tokens"])
             table.add_row(f"{number} {agent}", *cells, surprise, *counts, f"{seconds:.1f}")
         console.print("[dim]weights and perplexity per token of the top member, tokens, seconds:[/]")
@@ -93,8 +93,8 @@ async def ask(agent: BaseWorkflowAgent, question: str) -> str:
     async for event in handler.stream_events():
         if isinstance(event, ToolCallResult):
             call = f"{event.tool_name}({json.dumps(event.tool_kwargs, ensure_ascii=False)})"
-            found = event.tool_output.content.replace("\n", " ")
-            console.print(f"[dim]call:[/] {escape(call)}\n[dim]result:[/] {escape(found[:200])} …")
+            output = event.tool_output.content.replace("\n", " ")
+            console.print(f"[dim]call:[/] {escape(call)}\n[dim]result:[/] {escape(output[:200])} …")
     return str(await handler)
 
 

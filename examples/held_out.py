@@ -43,9 +43,9 @@ def main() -> None:
 
     maths = args.out / "gsm8k.jsonl"
     write(maths, gsm8k(args.shared / "eval" / "gsm8k_test.jsonl.gz"))
-    found = {name: read_documents(args.shared / path, group) for name, (path, group) in CORPORA.items()}
-    found["maths"] = read_documents(maths, "question", 2)
-    held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in found.items()}
+    corpora = {name: read_documents(args.shared / path, group) for name, (path, group) in CORPORA.items()}
+    corpora["maths"] = read_documents(maths, "question", 2)
+    held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in corpora.items()}
     held_out["code"] = [cut for path in standard_library() for cut in code(path)]
     held_out["mixed"] = mixed(held_out)
     training = {"code": code_of_python, "cpp": headers, "numerics": docstrings}
@@ -57,13 +57,13 @@ def main() -> None:
     held_out["mixed_all"] = mixed({name: texts for name, texts in held_out.items() if name != "mixed"})
     for name, texts in held_out.items():
         write(args.out / f"{name}.jsonl", ({"text": text} for text in texts))
-    for name, documents in found.items():
+    for name, documents in corpora.items():
         train = [d.text for d in documents if not d.held_out]
         texts = random.Random(0).sample(train, min(FITTED, len(train)))
         write(args.out / "corpora" / f"{name}.jsonl", ({"text": text} for text in texts))
     other = [cut for path in standard_library("*/*.py") for cut in code(path)]
     write(args.out / "corpora" / "code.jsonl", ({"text": text} for text in random.Random(0).sample(other, FITTED)))
-    unseen = [d for d in found["maths"] if d.held_out]
+    unseen = [d for d in corpora["maths"] if d.held_out]
     write(args.out / "gsm8k_held_out.jsonl", (split_answer(d) for d in unseen))
 
 
@@ -85,12 +85,12 @@ def split_answer(document: Document) -> dict:
 
 def joined(texts: Iterable[str]) -> list[str]:
     """Documents long enough for a prompt and a continuation; short ones are joined."""
-    documents, held = [], ""
+    documents, joined_text = [], ""
     for text in texts:
-        held = f"{held}\n\n{text}" if held else text
-        if len(held) >= LEAST:
-            documents.append(held)
-            held = ""
+        joined_text = f"{joined_text}\n\n{text}" if joined_text else text
+        if len(joined_text) >= LEAST:
+            documents.append(joined_text)
+            joined_text = ""
     return documents
 
 

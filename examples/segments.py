@@ -74,17 +74,17 @@ def _read(pack: Pack, text: str) -> dict[str, Any]:
     return {"places": len(places), "differ": counts["differ"], "decided": counts["decided"], "right": chances}
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table: how often each rule, and each member, was right at the decided positions."""
-    decided = sum(record["decided"] for record in found)
+    decided = sum(record["decided"] for record in records)
     lines = [
-        f"{sum(r['places'] for r in found)} places in {len(found)} documents; proposals differed at "
-        f"{sum(r['differ'] for r in found)}; at {decided} of them some were right and some wrong.",
+        f"{sum(r['places'] for r in records)} places in {len(records)} documents; proposals differed at "
+        f"{sum(r['differ'] for r in records)}; at {decided} of them some were right and some wrong.",
         "",
         "| who chooses | right | share |",
         "|---|---|---|",
     ]
-    for name in found[0]["right"]:
-        right = sum(record["right"][name] for record in found)
+    for name in records[0]["right"]:
+        right = sum(record["right"][name] for record in records)
         lines.append(f"| {name} | {right} | {right / max(1, decided):.3f} |")
     return "\n".join(lines) + "\n"

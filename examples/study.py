@@ -143,13 +143,13 @@ def word_methods() -> list[Method]:
 
 
 def documents(data: Path, count: int, corpora: tuple[str, ...] = CORPORA) -> list[rows.Document]:
-    found = [d for name in corpora for d in rows.read_documents(data / f"{name}.jsonl")]
-    return rows.sample(found, None, 0, count)  # or all there are
+    documents = [d for name in corpora for d in rows.read_documents(data / f"{name}.jsonl")]
+    return rows.sample(documents, None, 0, count)  # or all there are
 
 
-def in_turn(found: list[rows.Document]) -> list[rows.Document]:
+def in_turn(documents: list[rows.Document]) -> list[rows.Document]:
     """Documents in turn from all corpora, so that an interrupted run has records of each corpus."""
-    return sorted(found, key=lambda d: [other.id for other in found if other.corpus == d.corpus].index(d.id))
+    return sorted(documents, key=lambda d: [other.id for other in documents if other.corpus == d.corpus].index(d.id))
 
 
 def study_corpora(args: argparse.Namespace) -> None:
@@ -229,22 +229,22 @@ def study_choice(args: argparse.Namespace) -> None:
     variants = [method(f"em α={alpha}", "em", FIVE, alpha=alpha) for alpha in (0, 0.3, 3, 10)]
     variants += [method(f"em min_weight={least}", "em", FIVE, min_weight=least) for least in (0.0, 0.05, 0.1, 0.2)]
     for task, template, shots in TASKS:
-        found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
-        drawn, told = choice.draw(found, args.count, shots, 0)
+        documents = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
+        drawn, examples = choice.draw(documents, args.count, shots, 0)
         folder = "plain" if template == "plain" else "choice"
         path = args.data / "records" / folder / f"{task}-{shots}.jsonl"
         # opt reads all logits of the examples again for each member that it adds.
         chosen = [m for m in methods if not shots or m.label != "opt"]
         # Skip tasks on which all members answer at chance.
         chosen += variants if template == "plain" else []
-        choice.evaluate(pack, drawn, path, methods=chosen, template=template, shots=told)
+        choice.evaluate(pack, drawn, path, methods=chosen, template=template, shots=examples)
 
 
 def study_generate(args: argparse.Namespace) -> None:
     """GSM8K after three worked examples; the maths expert has seen neither the questions nor the examples."""
     pack = with_average(five(args.dtype))
-    found = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
-    drawn, shots = choice.draw(found, args.count or 24, 3, 0)
+    documents = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
+    drawn, shots = choice.draw(documents, args.count or 24, 3, 0)
     methods = [method(weighting, weighting, FIVE) for weighting in ("em", "top1", "uniform", "opt")]
     path = args.data / "records" / "generate.jsonl"
     generate.evaluate(pack, drawn, path, methods=methods, shots=shots, max_tokens=160)

@@ -49,10 +49,10 @@ class Document:
 def read_documents(path: Path, group_by: str | None = None, one_in: int = HELD_OUT) -> list[Document]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         if ".jsonl" in path.name:
-            found = [_from_row(json.loads(line), group_by) for line in file if line.strip()]
+            documents = [_from_row(json.loads(line), group_by) for line in file if line.strip()]
         else:
-            found = [Document(key=text, text=text) for text in _cut(file.read())]
-    return [replace(document, one_in=one_in) for document in found]
+            documents = [Document(key=text, text=text) for text in _cut(file.read())]
+    return [replace(document, one_in=one_in) for document in documents]
 
 
 def _from_row(row: dict, group_by: str | None) -> Document:
@@ -65,15 +65,15 @@ def _from_row(row: dict, group_by: str | None) -> Document:
 
 def _cut(text: str) -> Iterator[str]:
     """Documents of complete paragraphs, at most about DOCUMENT_CHARS long."""
-    held: list[str] = []
+    paragraphs: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         for piece in _pieces(paragraph.strip("\n")):
-            if held and sum(map(len, held)) + len(piece) > DOCUMENT_CHARS:
-                yield "\n\n".join(held)
-                held = []
-            held.append(piece)
-    if held:
-        yield "\n\n".join(held)
+            if paragraphs and sum(map(len, paragraphs)) + len(piece) > DOCUMENT_CHARS:
+                yield "\n\n".join(paragraphs)
+                paragraphs = []
+            paragraphs.append(piece)
+    if paragraphs:
+        yield "\n\n".join(paragraphs)
 
 
 def _pieces(paragraph: str) -> Iterator[str]:

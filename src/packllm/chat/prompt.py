@@ -201,7 +201,7 @@ class Encoder:
         for length, source, start in runs_of(text):
             piece = str.__getitem__(text, slice(at, at + length))
             if source == TEMPLATE:
-                piece = self._find_control.sub(lambda found: self._alias[found[0]], piece)
+                piece = self._find_control.sub(lambda match: self._alias[match[0]], piece)
             elif source >= 0 and start != ASTRAY:
                 runs.append((source, start, size, length))
             pieces.append(piece)

@@ -60,7 +60,7 @@ class Row:
 
     @property
     def room(self) -> int:
-        """Tokens until members may fall asleep or wake."""
+        """Tokens until the end of the block in which members sleep (see moving.py)."""
         return 2**31 if self.moving is None else self.moving.room
 
     def observe(self, token: int, parts: Mapping[int, Tensor]) -> None:
@@ -107,7 +107,7 @@ class Ensemble:
         return sorted(k for k, r in self.lines if r == row)
 
     def awake(self, row: int) -> list[int]:
-        """The running members that do not sleep through this block of tokens."""
+        """Indices of the running members that read this block, that is, do not sleep (see moving.py)."""
         moving = self._rows[row].moving
         return [k for k in self.running(row) if moving is None or k not in moving.asleep]
 
@@ -133,7 +133,7 @@ class Ensemble:
             done |= blocks.keys()
 
     def end_blocks(self, rows: Iterable[int]) -> None:
-        """At the end of a block, let members that slept read it, except its last token, which no member has read."""
+        """At the end of a block, let members that slept read it, except its last token, which is still unread."""
         self._wake([r for r in rows if (moving := self._rows[r].moving) is not None and moving.ends], again=True)
 
     def _moving(self, row: int) -> Moving:
@@ -142,7 +142,11 @@ class Ensemble:
         return moving
 
     def _wake(self, rows: Sequence[int], again: bool) -> None:
-        """Let sleeping members read what they missed, and adapt the weights to it. `again`: some may sleep on."""
+        """Let sleeping members read the block that they skipped, and update the weights with it.
+
+        Args:
+            again: whether members may sleep through the next block too.
+        """
         current: dict[Slot, Tensor] = {}
         missed: dict[Slot, list[int]] = {}
         for r in rows:

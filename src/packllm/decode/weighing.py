@@ -63,7 +63,7 @@ class Reading:
         """Combine the weights if only the judges can score the prompt."""
         names, scored = [member.name for member in self.members.values()], [self.members[k].name for k in judges]
         check_unscored(options, [name for name in names if name not in scored])
-        uniform = options.model_copy(update={"weighting": "uniform"})  # fixed weights include all members
+        uniform = options.model_copy(update={"weighting": "uniform"})  # fixed weights are for all members
         alone = uniform if isinstance(options.weighting, dict) else options
         return joined(self.of(judges).weigh(alone) if judges else None, names, scored, options)
 

@@ -112,11 +112,11 @@ class Cached(base.Sequence):
         self.ids += ids
         self.cached += len(ids)
 
-    def start_from(self, kept: Self, count: int, known: Tensor) -> None:
+    def start_from(self, source: Self, count: int, known: Tensor) -> None:
         """Take over the first `count` ids, cache and scores of a sequence that was cut to them and is not used
         again."""
-        self.cache, self.cached, self.ids, self.known = kept.cache, count, kept.ids, known
-        kept.cache = None
+        self.cache, self.cached, self.ids, self.known = source.cache, count, source.ids, known
+        source.cache = None
 
 
 S = TypeVar("S", bound=Cached)
@@ -175,11 +175,11 @@ class Passes(Packs, Generic[S]):
     def prepare(self, sequence: S) -> None:
         """Called before a prompt that may be cached is read."""
 
-    def scores_again(self, kept: S, places: List[int], targets: List[int]) -> list[float] | None:
+    def scores_again(self, stored: S, places: List[int], targets: List[int]) -> list[float] | None:
         """A cached sequence's log-probabilities of targets other than its own ids; None if it cannot compute them."""
         return None
 
-    def kept(self, sequence: S) -> S:
+    def copy_for_cache(self, sequence: S) -> S:
         """A copy of a sequence for the prefix cache."""
         return sequence.fork()
 
@@ -278,7 +278,7 @@ class Passes(Packs, Generic[S]):
         """Store a prompt in the prefix cache after it was read, once."""
         prefixes, sequence.prefixes = sequence.prefixes, None
         if prefixes is not None and len(sequence.ids) >= prefix.MINIMUM:
-            stored = self.kept(sequence)
+            stored = self.copy_for_cache(sequence)
             prefixes.keep(sequence.adapter, stored, stored.nbytes())
 
     def _note(self, sequence: S, job: Job, logprobs: Tensor, later: int) -> None:
@@ -302,7 +302,7 @@ class Passes(Packs, Generic[S]):
         if match := sequence.prefixes.longest(self, sequence.adapter, job.read.ids):
             prefix_sequence: Any = match[0].fork()
             count = min(match[1], len(job.read.ids) - (part.targets is None))
-            scores, count = self._scores_kept(prefix_sequence, job, count)
+            scores, count = self._stored_scores(prefix_sequence, job, count)
             if prefix_sequence.cache is None or not count or (not self.rewinds and count != len(prefix_sequence.ids)):
                 count = 0
             else:
@@ -316,18 +316,18 @@ class Passes(Packs, Generic[S]):
         sequence.prefixes.note(count)
         return Part(job, min(part.count, job.left))
 
-    def _scores_kept(self, kept: S, job: Job, count: int) -> tuple[Tensor, int]:
+    def _stored_scores(self, stored: S, job: Job, count: int) -> tuple[Tensor, int]:
         """The cached log-probabilities of the first targets, and how many of `count` ids have all that are wanted."""
         if isinstance(job.read.want, str):
-            return kept.known[:count], count
+            return stored.known[:count], count
         targets = list(job.read.want)[:count]
         logprobs = torch.full((count,), torch.nan, dtype=torch.float64)
-        known = kept.known[:count]
-        same = [one == other for one, other in zip(kept.ids[1 : len(known) + 1], targets, strict=False)]
+        known = stored.known[:count]
+        same = [one == other for one, other in zip(stored.ids[1 : len(known) + 1], targets, strict=False)]
         logprobs[: len(same)] = known[: len(same)].where(torch.tensor(same, dtype=torch.bool), torch.nan)
         missing = [place for place, target in enumerate(targets) if target >= 0 and logprobs[place].isnan()]
         if missing:
-            scores = self.scores_again(kept, missing, [targets[place] for place in missing])
+            scores = self.scores_again(stored, missing, [targets[place] for place in missing])
             if scores is None:
                 count = missing[0]
             else:

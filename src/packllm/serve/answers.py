@@ -70,18 +70,18 @@ async def answers(
 
 def usage_of(usages: Iterable[Usage | None], n: int = 1) -> dict[str, Any]:
     """OpenAI's usage of several answers, n for each prompt. A prompt counts once."""
-    found = [usage for usage in usages if usage is not None]
-    prompt = sum(usage.prompt_tokens for usage in found[::n])
-    cached = sum(usage.cached_tokens for usage in found[::n])
-    completion = sum(usage.completion_tokens for usage in found)
+    known = [usage for usage in usages if usage is not None]
+    prompt = sum(usage.prompt_tokens for usage in known[::n])
+    cached = sum(usage.cached_tokens for usage in known[::n])
+    completion = sum(usage.completion_tokens for usage in known)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in found),
-            "rejected_prediction_tokens": sum(usage.drafted_tokens - usage.accepted_tokens for usage in found),
+            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in known),
+            "rejected_prediction_tokens": sum(usage.drafted_tokens - usage.accepted_tokens for usage in known),
         },
     }
 

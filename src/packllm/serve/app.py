@@ -132,8 +132,8 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     def models() -> Response:
-        found = server.models
-        return _json({"object": "list", "data": [served.as_dict(found.created) for served in found]})
+        served_models = server.models
+        return _json({"object": "list", "data": [served.as_dict(served_models.created) for served in served_models]})
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> Response:

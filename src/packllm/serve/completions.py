@@ -54,23 +54,23 @@ class Text:
         """OpenAI's four lists for some tokens; the first call puts an echoed prompt's tokens before them."""
         spelled, top = self._body.spelled, self._body.logprobs or 0
         names: list[str] = []
-        given: list[float | None] = []
+        logprobs: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
         reading, self._first = self._first, None
         if reading is not None:
             for text, i, one, at in zip(reading.texts, reading.ids, reading.told, reading.offsets, strict=True):
                 names.append(spelled(text, i))
-                given.append(None if one is None else one.as_dict()["logprob"])
+                logprobs.append(None if one is None else one.as_dict()["logprob"])
                 tops.append(None if one is None else _tops(one, top, spelled))
                 offsets.append(at)
         for token in tokens:
             names.append(spelled(token.token, token.id))
-            given.append(token.as_dict()["logprob"])
+            logprobs.append(token.as_dict()["logprob"])
             tops.append(_tops(token, top, spelled))
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(bytes(token.bytes)))
-        return {"tokens": names, "token_logprobs": given, "top_logprobs": tops, "text_offset": offsets}
+        return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def as_dict(self, index: int, reason: str | None) -> dict[str, Any]:
         logprobs = None
@@ -125,17 +125,17 @@ async def _none(readings: Sequence[Reading | None], n: int) -> Any:
             yield at * n + i, Chunk("", reading.weights, "length", reading.usage, {})
 
 
-def _prompt(served: Served, given: str | list[int]) -> Prompt:
-    return given if isinstance(given, str) else Tokens.of(given, served.pack.members[0].vocabulary)
+def _prompt(served: Served, prompt: str | list[int]) -> Prompt:
+    return prompt if isinstance(prompt, str) else Tokens.of(prompt, served.pack.members[0].vocabulary)
 
 
 def _tops(token: TokenLogprob, count: int, spelled: Any) -> dict[str, float]:
     """Log-probabilities of the most likely tokens and the chosen one, by their text. If several tokens have the same
     text (parts of a character), the most likely one counts."""
-    found: dict[str, float] = {}
+    logprobs: dict[str, float] = {}
     for one in [*token.top_logprobs[:count], token]:
-        found.setdefault(spelled(one.token, one.id), one.as_dict()["logprob"])
-    return found
+        logprobs.setdefault(spelled(one.token, one.id), one.as_dict()["logprob"])
+    return logprobs
 
 
 def _as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
@@ -148,7 +148,7 @@ def _as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
         ranked = [(token, rank), *((one, at + 1) for at, one in enumerate(token.top_logprobs[:count]))]
         entry: dict[str, Any] = {}
         for one, place in ranked:
-            told = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
-            entry.setdefault(str(one.id), told)
+            details = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
+            entry.setdefault(str(one.id), details)
         listed.append(entry)
     return listed

@@ -68,8 +68,8 @@ def told(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
         status, code, headers = 503, "unavailable", {"retry-after": "5"}
     elif isinstance(error, PackError) and not isinstance(error, MemberError | StructureError):
         status = 400
-        found = re.match(r"(\w+)=", message)
-        param = found[1] if found else None
+        match = re.match(r"(\w+)=", message)
+        param = match[1] if match else None
     elif isinstance(error, MemberError | StructureError):
         code = "member_failed" if isinstance(error, MemberError) else "structure"
         logger.error("%s: %s", type(error).__name__, message, exc_info=error.__cause__)

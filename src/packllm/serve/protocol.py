@@ -212,8 +212,8 @@ class Score(Body):
     text_2: str | Annotated[list[str], Field(min_length=1)]
 
     @staticmethod
-    def texts(given: str | list[str]) -> list[str]:
-        return [given] if isinstance(given, str) else given
+    def texts(value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
 
 
 class Document(BaseModel):
@@ -283,7 +283,7 @@ class Responses(Body):
                 raise OptionError(
                     f"{name}={shown(self.model_extra[name])} is not supported: the server stores no responses"
                 )
-        told = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
+        wants_logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
         chat = Chat(
             model=self.model,
             messages=[{}],
@@ -292,8 +292,8 @@ class Responses(Body):
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            logprobs=told or None,
-            top_logprobs=self.top_logprobs if told else None,
+            logprobs=wants_logprobs or None,
+            top_logprobs=self.top_logprobs if wants_logprobs else None,
             tools=None if self.tools is None else [_nested(tool) for tool in self.tools],
             tool_choice=self.tool_choice,
             response_format=(self.text or {}).get("format"),
@@ -315,18 +315,18 @@ def _nested(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def schema_of(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def schema_of(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The JSON schema of a response_format; None if it allows any text."""
-    kind = "text" if given is None else given.get("type")
-    if given is None or kind == "text":
+    kind = "text" if response_format is None else response_format.get("type")
+    if response_format is None or kind == "text":
         return None
     if kind == "json_object":
         return {"type": "object"}
-    inner = given.get("json_schema", given)  # /v1/responses has no inner json_schema
+    inner = response_format.get("json_schema", response_format)  # /v1/responses has no inner json_schema
     schema = inner.get("schema") if kind == "json_schema" and isinstance(inner, Mapping) else None
     if not isinstance(schema, dict):
         raise OptionError(
-            f"response_format={shown(given)}: use text, json_object, or "
+            f"response_format={shown(response_format)}: use text, json_object, or "
             f'{{"type": "json_schema", "json_schema": {{"name": ..., "schema": ...}}}}'
         )
     return schema

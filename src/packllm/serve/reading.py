@@ -64,9 +64,9 @@ def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) 
         request.stop = Stop(cancel)
         request.limits(0)
         request.prefill()
-        texts, ids, told, ranks = request.whole(lambda lines: _told(request, [k for k, _ in lines], top))
+        texts, ids, logprobs, ranks = request.whole(lambda lines: _told(request, [k for k, _ in lines], top))
         text = Tokens.of(ids, pack.members[0].vocabulary) if not isinstance(prompt, Tokens) else prompt
-        return Reading(texts, [start for start, _ in text.offsets], ids, told, ranks, request.weights[0])
+        return Reading(texts, [start for start, _ in text.offsets], ids, logprobs, ranks, request.weights[0])
 
 
 def _told(
@@ -105,8 +105,8 @@ def _told(
     finally:
         for sequence in sequences.values():
             sequence.close()
-    told: list[TokenLogprob | None] = [*[None] * first, *recorder.take()]
-    return [vocabulary.tokens[i].decode(errors="replace") for i in ids], ids, told, ranks
+    logprobs: list[TokenLogprob | None] = [*[None] * first, *recorder.take()]
+    return [vocabulary.tokens[i].decode(errors="replace") for i in ids], ids, logprobs, ranks
 
 
 def _read(

@@ -133,8 +133,8 @@ class Output:
             yield self.event("response.output_text.done", **self._place(0), text=part["text"], logprobs=[])
             yield self.event("response.content_part.done", **self._place(0), part=_copy(part))
         elif item["type"] == "function_call":
-            told = {"arguments": item["arguments"], "name": item["name"]}
-            yield self.event("response.function_call_arguments.done", **self._place(), **told)
+            fields = {"arguments": item["arguments"], "name": item["name"]}
+            yield self.event("response.function_call_arguments.done", **self._place(), **fields)
         else:
             where, part = {**self._place(), "summary_index": 0}, item["summary"][0]
             yield self.event("response.reasoning_summary_text.done", **where, text=part["text"])
@@ -192,8 +192,8 @@ async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGen
             if logprobs and (texts := [item for item in output.items if item["type"] == "message"]):
                 texts[-1]["content"][0]["logprobs"] = logprobs
             why = None if status == "completed" else {"reason": "max_output_tokens"}
-            told = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
-            yield output.event(f"response.{status}", response=output.whole(status, **told))
+            fields = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
+            yield output.event(f"response.{status}", response=output.whole(status, **fields))
 
 
 def _head(served: Served, body: Responses) -> dict[str, Any]:

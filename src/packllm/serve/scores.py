@@ -32,11 +32,11 @@ async def score(served: Served, body: Score) -> Events:
         raise OptionError(
             f"text_1 has {len(firsts)} texts and text_2 {len(seconds)}; give one text in either, or equally many"
         )
-    found: list[float] = []
+    results: list[float] = []
     for first, texts in pairs:
         work = partial(served.pack.score, first, texts, **body.options())
-        found += await in_thread(partial(_cancellable, work))
-    data = [{"index": at, "object": "score", "score": max(value, _LEAST)} for at, value in enumerate(found)]
+        results += await in_thread(partial(_cancellable, work))
+    data = [{"index": at, "object": "score", "score": max(value, _LEAST)} for at, value in enumerate(results)]
     spoken = [(first, text) for first, texts in pairs for text in texts]
     usage = _usage(served, [text for pair in spoken for text in pair])
     yield {"id": new_id("score"), "object": "list", "model": served.name, "data": data, "usage": usage}
@@ -67,8 +67,8 @@ async def decide(served: Served, body: Decide) -> Events:
         raise PromptError("give either prompt or messages")
     prompt: Prompt = body.messages or body.prompt or ""
     work = partial(served.pack.decide, prompt, body.choices, calibrated=body.calibrated, **body.options())
-    found = await in_thread(partial(_cancellable, work))
-    yield {"id": new_id("decision"), "object": "decision", "model": served.name, **found.as_dict()}
+    result = await in_thread(partial(_cancellable, work))
+    yield {"id": new_id("decision"), "object": "decision", "model": served.name, **result.as_dict()}
 
 
 def _cancellable(work: Callable[..., T], cancel: Event) -> T:

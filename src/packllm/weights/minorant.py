@@ -31,7 +31,7 @@ TERMS_BYTES = 48 * 2**20
 
 LEAST_LIKELY = 256
 
-_LEAST = 1e-5  # if unlikely tokens have less mass, float32 is too inexact for their mean
+_LEAST = 1e-5  # below this mass of the unlikely tokens, their mean is too inexact in float32
 
 
 class Minorant:

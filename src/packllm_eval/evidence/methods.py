@@ -65,9 +65,9 @@ def priors(rows: Sequence[tuple[Row, np.ndarray]], alpha: float = 1.0) -> dict[s
     for row, answer in rows:
         by_corpus.setdefault(row.corpus, []).append(answer)
     share = CALIBRATED // max(1, len(by_corpus))
-    chosen = {corpus: found[:CALIBRATED] for corpus, found in by_corpus.items()}
-    chosen["pooled"] = [answer for found in by_corpus.values() for answer in found[:share]]
-    return {name: em(np.concatenate(found, axis=1), alpha) for name, found in chosen.items()}
+    chosen = {corpus: answers[:CALIBRATED] for corpus, answers in by_corpus.items()}
+    chosen["pooled"] = [answer for answers in by_corpus.values() for answer in answers[:share]]
+    return {name: em(np.concatenate(answers, axis=1), alpha) for name, answers in chosen.items()}
 
 
 def em(logprobs: np.ndarray, strength: float | Literal["prompt"] = 1.0, prior: np.ndarray | None = None) -> np.ndarray:
@@ -78,8 +78,8 @@ def em(logprobs: np.ndarray, strength: float | Literal["prompt"] = 1.0, prior: n
 
 def dropped(weights: np.ndarray, least: float = LEAST) -> np.ndarray:
     """The weights with those below `least` set to 0 and renormalized; the largest is never dropped."""
-    kept = np.where(weights >= min(least, weights.max()), weights, 0.0)
-    return kept / kept.sum()
+    remaining = np.where(weights >= min(least, weights.max()), weights, 0.0)
+    return remaining / remaining.sum()
 
 
 def weights_of(
@@ -119,25 +119,25 @@ def adapting(
         least: members below this weight at a block's start are idle during the block, and read it at its end.
         block: tokens of a block.
     """
-    length = max(given.shape[1] for given in logprobs)
+    length = max(logprob.shape[1] for logprob in logprobs)
     p = np.ones((len(logprobs), weights.shape[1], length))
     known = np.zeros((len(logprobs), length), bool)
-    for row, given in enumerate(logprobs):
-        p[row, :, : given.shape[1]] = np.exp(given)
-        known[row, : given.shape[1]] = True
+    for row, logprob in enumerate(logprobs):
+        p[row, :, : logprob.shape[1]] = np.exp(logprob)
+        known[row, : logprob.shape[1]] = True
     state, within, awake = Adaptive(weights), Adaptive(weights), weights >= 0
     nats, run = np.zeros(len(logprobs)), 0
     for at in range(length):
         if at % block == 0:
             now, within = state.weights(), state.fork()
             awake = now >= np.minimum(least, now.max(-1, keepdims=True))
-        given, now = p[..., at], np.where(awake, within.weights(), 0.0)
-        found = (now * given).sum(-1) / now.sum(-1)
-        nats -= np.log(found) * known[:, at]
+        logprob, now = p[..., at], np.where(awake, within.weights(), 0.0)
+        mixture = (now * logprob).sum(-1) / now.sum(-1)
+        nats -= np.log(mixture) * known[:, at]
         run += int((awake * (weights > 0) * known[:, at, None]).sum())
-        state.observe(given)
+        state.observe(logprob)
         # Idle members have not read the token yet, so it changes only the ratios of the others.
-        within.observe(np.where(awake, given, found[:, None]))
+        within.observe(np.where(awake, logprob, mixture[:, None]))
     return nats, run / known.sum()
 
 
@@ -183,10 +183,10 @@ def answers_together(row: Row, scores: Sequence[Scores], families: Sequence[str]
     ]
 
 
-def _words(text: str, given: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _words(text: str, scored: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     parts = [
         Scored(list(range(len(p))), spans[:, 0].tolist(), spans[:, 1].tolist(), [], torch.from_numpy(p))
-        for p, spans in given
+        for p, spans in scored
     ]
     matrix, spans = common_words(text, parts)
     return matrix.numpy(), np.array(spans).reshape(-1, 2)

@@ -101,7 +101,7 @@ class Engine(Passes[Sequence]):
             by_adapter.setdefault(row.sequence.adapter, []).append(row)
         return [group[at : at + SLOTS] for group in by_adapter.values() for at in range(0, len(group), SLOTS)]
 
-    def kept(self, sequence: Sequence) -> Sequence:
+    def copy_for_cache(self, sequence: Sequence) -> Sequence:
         return sequence.beside(sequence.snapshot(sequence.cache))
 
     def catch_up(self, sequence: Sequence) -> None:

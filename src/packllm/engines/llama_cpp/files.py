@@ -69,10 +69,10 @@ def held(path: Path) -> tuple[int, int]:
 
 def parts(path: Path) -> list[Path]:
     """The file, or all parts of the split model that it belongs to, in order."""
-    found = _PART.fullmatch(path.name)
-    if not found:
+    match = _PART.fullmatch(path.name)
+    if not match:
         return [path]
-    names = [f"{found[1]}-{at + 1:05d}-of-{found[3]}.gguf" for at in range(min(int(found[3]), 10_000))]
+    names = [f"{match[1]}-{at + 1:05d}-of-{match[3]}.gguf" for at in range(min(int(match[3]), 10_000))]
     for name in names:
         if not path.with_name(name).is_file():
             raise refused(f"model {str(path)!r}", f"it is in {len(names)} parts, and {name} is not beside it")

@@ -258,8 +258,8 @@ class Judge:
         count = len(prompt) if isinstance(prompt, list) else usage.get("prompt_tokens") if usage else None
         tokens = prompt_tokens(answer, choice, count)
         if isinstance(prompt, str) and method.name == "echo" and within(tokens, prompt) is None:
-            said = "".join(text or "" for text, _ in tokens).strip()
-            if said and said not in prompt:
+            spelled = "".join(text or "" for text, _ in tokens).strip()
+            if spelled and spelled not in prompt:
                 raise UnusableAnswer("the server returns those of the answer only")
         return tokens, end(choice)
 

@@ -387,11 +387,11 @@ class Joint:
         """Text that was still withheld."""
         if self._met or not self._held:
             return ""
-        self._met, held = True, self._held
-        if held.startswith(self._text):
-            return held[len(self._text) :]
-        apart = self._text[-1].isspace() or not held[0].isalnum()
-        return held if apart else " " + held
+        self._met, withheld = True, self._held
+        if withheld.startswith(self._text):
+            return withheld[len(self._text) :]
+        apart = self._text[-1].isspace() or not withheld[0].isalnum()
+        return withheld if apart else " " + withheld
 
 
 def _piece(event: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -188,8 +188,8 @@ class Engine(Passes[Sequence]):
         if not self.rewinds:
             sequence.remember()
 
-    def scores_again(self, kept: Sequence, places: List[int], targets: List[int]) -> list[float] | None:
-        hidden = kept.hidden
+    def scores_again(self, stored: Sequence, places: List[int], targets: List[int]) -> list[float] | None:
+        hidden = stored.hidden
         if hidden is None:
             return None
         with torch.inference_mode():

@@ -105,7 +105,7 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
             **words,
         )
         model, info = loaded
-        if missing := sorted(info["missing_keys"]):  # transformers would use random ones
+        if missing := sorted(info["missing_keys"]):  # transformers would initialize them randomly
             raise LoadError(f"{what} lacks {len(missing)} of its weights, such as {missing[0]!r}")
         check_decoder(model.config, what)
         model = text_part(model)
@@ -153,7 +153,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
             continue
         if values.element_size() == 1:  # float8 has no minimum
             values = values.to(torch.bfloat16)
-        low, high = values.aminmax()  # with a NaN both are NaN
+        low, high = values.aminmax()  # both are NaN if any value is
         if not (math.isfinite(low) and math.isfinite(high)):
             raise LoadError(f"{what} is damaged: {name} has NaN or infinity; get the file again")
 

@@ -42,9 +42,9 @@ class Sequence(Cached):
         if self.hidden is not None and states is not None:
             self.hidden = torch.cat([self.hidden, states])
 
-    def start_from(self, kept: Self, count: int, known: Tensor) -> None:
-        super().start_from(kept, count, known)
-        self.hidden = kept.hidden
+    def start_from(self, source: Self, count: int, known: Tensor) -> None:
+        super().start_from(source, count, known)
+        self.hidden = source.hidden
 
     def close(self) -> None:
         super().close()
