@@ -129,9 +129,8 @@ def _prepared(base: Any, adapter: Adapter) -> Any:
         if (match := _BIAS.fullmatch(key)) and getattr(module := _module(model, match[1]), "bias", 0) is None:
             module.bias = torch.nn.Parameter(tensor.new_zeros(tensor.shape, device=base.device), requires_grad=False)
     tied = head is not None and head.weight is embedding.weight
-    if tied and not adapter.config.get(
-        "trainable_token_indices"
-    ):  # trainable token indices change both; otherwise merging one would change both
+    # Untie embedding and head, so that merging into one does not change the other. Trainable token indices change both.
+    if tied and not adapter.config.get("trainable_token_indices"):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config(decoder=True).tie_word_embeddings = False
         model.config.tie_word_embeddings = False
