@@ -134,6 +134,6 @@ def _combine(values: Tensor, weights: np.ndarray) -> Tensor:
 
 
 def _constant(mean: Tensor, rest: Tensor, loss: Tensor, weights: np.ndarray) -> Tensor:
-    """The constant c (see the module) of unlikely tokens with mass `rest` in the pool and mean margins `mean`; `loss` is
-    log Σ_v exp(λ'·a)."""
+    """The constant c (see the module) of unlikely tokens with mass `rest` in the pool and mean margins `mean`; `loss`
+    is log Σ_v exp(λ'·a)."""
     return (rest.log() + loss - _combine(mean, weights)).clamp_min(NOTHING)
