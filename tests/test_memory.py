@@ -183,7 +183,7 @@ def test_what_is_not_here_is_said(family):
     for wrong in ("/no/such/folder", "absent.gguf"):
         with pytest.raises(LoadError, match="does not exist"):
             packllm.estimate(wrong)
-    with pytest.raises(LoadError, match=r"the size of 'nothing' is not known(.|\n)*member"):
+    with pytest.raises(LoadError, match=r"the size of 'nothing' is unknown(.|\n)*member"):
         Pack.load(["nobody/nothing"], max_memory="8GiB")
 
 
