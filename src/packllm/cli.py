@@ -298,7 +298,7 @@ def calibrate(
     if as_json:
         typer.echo(json.dumps(prior.as_dict()))
     else:
-        typer.echo(prior.worth.told(tuple(prior)))
+        typer.echo(prior.worth.summary(tuple(prior)))
 
 
 @app.command()

@@ -231,7 +231,7 @@ class Request:
         """Record the time of the first token."""
         self.timings.setdefault("first_token", time.perf_counter() - self._started)
 
-    def spent(self) -> dict[str, float]:
+    def elapsed(self) -> dict[str, float]:
         """Seconds that prefill, weighting and the first token took, and in total so far; see Chunk.timings."""
         return {**self.timings, "total": time.perf_counter() - self._started}
 

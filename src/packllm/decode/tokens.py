@@ -117,7 +117,7 @@ class Ensemble:
 
     def parts(self, row: int) -> dict[int, Tensor]:
         """The next-token log-probabilities of each awake member: float32 (V_k,)."""
-        return {k: self.lines[k, row].here for k in self.awake(row)}
+        return {k: self.lines[k, row].next_logprobs for k in self.awake(row)}
 
     def fused(self, row: int) -> Tensor:
         """The fused next-token distribution of a row: float32 (V,) log-probabilities."""
@@ -152,7 +152,7 @@ class Ensemble:
         for r in rows:
             moving = self._moving(r)
             for k in moving.asleep.intersection(self.running(r)):
-                current[k, r] = self.lines[k, r].here[None]
+                current[k, r] = self.lines[k, r].next_logprobs[None]
                 if len(moving.unread) > 1:
                     missed[k, r] = moving.unread[:-1]
             moving.asleep = set()

@@ -125,7 +125,7 @@ def _read(
     for k, answer in zip(sequences, read_together(reads), strict=True):
         if isinstance(answer, Exception):
             raise lines[k].member.failed(answer)
-        rows[k] = lines[k].told(answer) if want == "all" else torch.empty(0)
+        rows[k] = lines[k].in_line_ids(answer) if want == "all" else torch.empty(0)
     return rows
 
 

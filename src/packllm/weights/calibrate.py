@@ -88,9 +88,9 @@ class Worth:
             return "The prior helps: on rows that it has not seen, answers are likelier with it."
         if low > 0:
             return "No gain: on rows that it has not seen, answers are less likely with the prior. Leave it out."
-        return "No gain that can be told from chance: the interval holds 0. Leave the prior out, or give more rows."
+        return "No gain beyond chance: the interval contains 0. Leave the prior out, or give more rows."
 
-    def told(self, names: Sequence[str]) -> str:
+    def summary(self, names: Sequence[str]) -> str:
         """A report in lines of text, for members with these names."""
         width = max(6, *map(len, names))
         lines = [f"{'member':{width}}  on passages  on answers"]

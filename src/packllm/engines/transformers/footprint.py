@@ -21,7 +21,7 @@ from packllm.engines.transformers import files, kv, packed
 from packllm.engines.transformers.architecture import CARRIERS, text_part
 from packllm.engines.transformers.gguf_header import check_header
 from packllm.engines.transformers.quantization import bits_of
-from packllm.errors import LoadError, loading, told
+from packllm.errors import LoadError, first_line, loading
 from packllm.machine import free_memory
 
 LENGTHS = 128, 256
@@ -196,7 +196,7 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **hub)
         except Exception as error:
-            tokenizer, note = None, note or f"its tokenizer cannot be read: {told(error)}"
+            tokenizer, note = None, note or f"its tokenizer cannot be read: {first_line(error)}"
         try:
             ends = GenerationConfig.from_pretrained(where, **hub).eos_token_id
         except Exception:  # the file is optional
@@ -239,7 +239,7 @@ def _folder(source: str, hub: Mapping[str, Any]) -> Path | None:
     try:
         config_path = cached_file(source, "config.json", **hub)
     except Exception as error:
-        reason = f"it is not downloaded, so its size is unknown ({told(error)})"
+        reason = f"it is not downloaded, so its size is unknown ({first_line(error)})"
         raise LoadError(f"model {source!r}: {reason}; download it first, or give a folder") from error
     return Path(config_path).parent if config_path else None
 
@@ -269,7 +269,7 @@ def _held(twin: Any, dtype: torch.dtype, weights: files.Weights | None, wanted: 
             quantiser: Any = AutoHfQuantizer.from_config(stored, pre_quantized=True)
             quantiser.validate_environment(device_map=None)
         except Exception as error:
-            return weights.size if weights else full_size, name, f"it cannot be loaded here: {told(error)}"
+            return weights.size if weights else full_size, name, f"it cannot be loaded here: {first_line(error)}"
         if getattr(quantiser.quantization_config, "dequantize", False):
             return full_size, str(dtype).removeprefix("torch."), f"it is stored as {name}, and dequantized here"
         return (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from packllm.engines.transformers.files import check_finite
 from packllm.engines.transformers.lora import Adapter, add, check_fit, check_pattern, open_adapter, setting_of
-from packllm.errors import loading, refused, told
+from packllm.errors import first_line, loading, refused
 
 _MODULE = re.compile(r"base_model\.model\.(.+)\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b.*")
 _AGAIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.weight")  # peft saves resized embeddings twice
@@ -77,7 +77,7 @@ def _with_peft(base: Any, adapter: Adapter) -> Any:
             merged = tuned.merge_and_unload(safe_merge=True)
         except Exception as error:
             raise refused(
-                adapter.what, f"{example} is of the kind {kind}, which cannot be merged: {told(error)}"
+                adapter.what, f"{example} is of the kind {kind}, which cannot be merged: {first_line(error)}"
             ) from error
         check_finite(dict(merged.named_parameters()), adapter.what)
         with torch.inference_mode():
