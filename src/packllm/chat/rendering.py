@@ -78,7 +78,7 @@ class Renderer:
         Raises:
             PromptError: the template refuses the messages in any form, leaves out a part, or does not terminate.
         """
-        inputs = _Given.of(messages, tools, variables or {})
+        inputs = _Inputs.of(messages, tools, variables or {})
         refusal: PromptError | None = None
         lost: str | None = None
         for shape, tool_variables, system_text in self._ways(inputs, schema):
@@ -101,7 +101,7 @@ class Renderer:
             LoadError: the template does not terminate.
         """
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        inputs = _Given.of(turn, (), {})
+        inputs = _Inputs.of(turn, (), {})
         try:
             text = self._apply(inputs, inputs.messages, {}, answer_follows=False)
         except PromptError as error:
@@ -116,7 +116,7 @@ class Renderer:
         return after.lstrip()
 
     def _ways(
-        self, inputs: _Given, schema: Mapping[str, Any] | None
+        self, inputs: _Inputs, schema: Mapping[str, Any] | None
     ) -> Iterator[tuple[Callable[[Sequence[Message]], Sequence[Message]], dict[str, Any], str]]:
         """The forms to try: how messages are arranged, the variables with tools, more text of the system message."""
         form = "" if schema is None else convention.schema_text(schema)
@@ -153,7 +153,7 @@ class Renderer:
         return self._named.get(name) or next(iter(self._named.values()))
 
     def _apply(
-        self, inputs: _Given, messages: Sequence[Message], tools: Mapping[str, Any], answer_follows: bool = True
+        self, inputs: _Inputs, messages: Sequence[Message], tools: Mapping[str, Any], answer_follows: bool = True
     ) -> Traced:
         messages = [_with_thinking({k: v for k, v in message.items() if v is not None}) for message in messages]
         values = {"tools": None, "documents": None, **inputs.variables, **tools}
@@ -168,7 +168,7 @@ class Renderer:
 
 
 @dataclass
-class _Given:
+class _Inputs:
     """The input of a template, with its strings numbered by their source: a message, a call or a tool.
 
     Attributes:
@@ -188,7 +188,7 @@ class _Given:
     size: int = 0
 
     @classmethod
-    def of(cls, messages: Sequence[Message], tools: Tools, variables: Mapping[str, Any]) -> _Given:
+    def of(cls, messages: Sequence[Message], tools: Tools, variables: Mapping[str, Any]) -> _Inputs:
         self_ = cls([], [], {})
         self_.variables = {name: self_._plain(value) for name, value in variables.items()}
         source = len(messages)

@@ -86,9 +86,9 @@ class Request:
         self.stop, self.admission = Stop(), Admission(None)
         self.candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
-            given = {name: value for name, value in options.weighting.items() if value != 0}
-            self.candidates = [k for k, member in enumerate(members) if member.name in given]
-            self.options = options.model_copy(update={"weighting": given})
+            nonzero = {name: value for name, value in options.weighting.items() if value != 0}
+            self.candidates = [k for k, member in enumerate(members) if member.name in nonzero]
+            self.options = options.model_copy(update={"weighting": nonzero})
         if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
@@ -114,13 +114,13 @@ class Request:
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
     def _encode(self, member: Author, prompt: Prompt) -> Encoded:
-        asked = self.options
-        told = asked.offered_tools, asked.json_schema, asked.chat_template_kwargs
+        options = self.options
+        presented = options.offered_tools, options.json_schema, options.chat_template_kwargs
         try:
-            return member.encoder.encode(prompt, asked.score_on, *told, window=member.context_window)
+            return member.encoder.encode(prompt, options.score_on, *presented, window=member.context_window)
         except TooLong as error:
             window = member.context_window or 0
-            raise ContextOverflowError(member.name, window, error.tokens, asked.max_tokens or 1) from None
+            raise ContextOverflowError(member.name, window, error.tokens, options.max_tokens or 1) from None
 
     def check_room(self, lengths: dict[int, int]) -> None:
         """Raise ContextOverflowError unless each prompt and lengths[k] more tokens fit the window of candidate k."""
@@ -174,7 +174,7 @@ class Request:
 
     def share_beginning(self) -> None:
         """Before prefill(): read the prefix that all prompts share once per member, and reuse its KV cache."""
-        asked = []
+        reads = []
         for k in (k for k in self.candidates if not self._remote(k)):
             rows = [prompts[k] for prompts in self.encoded]
             count = min(common(rows[0].ids, row.ids[:-1]) for row in rows)
@@ -186,11 +186,13 @@ class Request:
             if isinstance(sequence.engine, KeepsHidden):
                 sequence.engine.keep_hidden(sequence)
             targets = [token if at in scored else -1 for at, token in enumerate(ids[1:], 1)]
-            asked.append((member.adapter, sequence, Read(sequence, ids, [*targets, -1])))
-        self._opened += [sequence for _, sequence, _ in asked]
-        answers = base.read_together([read for *_, read in asked])
-        found = zip(asked, answers, strict=True)  # a read that fails here fails again, and is reported, in prefill()
-        read = [(adapter, sequence) for (adapter, sequence, _), given in found if not isinstance(given, Exception)]
+            reads.append((member.adapter, sequence, Read(sequence, ids, [*targets, -1])))
+        self._opened += [sequence for _, sequence, _ in reads]
+        answers = base.read_together([read for *_, read in reads])
+        outcomes = zip(reads, answers, strict=True)  # a read that fails here fails again, and is reported, in prefill()
+        read = [
+            (adapter, sequence) for (adapter, sequence, _), outcome in outcomes if not isinstance(outcome, Exception)
+        ]
         self._prefixes = Beginnings(read, self._prefixes)
 
     def fork(self) -> None:
@@ -342,7 +344,7 @@ class Request:
                     self.lines[slot], self._scores[slot] = servers[slot], read
         self.lines |= lines
         self._cached |= {slot: line.sequence.cached_tokens for slot, line in lines.items()}
-        self._scores |= {slot: None if slot in unread else given for slot, given in scores.items()}
+        self._scores |= {slot: None if slot in unread else score for slot, score in scores.items()}
         for (k, _), error in failed.items():
             if k not in self.failures.members:
                 lost, _ = self.failures.lose(error, [k])
