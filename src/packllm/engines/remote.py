@@ -114,7 +114,7 @@ class Worker:
             tasks, key=lambda task: task.key in self.held
         ):  # forks first, before their originals read on
             try:
-                sequence = self._opened(task, partial(self._gate, call))
+                sequence = self._sequence_of(task, partial(self._gate, call))
             except CancelledError:
                 raise
             except Exception as error:
@@ -134,7 +134,7 @@ class Worker:
             answers[task.key] = self._answer(task, parts)
         return [answers[task.key] for task in tasks]
 
-    def _opened(self, task: Task, gate: Callable[[], object]) -> base.Sequence | None:
+    def _sequence_of(self, task: Task, gate: Callable[[], object]) -> base.Sequence | None:
         """A task's sequence at the end of its preceding ids; None if these must be sent."""
         sequence = self.held.get(task.key)
         if task.before is None and task.start:

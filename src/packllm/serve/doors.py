@@ -47,7 +47,7 @@ class Doors:
         try:
             self._check_host(scope)
             self._check_key(scope)
-            receive = await self._whole(scope, receive)
+            receive = await self._read_body(scope, receive)
             await self._app(scope, receive, counted)
         except Exception as error:
             if status:  # the response has started: only closing the connection signals an error
@@ -84,7 +84,7 @@ class Doors:
                 www_authenticate="Bearer",
             )
 
-    async def _whole(self, scope: Scope, receive: Receive) -> Receive:
+    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """Read the body, and return a `receive` that replays it. Slow clients therefore hold no slot."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive

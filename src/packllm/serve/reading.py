@@ -64,12 +64,12 @@ def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) 
         request.stop = Stop(cancel)
         request.limits(0)
         request.prefill()
-        texts, ids, logprobs, ranks = request.whole(lambda lines: _told(request, [k for k, _ in lines], top))
+        texts, ids, logprobs, ranks = request.whole(lambda lines: _token_logprobs(request, [k for k, _ in lines], top))
         text = Tokens.of(ids, pack.members[0].vocabulary) if not isinstance(prompt, Tokens) else prompt
         return Reading(texts, [start for start, _ in text.offsets], ids, logprobs, ranks, request.weights[0])
 
 
-def _told(
+def _token_logprobs(
     request: Request, running: list[int], top: int
 ) -> tuple[list[str], list[int], list[TokenLogprob | None], list[int]]:
     here = request.token_lines(0)
@@ -82,7 +82,7 @@ def _told(
     own = {k: request.encoded[0][k].ids for k in running}
     reference = request.members[running[0]]
     vocabulary, ids, weights = reference.vocabulary, own[running[0]], request.weights[0]
-    shared = _alike({k: [request.members[k].vocabulary.tokens[i] for i in row] for k, row in own.items()})
+    shared = _common_suffix({k: [request.members[k].vocabulary.tokens[i] for i in row] for k, row in own.items()})
     recorder = Recorder(vocabulary, (), weights.names, top)
     ranks = [0] * len(ids)
     first = max(1, len(ids) - min(shared, *(len(row) - 1 for row in own.values())))
@@ -129,7 +129,7 @@ def _read(
     return rows
 
 
-def _alike(spelled: Mapping[int, list[bytes]]) -> int:
+def _common_suffix(spelled: Mapping[int, list[bytes]]) -> int:
     """Number of tokens at the end that all members have in common."""
     rows = list(spelled.values())
     count = 0

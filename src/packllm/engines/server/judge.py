@@ -195,9 +195,9 @@ class Judge:
         method = self._method(asked)
         if method is None:
             return [None] * len(texts)
-        return together([partial(self._judged, method, asked, before, text, bill, gate) for text in texts])
+        return together([partial(self._judge_one, method, asked, before, text, bill, gate) for text in texts])
 
-    def _judged(
+    def _judge_one(
         self, method: Method, asked: Asked, before: str, text: str, bill: Bill, gate: Gate
     ) -> TextLogprobs | None:
         prompt, _ = self._prompt(method, asked, before, text)
@@ -284,7 +284,7 @@ class Judge:
         compared = 0
         for text in BEGUN:
             first = asked(text)
-            for token, logprob in self._drawn(first):
+            for token, logprob in self._next_tokens(first):
                 (read,) = self.judge(first, "", [token], Bill())
                 if read is None or read.starts != [0] or read.ends != [len(token)]:
                     continue  # the server tokenizes it differently after the text
@@ -307,7 +307,7 @@ class Judge:
             raise UnusableAnswer("they are not log-probabilities, which are numbers of at most 0")
         return math.fsum(result.logprobs)
 
-    def _drawn(self, asked: Asked) -> list[tuple[str, float]]:
+    def _next_tokens(self, asked: Asked) -> list[tuple[str, float]]:
         """The most likely token after a prompt and a less likely one, with their log-probabilities."""
         method = self._method(asked)
         assert method is not None

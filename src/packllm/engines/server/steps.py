@@ -35,7 +35,7 @@ class Steps:
         """See Judge.score; the end has log-probability -inf."""
         if not 0 < len(asked.positions) <= MOST:
             return None
-        logprobs = [self._given(asked.ids[:at], [asked.ids[at]], bill, gate) for at in asked.positions]
+        logprobs = [self._logprob(asked.ids[:at], [asked.ids[at]], bill, gate) for at in asked.positions]
         return TextLogprobs(asked.starts, asked.ends, logprobs, -math.inf)
 
     def judge(
@@ -43,18 +43,18 @@ class Steps:
     ) -> list[TextLogprobs | None]:
         """See Judge.judge; the result is None also for a text longer than MOST tokens."""
         start = [*asked.ids, *self._encoder.continuation(before)]
-        return together([partial(self._judged, start, text, bill, gate) for text in texts])
+        return together([partial(self._judge_one, start, text, bill, gate) for text in texts])
 
-    def _judged(self, start: Sequence[int], text: str, bill: Bill, gate: Gate) -> TextLogprobs | None:
+    def _judge_one(self, start: Sequence[int], text: str, bill: Bill, gate: Gate) -> TextLogprobs | None:
         ids = self._encoder.continuation(text)
         if len(ids) > MOST:
             return None
-        logprobs = [self._given([*start, *ids[:n]], [ids[n]], bill, gate) for n in range(len(ids))]
+        logprobs = [self._logprob([*start, *ids[:n]], [ids[n]], bill, gate) for n in range(len(ids))]
         cuts = offsets(text, [self._encoder.vocabulary.text_bytes(i) for i in ids])
         starts, ends = cuts or ([0] * len(ids), [len(text)] * len(ids))
-        return TextLogprobs(starts, ends, logprobs, self._given([*start, *ids], self._ends, bill, gate))
+        return TextLogprobs(starts, ends, logprobs, self._logprob([*start, *ids], self._ends, bill, gate))
 
-    def _given(self, ids: Sequence[int], targets: Collection[int], bill: Bill, gate: Gate) -> float:
+    def _logprob(self, ids: Sequence[int], targets: Collection[int], bill: Bill, gate: Gate) -> float:
         """The log-probability that one of the target ids follows the ids."""
         top = self._tops.top(ids, bill, gate, WIDE)
         known = [top.known[i] for i in targets if i in top.known] or [top.rest]

@@ -196,7 +196,7 @@ class _Trial:
         self._rounds = quantised or model.dtype != torch.float32
         self._allowed = max(TOLERANCE, torch.finfo(model.dtype).eps)
         if self._rounds:  # rounding changes logits too, but less than a lost state
-            loss = self._apart(self._read_fresh(self._ids[5:]), 5).median().item()
+            loss = self._distance(self._read_fresh(self._ids[5:]), 5).median().item()
             self._tolerance = min(HALF_TOLERANCE, loss / 4)
             if quantised:  # in int8 of bitsandbytes rounding depends on all tokens of a pass
                 self._allowed = self._tolerance
@@ -209,7 +209,7 @@ class _Trial:
         """Whether logits do not change with later tokens. Both passes have the same shape, so that rounding hardly
         differs."""
         other = self._read_fresh(torch.cat([self._ids[:5], self._ids[:3]]))
-        return bool(self._apart(other[:5], 0).median() <= self._allowed)
+        return bool(self._distance(other[:5], 0).median() <= self._allowed)
 
     def holds(self, architecture: Architecture) -> bool:
         """Whether the model, run in this way, gives the results of a fresh pass: read in parts, after a crop, and with
@@ -240,12 +240,12 @@ class _Trial:
 
     def _is_fresh(self, logits: Tensor, start: int) -> bool:
         """Whether logits (n, V) equal those of the fresh pass from a position on."""
-        apart = self._apart(logits, start)
+        apart = self._distance(logits, start)
         if not self._rounds:
             return bool((apart <= self._tolerance).all())
         return bool(apart.median() <= self._tolerance)  # rounding may route single tokens to other experts
 
-    def _apart(self, logits: Tensor, start: int) -> Tensor:
+    def _distance(self, logits: Tensor, start: int) -> Tensor:
         """The distance of logits (n, V) from the fresh pass, relative to its spread: (n,)."""
         fresh = self._fresh[start : start + len(logits)]
         spread = (fresh - fresh.mean(-1, keepdim=True)).norm(dim=-1)
