@@ -94,7 +94,7 @@ class Ratings(Members):
                 fused = fused_logprobs(request, at_end, weights, dict(enumerate(texts)))
                 return fused, member_logprobs({k: line for (k, _), line in lines.items()}, texts) if alone else {}
 
-            return *request.whole(scores), request.weights[0]
+            return *request.run_on_lines(scores), request.weights[0]
 
     def relevance(
         self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any

@@ -255,7 +255,7 @@ class Request:
         for slot in [slot for slot in self.lines if slot[0] in members]:
             self.lines.pop(slot).close()
 
-    def whole(self, work: Callable[[dict[tuple[int, int], Line | ServerLine]], T]) -> T:
+    def run_on_lines(self, work: Callable[[dict[tuple[int, int], Line | ServerLine]], T]) -> T:
         """The result of `work` for the running lines, by (member, prompt). If a member fails, `work` starts again
         without it, so the result is always from the same members.
 

@@ -67,12 +67,12 @@ class Circle:
         self.open = 1  # number of open sequences
         self._part_of: Circle | None = None
 
-    def whole(self) -> Circle:
+    def root(self) -> Circle:
         """The circle that this one was merged into, or itself."""
-        return self if self._part_of is None else self._part_of.whole()
+        return self if self._part_of is None else self._part_of.root()
 
     def join(self, other: Circle) -> None:
-        if (one := self.whole()) is not (two := other.whole()):
+        if (one := self.root()) is not (two := other.root()):
             two.open += one.open
             one._part_of = two
 
@@ -151,7 +151,7 @@ class Meeting:
         with self._condition:
             for circle in circles[1:]:
                 circle.join(circles[0])
-            self._expected = {circle.whole() for circle in self._expected} - {circles[0].whole()}
+            self._expected = {circle.root() for circle in self._expected} - {circles[0].root()}
             self._waiting += jobs
             self._condition.notify_all()
         try:
@@ -175,14 +175,14 @@ class Meeting:
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """A fork belongs to the same request."""
         with self._condition:
-            circle = _circle(sequence).whole()
+            circle = _circle(sequence).root()
             circle.open += 1
             twin.circle = circle  # type: ignore[attr-defined]
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence is closed. Passes do not wait for a request without open sequences."""
         with self._condition:
-            circle = _circle(sequence).whole()
+            circle = _circle(sequence).root()
             circle.open -= 1
             if not circle.open and circle in self._expected:
                 self._expected.discard(circle)
@@ -197,14 +197,14 @@ class Meeting:
                 parts = [] if engine is None else chosen([j for j in self._waiting if _engine(j) is engine], engine)
                 self._running = [part.job for part in parts]
                 if engine is not None:
-                    engine.requests = len({_circle(part.sequence).whole() for part in parts})
+                    engine.requests = len({_circle(part.sequence).root() for part in parts})
             if engine is not None:
                 engine.run(parts)
         finally:
             with self._condition:
-                ended = {_circle(job.read.sequence).whole() for job in self._waiting if job.answer is not None}
+                ended = {_circle(job.read.sequence).root() for job in self._waiting if job.answer is not None}
                 self._waiting = [job for job in self._waiting if job.answer is None]
-                waiting = {_circle(job.read.sequence).whole() for job in self._waiting}
+                waiting = {_circle(job.read.sequence).root() for job in self._waiting}
                 self._expected = {circle for circle in self._expected | ended if circle.open} - waiting
                 self._busy, self._running = False, []
                 self._condition.notify_all()
@@ -226,7 +226,7 @@ class Meeting:
         engine is passed over more than PATIENCE times."""
         requests: dict[Packs, set[Circle]] = {}
         for job in self._waiting:
-            requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).whole())
+            requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).root())
         if not requests:
             return None
         engine = min(requests, key=lambda one: (self._passed_over[one] < PATIENCE, len(requests[one])))
@@ -245,7 +245,7 @@ def chosen(jobs: List[Job], engine: Packs) -> list[Part]:
     long = [sequence for sequence in queues if remaining[sequence] > SHORT]
     counts = {sequence: remaining[sequence] for sequence in queues if remaining[sequence] <= SHORT}
     if long:
-        steps, requests = sum(counts.values()), len({_circle(sequence).whole() for sequence in long})
+        steps, requests = sum(counts.values()), len({_circle(sequence).root() for sequence in long})
         room = min(engine.most, int(2 * requests * (1 / engine.packing + steps))) if steps else engine.most
         oldest, others = long[0], sorted(long[1:], key=remaining.__getitem__)
         if others:

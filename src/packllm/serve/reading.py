@@ -64,7 +64,9 @@ def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) 
         request.stop = Stop(cancel)
         request.limits(0)
         request.prefill()
-        texts, ids, logprobs, ranks = request.whole(lambda lines: _token_logprobs(request, [k for k, _ in lines], top))
+        texts, ids, logprobs, ranks = request.run_on_lines(
+            lambda lines: _token_logprobs(request, [k for k, _ in lines], top)
+        )
         text = Tokens.of(ids, pack.members[0].vocabulary) if not isinstance(prompt, Tokens) else prompt
         return Reading(texts, [start for start, _ in text.offsets], ids, logprobs, ranks, request.weights[0])
 
