@@ -4,10 +4,10 @@
     python examples/agent_langchain.py
     python examples/agent_langchain.py "Does the verdict of a jury have to be unanimous?"
 
-Small models seldom call a tool of their own accord, or write a call that can be read. Here the first step is held to a
-call of the search (constrained decoding: valid whatever the model), and the system prompt shows what a good one looks
-like. Then the model is free to answer or to call again; the last of STEPS asks for an answer from all that was found.
-The table at the end comes from a callback handler: what each member counted for in each step.
+Small models seldom call a tool unprompted, and often write invalid calls. Here constrained decoding forces the first
+step to be a valid call of the search, and the system prompt has an example of a good call. Later steps may answer or
+call again; the last of STEPS asks for an answer from all results. The table at the end comes from a callback handler:
+the weight of each member in each step.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ STEPS = 3  # most steps of the agent
 
 
 class Plan(AgentMiddleware):
-    """A search first, then what the model likes, an answer last."""
+    """A search first, then free steps, and an answer at the end."""
 
     def wrap_model_call(self, request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
         taken = sum(isinstance(message, AIMessage) for message in request.messages)
         if taken < STEPS - 1:
             return handler(request.override(tool_choice="auto" if taken else "search_passages"))
-        # After calls alone a small model would write one more: let it see the question and the results instead.
-        found = dict.fromkeys(message.text for message in request.messages if isinstance(message, ToolMessage))
-        told = SystemMessage(ANSWER + "\n\n".join(found))
-        return handler(request.override(system_message=told, messages=request.messages[:1], tool_choice="none"))
+        # After a history of calls a small model writes another one, so show it only the question and the results.
+        results = dict.fromkeys(message.text for message in request.messages if isinstance(message, ToolMessage))
+        system = SystemMessage(ANSWER + "\n\n".join(results))
+        return handler(request.override(system_message=system, messages=request.messages[:1], tool_choice="none"))
 
 
 class Steps(BaseCallbackHandler):
-    """Keeps what each step of the model carries: weights, perplexities, tokens, seconds, and what it called."""
+    """Records each step of the model: weights, perplexities, tokens, seconds, and tool calls."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, dict[str, Any]]] = []

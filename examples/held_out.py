@@ -1,10 +1,10 @@
-"""Write what `docs/results.md` was measured on: documents that no expert of the study was trained on.
+"""Write the evaluation texts of `docs/results.md`: documents on which no expert of the study was trained.
 
     python examples/held_out.py --shared ../shared --out study
 
 Medicine, law and databases: the one document in twenty that `train_expert.py` held out of the starter
 experts' corpora, by the same hash. Maths: the half of GSM8K that it held out of the maths expert
-(--hold-out 2). Code: files of Python's standard library; no expert of them. Mixed: the first half of one
+(--hold-out 2). Code: files of Python's standard library, for which the pack has no expert. Mixed: the first half of one
 held-out document followed by the second half of another domain's. For the study of eight members also
 `cpp`, headers that come with torch, `numerics`, docstrings of numpy, scipy and scikit-learn, and
 `mixed_all`, of all seven domains. Also writes what the experts of the study are trained on (`gsm8k.jsonl`,
@@ -32,7 +32,7 @@ CORPORA = {
     "databases": ("corpora/databases_postgresql15.txt.gz", None),
 }
 LEAST = 800  # characters of a document
-FITTED = 300  # training documents a domain for cbtm and the router
+FITTED = 300  # training documents per domain, for cbtm and the router
 
 
 def main() -> None:
@@ -43,9 +43,9 @@ def main() -> None:
 
     maths = args.out / "gsm8k.jsonl"
     write(maths, gsm8k(args.shared / "eval" / "gsm8k_test.jsonl.gz"))
-    found = {name: read_documents(args.shared / path, group) for name, (path, group) in CORPORA.items()}
-    found["maths"] = read_documents(maths, "question", 2)
-    held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in found.items()}
+    corpora = {name: read_documents(args.shared / path, group) for name, (path, group) in CORPORA.items()}
+    corpora["maths"] = read_documents(maths, "question", 2)
+    held_out = {name: joined(d.text for d in documents if d.held_out) for name, documents in corpora.items()}
     held_out["code"] = [cut for path in standard_library() for cut in code(path)]
     held_out["mixed"] = mixed(held_out)
     training = {"code": code_of_python, "cpp": headers, "numerics": docstrings}
@@ -57,18 +57,18 @@ def main() -> None:
     held_out["mixed_all"] = mixed({name: texts for name, texts in held_out.items() if name != "mixed"})
     for name, texts in held_out.items():
         write(args.out / f"{name}.jsonl", ({"text": text} for text in texts))
-    for name, documents in found.items():
+    for name, documents in corpora.items():
         train = [d.text for d in documents if not d.held_out]
         texts = random.Random(0).sample(train, min(FITTED, len(train)))
         write(args.out / "corpora" / f"{name}.jsonl", ({"text": text} for text in texts))
     other = [cut for path in standard_library("*/*.py") for cut in code(path)]
     write(args.out / "corpora" / "code.jsonl", ({"text": text} for text in random.Random(0).sample(other, FITTED)))
-    unseen = [d for d in found["maths"] if d.held_out]
+    unseen = [d for d in corpora["maths"] if d.held_out]
     write(args.out / "gsm8k_held_out.jsonl", (split_answer(d) for d in unseen))
 
 
 def gsm8k(path: Path) -> Iterable[dict]:
-    """Question and worked answer, without the calculator's marks; every other one in the words of a prompt."""
+    """Question and worked answer, without the calculator annotations; every second one phrased like a prompt."""
     with gzip.open(path, "rt") as file:
         for number, line in enumerate(file):
             row = json.loads(line)
@@ -84,13 +84,13 @@ def split_answer(document: Document) -> dict:
 
 
 def joined(texts: Iterable[str]) -> list[str]:
-    """Documents long enough to have a prompt and a rest: short ones are put together."""
-    documents, held = [], ""
+    """Documents long enough for a prompt and a continuation; short ones are joined."""
+    documents, joined_text = [], ""
     for text in texts:
-        held = f"{held}\n\n{text}" if held else text
-        if len(held) >= LEAST:
-            documents.append(held)
-            held = ""
+        joined_text = f"{joined_text}\n\n{text}" if joined_text else text
+        if len(joined_text) >= LEAST:
+            documents.append(joined_text)
+            joined_text = ""
     return documents
 
 
@@ -114,7 +114,7 @@ def code_of_python() -> Iterator[dict]:
 
 
 def headers() -> Iterator[dict]:
-    """C++ that people wrote (ATen/ops is generated), without the licence at the top of a file."""
+    """Hand-written C++ headers (ATen/ops is generated), without the licence at the top."""
     for path in sorted((package("torch") / "include").rglob("*.h")):
         if path.parent.name == "ops":
             continue
@@ -133,7 +133,7 @@ def docstrings() -> Iterator[dict]:
 
 
 def passages(path: Path, text: str) -> Iterator[dict]:
-    """At most three of a file; `file` is what the held-out split hashes."""
+    """At most three passages per file; the held-out split hashes `file`."""
     for start in range(0, min(len(text), 3 * 2400), 2400):
         if len(text) - start >= LEAST:
             yield {"file": "/".join(path.parts[-3:]), "text": text[start : start + 2400]}
@@ -147,7 +147,7 @@ def package(name: str) -> Path:
 
 
 def mixed(held_out: dict[str, list[str]]) -> list[str]:
-    """Halves of documents of two domains, one after the other."""
+    """Documents of two halves from different domains."""
     rng, domains, texts = random.Random(0), list(held_out), []
     for _ in range(200):
         one, other = rng.sample(domains, 2)

@@ -4,7 +4,7 @@
     python examples/rag_langchain.py
     python examples/rag_langchain.py "What happens if I do not get enough vitamin C?"
 
-Each member of the pack reads the retrieved passages; the one they surprise least counts most in the answer.
+Each member of the pack reads the retrieved passages; the member that predicts them best gets the most weight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MiniLMEmbeddings(Embeddings):
 
 
 class Keep(BaseCallbackHandler):
-    """Keeps what a chain ending in plain text drops: the sources, and the weights of the answer."""
+    """Records what a chain that ends in plain text drops: the sources, and the weights of the answer."""
 
     def on_retriever_end(self, documents: list[Document], **_: Any) -> None:
         self.titles = [document.metadata["title"] for document in documents]

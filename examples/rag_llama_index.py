@@ -4,7 +4,7 @@
     python examples/rag_llama_index.py
     python examples/rag_llama_index.py "Does the verdict of a jury have to be unanimous?"
 
-Each member of the pack reads the retrieved passages; the one they surprise least counts most in the answer.
+Each member of the pack reads the retrieved passages; the member that predicts them best gets the most weight.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MiniLMEmbedding(BaseEmbedding):
 
 
 class Keep(BaseEventHandler):
-    """Keeps what a query engine drops: the weights, in `raw` of the model's own response."""
+    """Records what a query engine drops: the weights, in `raw` of the model's response."""
 
     weights: dict[str, Any] = Field(default_factory=dict)
 
@@ -66,7 +66,7 @@ def make_index() -> VectorStoreIndex:
 
 
 def make_engine(index: VectorStoreIndex, llm: PackLLM, k: int = 2) -> BaseQueryEngine:
-    Settings.tokenizer = llm.pack.tokenize  # instead of tiktoken, which may want to download
+    Settings.tokenizer = llm.pack.tokenize  # instead of tiktoken, which may download files
     return index.as_query_engine(llm=llm, similarity_top_k=k, text_qa_template=PROMPT)
 
 

@@ -1,5 +1,5 @@
-"""Which rule rates segments best? Real text decides. Members of several vocabularies read documents word by word and
-propose at each place how it goes on; each rule picks one proposal. A pick is right where the text does go on so.
+"""Compare rules that rate segments, on real text. Members with different vocabularies read documents word by word, and
+propose a continuation at each position; each rule picks one proposal. A pick is right if the text continues with it.
 
 Run by `study.py segments`; the rules are those of packllm.decode.segments.rate.
 """
@@ -22,15 +22,15 @@ from packllm_eval import records, rows
 RULES = get_args(Scoring)
 
 PLACES = 40
-"""Most places of a document."""
+"""Most positions per document."""
 
 START = 0.2, 240
-"""What is read before the first place: a share of the document, in characters at most so many."""
+"""Text before the first position: a share of the document, and a limit in characters."""
 
 
 def evaluate(pack: Pack, documents: list[rows.Document], path: Path) -> list[dict[str, Any]]:
-    """A record of each document: places; those where proposals `differ`; of these the `decided` ones, where some are
-    right and some wrong; and `right` of the decided, by rule and by member alone."""
+    """One record per document: the number of positions; of those where proposals `differ`; of these the `decided` ones,
+    where some proposals are right and some wrong; and how many of them are `right`, per rule and per member."""
     header = {"protocol": "segments", "fingerprint": pack.fingerprint, "places": PLACES}
     return records.run(documents, lambda document: _read(pack, document.text), path, header, "Documents")
 
@@ -74,17 +74,17 @@ def _read(pack: Pack, text: str) -> dict[str, Any]:
     return {"places": len(places), "differ": counts["differ"], "decided": counts["decided"], "right": chances}
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: how often each rule, and each member alone, was right where the proposals were not all."""
-    decided = sum(record["decided"] for record in found)
+def table(records: list[dict[str, Any]]) -> str:
+    """A Markdown table: how often each rule, and each member, was right at the decided positions."""
+    decided = sum(record["decided"] for record in records)
     lines = [
-        f"{sum(r['places'] for r in found)} places in {len(found)} documents; proposals differed at "
-        f"{sum(r['differ'] for r in found)}; at {decided} of them some were right and some wrong.",
+        f"{sum(r['places'] for r in records)} places in {len(records)} documents; proposals differed at "
+        f"{sum(r['differ'] for r in records)}; at {decided} of them some were right and some wrong.",
         "",
         "| who chooses | right | share |",
         "|---|---|---|",
     ]
-    for name in found[0]["right"]:
-        right = sum(record["right"][name] for record in found)
+    for name in records[0]["right"]:
+        right = sum(record["right"][name] for record in records)
         lines.append(f"| {name} | {right} | {right / max(1, decided):.3f} |")
     return "\n".join(lines) + "\n"

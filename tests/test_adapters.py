@@ -63,7 +63,7 @@ def test_rows_of_one_batch_equal_merged_copies(specs):
     for member, twin in zip(together, copies, strict=True):
         end, observed = scored(member, ids)
         assert torch.allclose(observed, naive.token_logprobs(twin, ids), atol=1e-4)
-        assert torch.allclose(end.here.exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
+        assert torch.allclose(end.next_logprobs.exp(), naive.next_logprobs(twin, ids).exp(), atol=1e-5)
     differ = [naive.next_logprobs(twin, ids) for twin in copies]
     assert all((differ[0] - other).abs().max() > 0.05 for other in differ[1:])
 

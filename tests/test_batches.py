@@ -98,7 +98,7 @@ def test_company_never_changes_logits_of_any_adapter(experts, lengths, steps):
     for at, owner in enumerate(owners):
         read = [*rows[at % len(rows)], *steps]
         expected = naive.next_logprobs(_As(owner, alone[members.index(owner)]), read)
-        assert torch.allclose(ends[at].here.exp(), expected.exp(), atol=1e-5)
+        assert torch.allclose(ends[at].next_logprobs.exp(), expected.exp(), atol=1e-5)
 
 
 class _As:

@@ -256,7 +256,7 @@ def test_it_says_whether_it_helps(pack):
     assert helps.gain[2] < 0
     assert helps.calibrated < helps.plain
     assert "The prior helps" in helps.verdict
-    told = helps.told(("story", "court"))
+    told = helps.summary(("story", "court"))
     for number in (*helps.passages, *helps.answers):
         assert f"{number:.3f}" in told
     assert "30 rows" in told

@@ -178,7 +178,7 @@ def test_weigh_reads_files(run, reference, tmp_path, monkeypatch) -> None:
         (("ask", QUESTION, "--option", "tua=1"), "did you mean 'tau'"),
         (("ask", QUESTION, "--option", "tau"), "NAME=VALUE"),
         (("ask", QUESTION, "--weighting", "emm"), "em"),
-        (("ask", QUESTION, "--weighting", "llama=much"), "name=number"),
+        (("ask", QUESTION, "--weighting", "llama=much"), "NAME=NUMBER"),
         (("ask", QUESTION, "--max-tokens", "0"), "max_tokens=0"),
         (("ask", QUESTION, "--max-tokens", "5000"), "context window"),
         (("ask", " "), "empty"),

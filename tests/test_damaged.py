@@ -216,7 +216,7 @@ def test_nan_in_a_weight_is_found_and_named(spoilt):
     weights = load_file(file)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, file, metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in said([spoilt / "base"])
+    assert "model.layers.1.mlp.up_proj.weight has NaN or infinity" in said([spoilt / "base"])
 
 
 def test_an_index_may_not_leave_its_folder(spoilt):

@@ -113,7 +113,7 @@ def test_sampling_frequencies_match_the_fused_distribution(make_pack, pool):
     counts: collections.Counter = collections.Counter()
     # The first token of many seeds: the weights and the prefill are the same each time.
     ends = [line(m, m.encoder.encode(prompt).ids) for m in pack.members]
-    fused = fuse(torch.stack([end.here for end in ends]), [0.5, 0.3, 0.2], pool)
+    fused = fuse(torch.stack([end.next_logprobs for end in ends]), [0.5, 0.3, 0.2], pool)
     for seed in range(draws):
         counts[make_sampler(1.0, 1.0, None, seed)(fused)] += 1
     # Each count is binomial: 5 standard deviations are exceeded with odds below 1e-6 a token.

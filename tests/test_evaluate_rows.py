@@ -60,7 +60,7 @@ def test_arc_s_form_is_read(dataset):
     path = dataset([given, {**given, "answerKey": "3"}])
     (question,) = rows.read_questions(path, "skip")
     assert (question.corpus, question.choices, question.answer) == ("arc", ("a", "b"), 1)
-    with pytest.raises(DataError, match=r"line 2: answer='3' is none of 0\.\.1"):
+    with pytest.raises(DataError, match=r"line 2: answer='3' must be 0\.\.1"):
         rows.read_questions(path)
 
 
@@ -88,7 +88,7 @@ def test_a_dataset_that_cannot_be_had_is_named(dataset, tmp_path, monkeypatch):
         ("[1]", "not a JSON object"),
         ('{"question": " "}', "no question"),
         ('{"question": "q", "choices": ["a"], "answer": 0}', "at least two"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer=2 is none of 0\.\.1"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"answer=2 must be 0\.\.1"),
         ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "answer=-1"),
         ('{"question": "q", "choices": ["a", "b"], "answer": "C"}', "answer='C'"),
         ('{"question": "q", "choices": ["a", "b"], "answer": true}', "answer=True"),
@@ -201,7 +201,7 @@ def test_answers_of_generation_may_be_numbers(tmp_path):
     assert rows.read_questions(path, choices=False)[0].answer == "4"
     with pytest.raises(DataError, match="'answer' must be a text or a number"):
         rows.read_questions(_text(path, b'{"question": "q", "answer": [4]}\n'), choices=False)
-    with pytest.raises(DataError, match=r"answer='1' is none of 0\.\.1 \(a number\)"):
+    with pytest.raises(DataError, match=r"answer='1' must be 0\.\.1 \(a number\)"):
         rows.read_questions(_text(path, b'{"question": "q", "choices": ["a", "b"], "answer": "1"}\n'))
 
 

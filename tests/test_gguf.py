@@ -320,7 +320,7 @@ def test_without_a_cache_it_is_converted_for_this_process(tiny, tmp_path, monkey
     (tmp_path / "cache").write_text("a file where the folder should be")
     (member,) = Loader(engine="transformers").members([tiny])
     assert member.vocabulary_size > 300
-    assert "for this process alone" in caplog.text
+    assert "for this process only" in caplog.text
     made = []
     monkeypatch.setattr(conversion, "_convert", lambda *_: made.append(1))
     assert (converted(tiny) / "model.safetensors").exists()
@@ -333,7 +333,7 @@ def test_a_full_disk_is_said(tiny, cache, monkeypatch):
 
     monkeypatch.setattr(conversion, "_write_each", full)
     with pytest.raises(
-        LoadError, match=r"No space left on device; it takes \d+ MiB in .*; make room, or let PACKLLM_CACHE"
+        LoadError, match=r"No space left on device; it takes \d+ MiB in .*; free some space, or set PACKLLM_CACHE"
     ):
         converted(tiny)
     assert list((cache / "gguf").iterdir()) == []

@@ -256,8 +256,12 @@ def test_a_model_in_parts(tmp_path, make_member):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        (b"llama.attention.layer_norm_rms_epsilon" + struct.pack("<If", 6, 1e-6), None, "end this process over it"),
-        (b"tokenizer.ggml.model", b"tokenizer.ggml.medol", "it holds no vocabulary"),
+        (
+            b"llama.attention.layer_norm_rms_epsilon" + struct.pack("<If", 6, 1e-6),
+            None,
+            "aborts the process that loads it",
+        ),
+        (b"tokenizer.ggml.model", b"tokenizer.ggml.medol", "it has no vocabulary"),
         (
             struct.pack("<IQ", 8, 5) + b"llama",
             struct.pack("<IQ", 8, 5) + b"bark2",

@@ -32,7 +32,7 @@ def test_a_prompt_is_scored_and_its_cache_warmed_in_one_pass(make_member, archit
     end, observed = scored(member, ids)
     assert (member.engine.forwards, member.engine.tokens) == (before[0] + 1, before[1] + len(ids))
     assert torch.allclose(observed, naive.token_logprobs(member, ids), atol=1e-4)
-    assert close(end.here, naive.next_logprobs(member, ids))
+    assert close(end.next_logprobs, naive.next_logprobs(member, ids))
 
 
 def test_a_capped_head_takes_the_models_own_path(make_member):
@@ -48,7 +48,7 @@ def test_the_models_own_path_in_small_blocks(make_member, monkeypatch):
     end, observed = scored(member, ids, positions)
     expected = naive.token_logprobs(member, ids)[2:]
     assert torch.allclose(observed, expected, atol=1e-4)
-    assert close(end.here, naive.next_logprobs(member, ids))
+    assert close(end.next_logprobs, naive.next_logprobs(member, ids))
     which = torch.tensor([0, 4, 5, 9])
     parts = list(Behind(member, end.sequence, torch.tensor(positions) - 1).logits(which, 3))
     assert [len(part) for part in parts] == [3, 1]
@@ -84,7 +84,7 @@ def test_steps_and_blocks_equal_fresh_passes(make_member, architecture):
     for token in (5, 17, 40):
         end.read([token])
         ids = [*ids, token]
-        assert close(end.here, naive.next_logprobs(member, ids))
+        assert close(end.next_logprobs, naive.next_logprobs(member, ids))
     block = end.read([9, 8, 7])
     for n in range(3):
         assert close(block[n], naive.next_logprobs(member, [*ids, *[9, 8, 7][: n + 1]]))
@@ -97,9 +97,9 @@ def test_a_cropped_line_equals_a_fresh_pass(make_member, architecture):
     end = line(member, ids)
     block = end.read([9, 8, 7, 6])
     end.crop(len(ids) + 1, block[0])
-    assert close(end.here, naive.next_logprobs(member, [*ids, 9]))
+    assert close(end.next_logprobs, naive.next_logprobs(member, [*ids, 9]))
     end.read([30])
-    assert close(end.here, naive.next_logprobs(member, [*ids, 9, 30]))
+    assert close(end.next_logprobs, naive.next_logprobs(member, [*ids, 9, 30]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -112,7 +112,7 @@ def test_a_fork_goes_its_own_way(make_member, architecture):
     read_lines({**forks, 7: end}, {token: [token] for token in (5, 6, 7)})
     assert member.engine.forwards == before + 1
     for token, one in {**forks, 7: end}.items():
-        assert close(one.here, naive.next_logprobs(member, [*ids, token]))
+        assert close(one.next_logprobs, naive.next_logprobs(member, [*ids, token]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -126,7 +126,7 @@ def test_continuations_are_scored_in_one_pass(make_member, architecture):
     for row, fork, given in zip(rows, forks, scores, strict=True):
         expected = naive.token_logprobs(member, [*ids, *row])[-len(row) :]
         assert torch.allclose(given, expected, atol=1e-4)
-        assert close(fork.here, naive.next_logprobs(member, [*ids, *row]))
+        assert close(fork.next_logprobs, naive.next_logprobs(member, [*ids, *row]))
         fork.close()
     assert end.sequence.ids == ids
 
@@ -137,18 +137,18 @@ def test_company_changes_nothing(make_member, architecture):
     rows = [ids_of(member), ids_of(member, "Once upon a time"), ids_of(member, "A query planner chooses an index")]
     ends = lines({r: (member, row) for r, row in enumerate(rows)})
     for r, row in enumerate(rows):
-        assert close(ends[r].here, naive.next_logprobs(member, row))
+        assert close(ends[r].next_logprobs, naive.next_logprobs(member, row))
     read_lines(ends, {0: [5], 1: [6], 2: [7]})
     ends.pop(1).close()
     read_lines(ends, {0: [8], 2: [9]})
-    assert close(ends[0].here, naive.next_logprobs(member, [*rows[0], 5, 8]))
-    assert close(ends[2].here, naive.next_logprobs(member, [*rows[2], 7, 9]))
+    assert close(ends[0].next_logprobs, naive.next_logprobs(member, [*rows[0], 5, 8]))
+    assert close(ends[2].next_logprobs, naive.next_logprobs(member, [*rows[2], 7, 9]))
 
 
 def test_padding_rows_of_the_model_carry_no_mass(make_member):
     member = make_member("llama")
     assert member.model.config.vocab_size > len(member.vocabulary)
-    here = line(member, ids_of(member)).here
+    here = line(member, ids_of(member)).next_logprobs
     assert here.shape[-1] == len(member.vocabulary)
     assert here.exp().sum().item() == pytest.approx(1, abs=1e-5)
 

@@ -113,7 +113,7 @@ def test_a_model_of_sixteen_gigabytes_takes_no_memory_to_look_at(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     alone = packllm.estimate(tmp_path)
     assert alone.weights == size
-    assert "by its config alone" in alone.members[0].note
+    assert "from its config alone" in alone.members[0].note
 
 
 def resident() -> int:
@@ -178,12 +178,12 @@ def test_whether_members_share_vocabulary_template_and_end(make_member, tmp_path
 def test_what_is_not_here_is_said(family):
     found = packllm.estimate(["nobody/nothing", family[0]])
     assert found[0] == ("nothing", None, None)
-    assert "it is not here, and so nothing is known of its size" in found.members[0].note
+    assert "it is not downloaded, so its size is unknown" in found.members[0].note
     assert found.weights == found[1][1] > 0
     for wrong in ("/no/such/folder", "absent.gguf"):
         with pytest.raises(LoadError, match="does not exist"):
             packllm.estimate(wrong)
-    with pytest.raises(LoadError, match=r"the size of 'nothing' is not known(.|\n)*member"):
+    with pytest.raises(LoadError, match=r"the size of 'nothing' is unknown(.|\n)*member"):
         Pack.load(["nobody/nothing"], max_memory="8GiB")
 
 

@@ -468,21 +468,21 @@ def test_its_sequences_do_what_sequences_do(make_member):
         ends[r], scores = scored(member, row)
         chosen = expected(row)[:-1].gather(-1, torch.tensor(row[1:])[:, None])[:, 0]
         assert scores.tolist() == pytest.approx(chosen.tolist(), rel=1e-4)
-        assert ends[r].here.shape == (len(reference.vocabulary),)
+        assert ends[r].next_logprobs.shape == (len(reference.vocabulary),)
     read_lines(ends, {0: [40], 1: [41], 2: [42]})
     grown = [[*row, token] for row, token in zip(rows, (40, 41, 42), strict=True)]
     for r, ids in enumerate(grown):
-        assert torch.allclose(ends[r].here, expected(ids)[-1], atol=1e-4)
+        assert torch.allclose(ends[r].next_logprobs, expected(ids)[-1], atol=1e-4)
     forks = {r: ends[r % 2].fork() for r in range(4)}
     for r, block in read_lines(forks, {r: [50, 51 + r] for r in forks}).items():
         assert torch.allclose(block, expected([*grown[r % 2], 50, 51 + r])[-2:], atol=1e-4)
         forks[r].close()
     assert member.engine.rewinds
-    here = ends[1].here
+    here = ends[1].next_logprobs
     ends[1].read([60])
     ends[1].crop(len(grown[1]), here)
     ends[1].read([61])
-    assert torch.allclose(ends[1].here, expected([*grown[1], 61])[-1], atol=1e-4)
+    assert torch.allclose(ends[1].next_logprobs, expected([*grown[1], 61])[-1], atol=1e-4)
     ends[1].close()
     with pytest.raises(MemberError, match="closed"):
         ends[1].read([1])
@@ -491,7 +491,7 @@ def test_its_sequences_do_what_sequences_do(make_member):
 def test_what_gets_mass(make_member):
     reference, inner = make_member("gpt2", 1, "words"), make_member("llama", 0)
     (member,) = translated([inner], reference)
-    masses = line(member, [1, 300]).here.exp()
+    masses = line(member, [1, 300]).next_logprobs.exp()
     assert masses.sum() == pytest.approx(1, abs=1e-5)
     found = alignment(reference.vocabulary, inner.vocabulary)
     assert all(masses[found.distances == NONE] == 0)

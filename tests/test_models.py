@@ -33,8 +33,8 @@ RIGHT = {
     "qwen2_vl": "vision-language",
 }
 REFUSED = {
-    "bert": "reads what comes later",
-    "xlnet": "reads what comes later",
+    "bert": "attends to later tokens",
+    "xlnet": "attends to later tokens",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
     "blip": "does not run on tokens alone",
@@ -151,7 +151,7 @@ def test_a_decoder_made_of_an_encoder_is_carried_when_it_is_one():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     blind = BertLMHeadModel(sized(BertConfig, **sizes)).eval()
-    with pytest.raises(LoadError, match="reads what comes later"):
+    with pytest.raises(LoadError, match="attends to later tokens"):
         Member(blind, byte_tokenizer())
     pack = pack_of(BertLMHeadModel(sized(BertConfig, is_decoder=True, **sizes)))
     assert [pack.generate(text).text for text in TEXTS] == [anew(pack, text) for text in TEXTS]
@@ -186,7 +186,7 @@ def test_rounding_does_not_pass_for_a_lost_state(dtype, caplog):
     for member in (dense, experts):
         assert member.engine.packs
         assert member.engine.rewinds
-    with pytest.raises(LoadError, match="reads what comes later"):
+    with pytest.raises(LoadError, match="attends to later tokens"):
         pack_of(BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4)).to(dtype))
     assert kept.name == "a"
 

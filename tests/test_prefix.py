@@ -55,7 +55,7 @@ def assert_as_fresh(member: Member, end: Line, observed: torch.Tensor, ids: list
     expected = naive.token_logprobs(member, ids)
     expected = expected if scored is None else expected[[at - 1 for at in scored]]
     assert torch.allclose(observed, expected, atol=1e-4)
-    assert torch.allclose(end.here.exp(), naive.next_logprobs(member, ids).exp(), atol=1e-5)
+    assert torch.allclose(end.next_logprobs.exp(), naive.next_logprobs(member, ids).exp(), atol=1e-5)
 
 
 def assert_alike(with_reuse, without) -> None:
@@ -145,7 +145,7 @@ def test_any_two_prompts(architecture, make_member, data):
         assert count <= same
         end.read([7])
         after = naive.next_logprobs(member, [*row, 7])
-        assert torch.allclose(end.here.exp(), after.exp(), atol=1e-5)
+        assert torch.allclose(end.next_logprobs.exp(), after.exp(), atol=1e-5)
 
 
 def test_tokens_decide_not_text(make_member):
@@ -225,7 +225,7 @@ def test_a_running_state_serves_only_what_goes_on_from_its_end(byte_tokenizer):
         end.read([30])  # what is kept stays as it was
     end, _, count = read(cache, member, [*ids, 9, 8, 6])
     assert count >= len(ids)
-    assert torch.allclose(end.here.exp(), naive.next_logprobs(member, [*ids, 9, 8, 6]).exp(), atol=1e-5)
+    assert torch.allclose(end.next_logprobs.exp(), naive.next_logprobs(member, [*ids, 9, 8, 6]).exp(), atol=1e-5)
 
 
 def test_positions_scaled_by_length_are_never_shared(byte_tokenizer):

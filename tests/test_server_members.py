@@ -104,7 +104,7 @@ def test_an_author_writes_and_is_judged_by_the_others(serve, minds):
     pack = Pack.load([minds[0], server.spec()], max_tokens=40, weighting="uniform")
     author = pack.members[1]
     assert author.kind == "author"
-    assert "no log-probabilities" in author.why
+    assert "no usable log-probabilities" in author.why
     answer = pack.generate(QUESTION)
     assert answer.weights.values == (0.5, 0.5)
     assert answer.weights.nll[1] is None
@@ -335,7 +335,7 @@ def test_a_failure_that_passes_does_not_show(serve, fault):
     server.fault = first(2, fault)
     assert pack.generate(QUESTION).text == whole
     server.fault = first(99, fault)
-    with pytest.raises(MemberError, match=r"'far'.*given up after 5 attempts"):
+    with pytest.raises(MemberError, match=r"'far'.*failed after 5 attempts"):
         pack.generate(QUESTION)
 
 
@@ -384,8 +384,8 @@ def test_what_no_repetition_mends_is_said_at_once(serve):
     pack = Pack.load([server.spec()], max_tokens=20)
     for fault, said in (
         ((400, {}, json.dumps({"error": {"message": "context length exceeded"}})), "context length exceeded"),
-        ((401, {}, "{}"), "is the key right"),
-        ((429, {"retry-after": "86400"}, "{}"), "come again in 86400 seconds"),
+        ((401, {}, "{}"), "check the API key"),
+        ((429, {"retry-after": "86400"}, "{}"), "retry after 86400 seconds"),
     ):
         server.fault, asked = (lambda path, body, fault=fault: fault), len(server.log)
         with pytest.raises(MemberError, match=said):
@@ -393,7 +393,7 @@ def test_what_no_repetition_mends_is_said_at_once(serve):
         assert len(server.log) == asked + 1
     server.fault = lambda path, body: None
     server.change = lambda path, answer: {}
-    with pytest.raises(LoadError, match="without choices"):
+    with pytest.raises(LoadError, match="no choices"):
         Pack.load([server.spec()])
 
 
@@ -447,7 +447,7 @@ def test_addresses():
     assert Address.of("https://host/v1?key=K#m").variable == "K"
     assert Address.of("http://127.0.0.1:8000/v1").model is None
     for spec, said in (
-        ("https://me:pw@host/v1#m", "holds a user or password"),
+        ("https://me:pw@host/v1#m", "contains a user name or password"),
         (f"https://host/v1#m?key={KEY}", "name of an environment variable"),
         ("https://host/v1#m?kee=K", "did you mean 'key'"),
         ("https://host/v1#m?timeout=soon", "number of seconds"),
@@ -467,7 +467,7 @@ def test_models_of_a_server(serve):
         Pack.load([f"{server.url}#tinny"])
     gone = serve()
     gone.close()
-    with pytest.raises(LoadError, match="given up after 3 attempts"):
+    with pytest.raises(LoadError, match="failed after 3 attempts"):
         Pack.load([gone.spec()])
 
 
@@ -499,7 +499,7 @@ def test_keys_are_told_to_nobody(serve, monkeypatch, caplog, tmp_path):
 
 def test_a_key_that_goes_unencrypted_is_warned_of(monkeypatch):
     monkeypatch.setenv("SOME_KEY", KEY)
-    with pytest.warns(UserWarning, match="SOME_KEY goes to http://host.example/v1 unencrypted") as caught:
+    with pytest.warns(UserWarning, match="SOME_KEY is sent to http://host.example/v1 unencrypted") as caught:
         assert Address.of("http://host.example/v1#m?key=SOME_KEY").key().get_secret_value() == KEY
     assert KEY not in str(caught[0].message)
     assert Address.of("http://127.0.0.1/v1#m?key=SOME_KEY").key()
@@ -522,7 +522,7 @@ def test_greedy_tokens_are_proved(serve, minds, tokenizer_folder, pool, few):
     far = Pack.load([minds[0], serve().spec(words=tokenizer_folder)], max_tokens=25, pool=pool)
     here = Pack.load([minds[0], minds[1]], max_tokens=25, pool=pool)
     member = far.members[1]
-    assert "names its 20 likeliest next tokens, and those that are asked for" in repr(member)
+    assert "returns its 20 most likely next tokens, and requested ids" in repr(member)
     if few:
         member.tops.count = 3
     rounds = tokens = at_once = 0
@@ -594,7 +594,7 @@ def test_a_server_that_tells_any_number_of_next_tokens_judges_short_texts(serve,
     far = Pack.load([minds[0], server.spec(words=tokenizer_folder)], max_tokens=20)
     here = Pack.load([minds[0], minds[1]], max_tokens=20)
     assert far.members[1].kind == "judge"
-    assert "token by token" in repr(far.members[1])
+    assert "one token per request" in repr(far.members[1])
     assert far.weigh(QUESTION).nll == pytest.approx(here.weigh(QUESTION).nll, rel=1e-4)
     assert far.weigh(" ".join(CORPUS)).nll[1] is None
     assert far.score("The", [" capital of"]) == pytest.approx(here.score("The", [" capital of"]), rel=1e-4)

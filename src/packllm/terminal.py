@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not wait for i
     from packllm.explanation import Explanation
     from packllm.weights import Weights
 
-BAR = 20  # characters of a bar for a weight of 1
+BAR = 20  # width of the bar for a weight of 1
 
 
 def typed(argument: str) -> str:

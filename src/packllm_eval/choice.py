@@ -130,7 +130,7 @@ def evaluate(
         "fingerprint": pack.fingerprint,
         "methods": described(checked),
         "template": template,
-        "shots": {subject: [shot.id for shot in found] for subject, found in (shots or {}).items()},
+        "shots": {subject: [shot.id for shot in examples] for subject, examples in (shots or {}).items()},
         **(notes or {}),
     }
     keep = any(reads_logits(m) for m in checked)

@@ -124,9 +124,9 @@ def audit(
     records = lm.evaluate(
         pack, rows, report / "records.jsonl", methods=methods, prompts=(prompt,), length=length, notes=notes
     )
-    entries, found = lm_table(records), uses(records, weighting)
-    parts = [reports.left_out(records), reports.audit(found), reports.markdown(entries, reports.LM, True)]
-    content = {"audit": [use.as_dict() for use in found], "table": [entry.as_dict() for entry in entries]}
+    entries, audited = lm_table(records), uses(records, weighting)
+    parts = [reports.left_out(records), reports.audit(audited), reports.markdown(entries, reports.LM, True)]
+    content = {"audit": [use.as_dict() for use in audited], "table": [entry.as_dict() for entry in entries]}
     reports.write(report, "Audit of a pack", parts, content)
     if draws:
         reports.plot_weights(report / "weights.png", entries, weighting)
@@ -228,14 +228,14 @@ def choice_command(
     ctx.with_resource(alone_in(report))
     pack, methods, names = _with_methods(_load(models, dtype), method, average, beside, dtype)
     records = []
-    for name, (drawn, told) in tasks.items():
+    for name, (drawn, examples) in tasks.items():
         records += choice.evaluate(
             pack,
             drawn,
             report / f"records-{name}.jsonl",
             methods=methods,
             template=template,
-            shots=told,
+            shots=examples,
             notes={"seed": seed},
         )
     entries = choice_table(records, best_of=names)
@@ -277,13 +277,13 @@ def generate_command(
     ctx.with_resource(alone_in(report))
     pack, methods, names = _with_methods(_load(models, dtype), method, average, beside, dtype)
     records = []
-    for name, (drawn, told) in tasks.items():
+    for name, (drawn, examples) in tasks.items():
         records += generate.evaluate(
             pack,
             drawn,
             report / f"records-{name}.jsonl",
             methods=methods,
-            shots=told,
+            shots=examples,
             max_tokens=max_tokens,
             notes={"seed": seed},
         )

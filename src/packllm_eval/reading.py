@@ -216,7 +216,7 @@ class Reading:
             for fork in forks.values():
                 fork.close()
         for k, at in slots:
-            first_row = self._lines[k].here[None]
+            first_row = self._lines[k].next_logprobs[None]
             answer = answers.get((k, at), first_row[:0])
             if isinstance(answer, MemberError):
                 raise answer

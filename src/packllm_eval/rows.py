@@ -185,10 +185,10 @@ def _rows(path: Path, bad: Bad, make: Callable[[dict[str, Any]], Row]) -> Iterat
             log.warning("%s line %d left out: %s", path.name, number, reason)
 
 
-def _all(path: Path, found: Callable[[Path], list[Row]]) -> list[Row]:
+def _all(path: Path, read: Callable[[Path], list[Row]]) -> list[Row]:
     """Apply `found` to a file, or to all files of a folder, and join the results."""
     paths = files.inside(path) if not files.on_hub(path) and path.is_dir() else [path]
-    return [row for one in paths for row in found(one)]
+    return [row for one in paths for row in read(one)]
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:

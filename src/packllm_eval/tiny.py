@@ -104,31 +104,31 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def families() -> dict[str, str]:
     """Model types of the causal, vision-language and encoder-decoder models in this version of transformers, each with
     its class name."""
-    found: dict[str, str] = {}
+    families: dict[str, str] = {}
     for names in (CAUSAL, IMAGES, SEQUENCES):
         for family, model in names.items():
-            found[family] = model if isinstance(model, str) else model[0]
-    return dict(sorted(found.items()))
+            families[family] = model if isinstance(model, str) else model[0]
+    return dict(sorted(families.items()))
 
 
 def tiny_config(kind: type[Any], **settings: Any) -> Any:
     """A configuration of this class with small sizes, also in its parts."""
     default = kind()
     stored, renamed = default.to_dict(), getattr(kind, "attribute_map", {})
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in SIZES.items():
         if (key not in stored and key not in renamed) or renamed.get(key) in SIZES:
             continue
         current = stored.get(renamed.get(key, key))
         optional = current is None and value is not None and key != "head_dim"  # None disables a feature
         if not optional and not isinstance(current, list | tuple | dict):
-            given[key] = value
-    if "qk_rope_head_dim" in stored and "num_key_value_heads" in given:
-        given["num_key_value_heads"] = given["num_attention_heads"]
+            values[key] = value
+    if "qk_rope_head_dim" in stored and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]
     for name in getattr(kind, "sub_configs", None) or {}:
         if (part := getattr(default, name, None)) is not None:
-            given[name] = tiny_config(type(part)).to_dict()
-    return kind(**{**given, **SPECIAL.get(kind.model_type, {}), **settings})
+            values[name] = tiny_config(type(part)).to_dict()
+    return kind(**{**values, **SPECIAL.get(kind.model_type, {}), **settings})
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:

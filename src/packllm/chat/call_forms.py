@@ -72,11 +72,11 @@ class CallForms(Thinking):
         self._unread(character)
         return "".join(letters)
 
-    def _skipped(self, held: list[str]) -> Generator[None, str, str]:
+    def _skipped(self, characters: list[str]) -> Generator[None, str, str]:
         """The next character that is no white space; all characters are added to `held`."""
         while True:
             character = yield from self._next()
-            held.append(character)
+            characters.append(character)
             if not character or character not in SPACE:
                 return character
 
@@ -171,18 +171,18 @@ class CallForms(Thinking):
         call.streamed = True
         call.said += text
 
-    def _add(self, call: _Call, name: str, arguments: dict[str, Any] | None, said: str, error: str = "") -> None:
+    def _add(self, call: _Call, name: str, arguments: dict[str, Any] | None, text: str, error: str = "") -> None:
         """Add a complete call."""
         if self._count and not self._parallel:
             return
         self._count += 1
         if arguments is not None and name:
             self._calls.append(ToolCall(call.id, name, arguments))
-            said = json.dumps(arguments, ensure_ascii=False)
+            text = json.dumps(arguments, ensure_ascii=False)
         else:
-            self._invalid.append(InvalidToolCall(call.id, name, said, error or _CUT))
+            self._invalid.append(InvalidToolCall(call.id, name, text, error or _CUT))
         if not call.streamed:
-            self._give(call.index, said, id=call.id, name=name)
+            self._give(call.index, text, id=call.id, name=name)
 
     def _unreadable(self, characters: list[str], error: str) -> Reading:
         """Add an invalid call in no known notation; it ends with its line, or at an end mark."""
@@ -296,7 +296,7 @@ class CallForms(Thinking):
         yield from self._closed("call")
 
     def _python_unmarked(self, before: str) -> Reading:
-        """Parse a call in Python without a mark; `held` ends with the first character of its name."""
+        """Parse a call in Python notation without a mark; `before` ends with the first character of its name."""
         name = before[-1]
         while any(tool.startswith(name) for tool in self._parameters):
             character = yield from self._next()

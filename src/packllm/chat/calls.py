@@ -52,7 +52,7 @@ class _Part:
     id: str | None = None
     name: str | None = None
 
-    def made(self) -> AnswerPart:
+    def as_part(self) -> AnswerPart:
         text = "".join(self.pieces)
         if isinstance(self.kind, int):
             return CallPart(self.kind, self.id, self.name, text)
@@ -92,7 +92,7 @@ class ToolStream(CallForms):
     def feed(self, text: str) -> list[AnswerPart]:
         """Add a piece of the answer; return the new parts that are now final: content, reasoning, calls, in order."""
         self._put(text)
-        return self._taken()
+        return self._take_parts()
 
     def finish(self) -> list[AnswerPart]:
         """End the answer; return the parts that were held back."""
@@ -101,11 +101,11 @@ class ToolStream(CallForms):
             self._give("content", "".join(self._spaces))
             self._content += self._spaces
         self._spaces = []
-        return self._taken()
+        return self._take_parts()
 
-    def _taken(self) -> list[AnswerPart]:
+    def _take_parts(self) -> list[AnswerPart]:
         out, self._out = self._out, []
-        return [part.made() for part in out]
+        return [part.as_part() for part in out]
 
     def _give(self, kind: str | int, text: str, **first: str) -> None:
         if first or not self._out or self._out[-1].kind != kind:

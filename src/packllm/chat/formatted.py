@@ -27,7 +27,7 @@ class Formatted(Traced):
     @classmethod
     def whole(cls, text: str) -> Formatted:
         """A formatted text without known contents."""
-        return cls._made(text, [(len(text), 0, 0)], {0: text}, vouched=False)
+        return cls._with_words(text, [(len(text), 0, 0)], {0: text}, vouched=False)
 
     @classmethod
     def by(
@@ -50,10 +50,10 @@ class Formatted(Traced):
         for source, (content, after) in enumerate(zip(contents, around[1:], strict=True)):
             runs += [(len(content), source, 0), (len(after), TEMPLATE, 0)]
         which = range(len(contents)) if scored is None else scored
-        return cls._made(text, runs, {source: contents[source] for source in which}, vouched=True)
+        return cls._with_words(text, runs, {source: contents[source] for source in which}, vouched=True)
 
     @classmethod
-    def _made(cls, text: str, runs: list[Run], words: dict[int, str], vouched: bool) -> Formatted:
+    def _with_words(cls, text: str, runs: list[Run], words: dict[int, str], vouched: bool) -> Formatted:
         self = cls(text, runs)
         assert isinstance(self, Formatted)
         self.words, self.vouched = words, vouched
@@ -96,7 +96,7 @@ class Tokens(Formatted):
         text += decoder.decode(b"", final=True)
         if not text:
             raise PromptError("the prompt's token ids contain no text; give at least one character")
-        self = cls._made(text, [(len(text), 0, 0)], {0: text}, vouched=True)
+        self = cls._with_words(text, [(len(text), 0, 0)], {0: text}, vouched=True)
         assert isinstance(self, Tokens)
         self.ids, self.vocabulary, self.offsets = list(ids), vocabulary, offsets
         return self

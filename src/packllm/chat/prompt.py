@@ -166,7 +166,7 @@ class Encoder:
         if isinstance(prompt, Tokens) and (known_ids := prompt.ids_in(self.vocabulary)) is not None:
             spans = _spans(scored, [(0, 0, 0, len(prompt))])
             return Encoded(list(known_ids), scored_text(words, scored), *_positions(prompt.offsets, spans, 0))
-        spelled, runs = self._written(text)
+        spelled, runs = self._renamed(text)
         if prefix and any(spelled.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
             prefix = []
         if window is not None:
@@ -192,7 +192,7 @@ class Encoder:
     def _spelling(self, token_id: int) -> str:
         return self.vocabulary.tokens[token_id].decode(errors="replace")
 
-    def _written(self, text: Traced) -> tuple[str, list[tuple[int, int, int, int]]]:
+    def _renamed(self, text: Traced) -> tuple[str, list[tuple[int, int, int, int]]]:
         """The text with the template's control tokens renamed, and the places of its contents:
         (source, start in the source, start in the text, length)."""
         pieces: list[str] = []
@@ -201,7 +201,7 @@ class Encoder:
         for length, source, start in runs_of(text):
             piece = str.__getitem__(text, slice(at, at + length))
             if source == TEMPLATE:
-                piece = self._find_control.sub(lambda found: self._alias[found[0]], piece)
+                piece = self._find_control.sub(lambda match: self._alias[match[0]], piece)
             elif source >= 0 and start != ASTRAY:
                 runs.append((source, start, size, length))
             pieces.append(piece)

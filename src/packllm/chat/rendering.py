@@ -78,7 +78,7 @@ class Renderer:
         Raises:
             PromptError: the template refuses the messages in any form, leaves out a part, or does not terminate.
         """
-        inputs = _Given.of(messages, tools, variables or {})
+        inputs = _Inputs.of(messages, tools, variables or {})
         refusal: PromptError | None = None
         lost: str | None = None
         for shape, tool_variables, system_text in self._ways(inputs, schema):
@@ -101,7 +101,7 @@ class Renderer:
             LoadError: the template does not terminate.
         """
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        inputs = _Given.of(turn, (), {})
+        inputs = _Inputs.of(turn, (), {})
         try:
             text = self._apply(inputs, inputs.messages, {}, answer_follows=False)
         except PromptError as error:
@@ -116,30 +116,30 @@ class Renderer:
         return after.lstrip()
 
     def _ways(
-        self, given: _Given, schema: Mapping[str, Any] | None
+        self, inputs: _Inputs, schema: Mapping[str, Any] | None
     ) -> Iterator[tuple[Callable[[Sequence[Message]], Sequence[Message]], dict[str, Any], str]]:
         """The forms to try: how messages are arranged, the variables with tools, more text of the system message."""
         form = "" if schema is None else convention.schema_text(schema)
-        documents = given.variables.get("documents")
-        variables_used = self._choose(bool(given.tools)).variables
+        documents = inputs.variables.get("documents")
+        variables_used = self._choose(bool(inputs.tools)).variables
         if documents and "documents" not in variables_used:
             form = "\n\n".join(filter(None, (convention.documents_text(documents), form)))
-        system_text = "\n\n".join(filter(None, (convention.tools_text(given.tools) if given.tools else "", form)))
+        system_text = "\n\n".join(filter(None, (convention.tools_text(inputs.tools) if inputs.tools else "", form)))
         native: list[dict[str, Any]] = [{}]
-        if given.tools:
-            native = [{"tools": given.tools}]
-            native += [{"tools": given.tools, name: given.tools} for name in TOOL_NAMES if name in variables_used]
+        if inputs.tools:
+            native = [{"tools": inputs.tools}]
+            native += [{"tools": inputs.tools, name: inputs.tools} for name in TOOL_NAMES if name in variables_used]
         shapes: list[Callable[[Sequence[Message]], Sequence[Message]]] = [list]
-        if given.calls:
+        if inputs.calls:
             shapes.append(convention.written_arguments)
-        if any(message["role"] == "developer" for message in given.messages):
+        if any(message["role"] == "developer" for message in inputs.messages):
             shapes.append(convention.system_for_developer)
         shapes.append(convention.folded)
         for shape in shapes:
             for names in native:
                 yield shape, names, form
-        if given.tools:
-            if given.calls:
+        if inputs.tools:
+            if inputs.calls:
                 for names in native:
                     yield convention.written_calls, names, form
             for shape in shapes:
@@ -153,13 +153,13 @@ class Renderer:
         return self._named.get(name) or next(iter(self._named.values()))
 
     def _apply(
-        self, given: _Given, messages: Sequence[Message], tools: Mapping[str, Any], answer_follows: bool = True
+        self, inputs: _Inputs, messages: Sequence[Message], tools: Mapping[str, Any], answer_follows: bool = True
     ) -> Traced:
         messages = [_with_thinking({k: v for k, v in message.items() if v is not None}) for message in messages]
-        values = {"tools": None, "documents": None, **given.variables, **tools}
+        values = {"tools": None, "documents": None, **inputs.variables, **tools}
         values |= {"messages": messages, "add_generation_prompt": answer_follows}
         try:
-            return self._choose(bool(tools)).render(given.size, values)
+            return self._choose(bool(tools)).render(inputs.size, values)
         except Exception as error:  # templates raise any error that their authors chose
             roles = ", ".join(str(message["role"]) for message in messages)
             problem = f"the chat template refuses messages with roles [{cut(roles)}]: {cut(error)}"
@@ -168,7 +168,7 @@ class Renderer:
 
 
 @dataclass
-class _Given:
+class _Inputs:
     """The input of a template, with its strings numbered by their source: a message, a call or a tool.
 
     Attributes:
@@ -188,7 +188,7 @@ class _Given:
     size: int = 0
 
     @classmethod
-    def of(cls, messages: Sequence[Message], tools: Tools, variables: Mapping[str, Any]) -> _Given:
+    def of(cls, messages: Sequence[Message], tools: Tools, variables: Mapping[str, Any]) -> _Inputs:
         self_ = cls([], [], {})
         self_.variables = {name: self_._plain(value) for name, value in variables.items()}
         source = len(messages)

@@ -104,7 +104,7 @@ class _Team:
         self, text: str, reason: FinishReason, count: int, logprobs: tuple[TokenLogprob, ...] | None = None
     ) -> Chunk:
         usage = replace(self.request.usage(self.index, self._top), completion_tokens=count)
-        return Chunk(text, self.row.weights, reason, usage, self.request.spent(), logprobs=logprobs)
+        return Chunk(text, self.row.weights, reason, usage, self.request.elapsed(), logprobs=logprobs)
 
 
 def _segments(team: _Team) -> Generator[tuple[int, Chunk], None, None]:

@@ -104,7 +104,7 @@ def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk]
                 if row.done:
                     usage = replace(request.usage(r, members.top), completion_tokens=answer.count)
                     usage = replace(usage, rounds=members.rounds, proved_at_once=members.at_once)
-                    yield r, Chunk(text, row.weights, reason, usage, request.spent())
+                    yield r, Chunk(text, row.weights, reason, usage, request.elapsed())
                     break
                 if text:
                     yield r, Chunk(text, row.weights)
@@ -135,7 +135,7 @@ def written(request: Request, rows: Sequence[Row], ids: Ids) -> Generator[tuple[
             usage = replace(answers[r].usage, drafted_tokens=rows[r].drafted, accepted_tokens=rows[r].accepted)
             logprobs, recorder = rows[r].take_logprobs(), rows[r].recorder
             end = None if recorder is None else recorder.end
-            yield r, Chunk(text, rows[r].weights, reason, usage, request.spent(), logprobs=logprobs, end=end)
+            yield r, Chunk(text, rows[r].weights, reason, usage, request.elapsed(), logprobs=logprobs, end=end)
         elif text:
             yield r, Chunk(text, rows[r].weights, logprobs=rows[r].take_logprobs())
 

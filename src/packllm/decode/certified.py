@@ -166,7 +166,7 @@ class Certified:
     def _fused(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of each token's fused score, which orders tokens as their probabilities do."""
         weights = self._row.weights
-        rows = {k: line.here.double().cpu() for k, line in self._lines.items()}
+        rows = {k: line.next_logprobs.double().cpu() for k, line in self._lines.items()}
         bounds = {k: (row, row) for k, row in rows.items()} | {k: far.bounds() for k, far in self._far.items()}
         size = min(len(low) for low, _ in bounds.values())
         scale = torch.tensor([weights.values[k] for k in bounds], dtype=torch.float64)

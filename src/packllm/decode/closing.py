@@ -51,9 +51,9 @@ class Hints:
 
 EMPTY: Mapping[int, bytes] = MappingProxyType({})
 
-_ALIKE = 3  # followed positions that look alike, at most
+_ALIKE = 3  # how many positions of one state are followed, at most
 _MOST_PLACES = (6000, 4000)  # positions that a search visits at most: depth first, and by length
-_MOST_BYTES = 64  # up to so many next bytes all are tried; of more, all but most letters and digits
+_MOST_BYTES = 64  # if more bytes than this may come next, only some letters and digits are tried
 _LONGER = 1000  # cost of a continuation where the value or answer could end
 _LONGEST_PIECE = 24  # longest token considered, in bytes
 

@@ -64,7 +64,7 @@ def _by_name(weights: Weights) -> dict[str, float]:
 
 
 def _messages(prompt: Prompt, text: str) -> Iterator[tuple[int, int]]:
-    """Spans of the user's messages in the scored text; one span of all of it if the two differ."""
+    """Spans of the user's messages in the scored text; one span of all of it if only a part is scored."""
     if isinstance(prompt, Formatted):
         contents = list(prompt.words.values())
     elif isinstance(prompt, str):

@@ -54,7 +54,7 @@ def lazy_ids(ensemble: Ensemble, rows: Sequence[Row]) -> Iterator[tuple[int, int
                 continue
             token = None
             while token is None:
-                token = _drawn(ensemble, row, r, missed, speakers[r])
+                token = _draw_token(ensemble, row, r, missed, speakers[r])
             for slot, tokens in missed.items():
                 if slot[1] == r:
                     tokens.append(token)
@@ -82,7 +82,7 @@ def _draw(row: Row, probabilities: Sequence[float]) -> int:
     return row.sample(torch.tensor(probabilities).log())
 
 
-def _drawn(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]], speaker: Speaker) -> int | None:
+def _draw_token(ensemble: Ensemble, row: Row, r: int, missed: dict[Slot, list[int]], speaker: Speaker) -> int | None:
     """A token of a member drawn by the weights. None if that member failed, or if not all members have the token: then
     both are drawn again."""
     k = speaker.next()

@@ -23,25 +23,25 @@ class Line:
     Args:
         member: the member that reads.
         sequence: the ids that it has read.
-        here: float32 (V,), log-probabilities of the next token.
+        next_logprobs: float32 (V,), log-probabilities of the next token.
         shared: the shared ids that the line uses, and its member's index among theirs; None: the member's own ids.
     """
 
     def __init__(
-        self, member: Member, sequence: base.Sequence, here: Tensor, shared: tuple[Shared, int] | None = None
+        self, member: Member, sequence: base.Sequence, next_logprobs: Tensor, shared: tuple[Shared, int] | None = None
     ) -> None:
-        self.member, self.sequence, self.here = member, sequence, here
+        self.member, self.sequence, self.next_logprobs = member, sequence, next_logprobs
         self._shared = shared
 
     def speaking(self, shared: Shared, index: int) -> Line:
         """The same line, with shared ids."""
-        return Line(self.member, self.sequence, shared.rows(index, self.here), (shared, index))
+        return Line(self.member, self.sequence, shared.rows(index, self.next_logprobs), (shared, index))
 
     def own(self, ids: Sequence[int]) -> Sequence[int]:
         """The member's own ids of the line's ids."""
         return ids if self._shared is None else self._shared[0].own(self._shared[1], ids)
 
-    def told(self, rows: Tensor) -> Tensor:
+    def in_line_ids(self, rows: Tensor) -> Tensor:
         """Map log-probabilities (..., V) of the member's own ids to the line's ids."""
         return rows if self._shared is None else self._shared[0].rows(self._shared[1], rows)
 
@@ -60,14 +60,14 @@ class Line:
             raise answer
         return answer
 
-    def crop(self, length: int, here: Tensor) -> None:
-        """Go back to the first `length` tokens; `here` is the member's prediction after them."""
+    def crop(self, length: int, next_logprobs: Tensor) -> None:
+        """Go back to the first `length` tokens; `next_logprobs` is the member's prediction after them."""
         self.sequence.crop(length)
-        self.here = here
+        self.next_logprobs = next_logprobs
 
     def fork(self) -> Line:
         """A copy that reads on independently of this line."""
-        return Line(self.member, self.sequence.fork(), self.here, self._shared)
+        return Line(self.member, self.sequence.fork(), self.next_logprobs, self._shared)
 
     def close(self) -> None:
         self.sequence.close()
@@ -76,7 +76,7 @@ class Line:
 def read_lines(
     lines: Mapping[K, Line], blocks: Mapping[K, Sequence[int]], want: Want = "all"
 ) -> dict[K, Tensor | MemberError]:
-    """Let several lines read one block each, in common passes where possible, and update their `here`.
+    """Let several lines read one block each, in common passes where possible, and update their `next_logprobs`.
 
     Args:
         lines: at least the lines of `blocks`.
@@ -93,8 +93,8 @@ def read_lines(
         if isinstance(answer, Exception):
             results[key] = line.member.failed(answer)
         else:
-            results[key] = rows = line.told(answer)
-            line.here = rows[-1]
+            results[key] = rows = line.in_line_ids(answer)
+            line.next_logprobs = rows[-1]
     return results
 
 
@@ -157,8 +157,8 @@ def read_forks(line: Line, rows: Sequence[Sequence[int]]) -> tuple[list[Line], l
     for fork, ids, logprobs, last in zip(forks, rows, answers[::2], answers[1::2], strict=True):
         assert not isinstance(logprobs, Exception)
         assert not isinstance(last, Exception)
-        fork.here = last[0]
-        first = line.here[ids[0]].double().cpu().reshape(1)
+        fork.next_logprobs = last[0]
+        first = line.next_logprobs[ids[0]].double().cpu().reshape(1)
         scores.append(logprobs.new_tensor([*first.tolist(), *logprobs.tolist()]))
     return forks, scores
 
@@ -187,7 +187,7 @@ def score_rows(lines: Mapping[K, Line], rows: Mapping[K, Sequence[Sequence[int]]
         logprobs[slot] = answer.tolist()
     return {
         key: [
-            torch.tensor([float(lines[key].here[ids[0]]), *logprobs.get((key, r), ())], dtype=torch.float64)
+            torch.tensor([float(lines[key].next_logprobs[ids[0]]), *logprobs.get((key, r), ())], dtype=torch.float64)
             for r, ids in enumerate(texts)
         ]
         for key, texts in rows.items()

@@ -115,7 +115,7 @@ class MinedEngine(Engine):
                     rest.clear()
                 else:
                     want = reads[at].want
-                    parts[at].append(answer if isinstance(want, str) else _given(answer, want[cut]))
+                    parts[at].append(answer if isinstance(want, str) else _target_logprobs(answer, want[cut]))
         nothing = torch.empty(0, dtype=torch.float64)
         return [failed.get(at) or (torch.cat(rows) if rows else nothing) for at, rows in enumerate(parts)]
 
@@ -145,7 +145,7 @@ def _next(queue: list[tuple[int, slice]]) -> list[tuple[int, slice]]:
     return slices
 
 
-def _given(rows: Tensor, targets: List[int]) -> Tensor:
+def _target_logprobs(rows: Tensor, targets: List[int]) -> Tensor:
     ids = torch.tensor(targets, dtype=torch.long)
     logprobs = rows.gather(-1, ids.clamp_min(0)[:, None].to(rows.device))[:, 0].double().cpu()
     return logprobs.masked_fill(ids < 0, torch.nan)

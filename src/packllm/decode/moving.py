@@ -69,7 +69,7 @@ class Moving:
         if self._threshold:
             self._block.append((tokens[0], likelihoods))
             self.unread += tokens
-        return self._told(weights)
+        return self._updated(weights)
 
     def _learn(self, weights: Weights, likelihoods: Mapping[int, float]) -> None:
         dropped = {k for k, value in enumerate(weights.values) if not value}
@@ -83,7 +83,7 @@ class Moving:
             mean = sum(current[k] * p for k, p in likelihoods.items()) / total if total else 1.0
         self._filter.observe([likelihoods.get(k, mean) for k in range(len(weights.values))])
 
-    def _told(self, weights: Weights) -> Weights:
+    def _updated(self, weights: Weights) -> Weights:
         path = None if self._path is None else tuple(self._path)
         return replace(weights, values=tuple(self._filter.weights().tolist()), start=self._start, path=path)
 
@@ -123,7 +123,7 @@ class Moving:
             rows = {k: logprobs[len(logprobs) - size :] for k, logprobs in slept.items()}
             for at, (token, likelihoods) in enumerate(self._block):
                 self._learn(weights, {**likelihoods, **{k: math.exp(float(row[at, token])) for k, row in rows.items()}})
-            weights = self._told(weights)
+            weights = self._updated(weights)
         self.unread = self.unread[-1:]
         self._new_block(weights)
         if not again:

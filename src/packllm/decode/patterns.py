@@ -86,7 +86,7 @@ class _Automaton:
                     letter_steps.setdefault(to, []).append((letter, state))
         level = [self.end]
         while level:
-            for state in level:  # the list grows: states before an empty step are as near
+            for state in level:  # the list grows: an empty step adds no length
                 for before in empty.get(state, ()):
                     if before not in texts:
                         texts[before] = texts[state]

@@ -48,7 +48,7 @@ class Penalties:
         """Penalise log-probabilities (V,); the result is not normalised."""
         shaped = logprobs.clone()
         if self._repetition != 1.0:
-            shaped[_known(self._prompt | self._counts.keys(), logprobs)] *= self._repetition
+            shaped[_valid_ids(self._prompt | self._counts.keys(), logprobs)] *= self._repetition
         if self._counts and (self._presence or self._frequency):
             penalties = {token: self._presence + self._frequency * count for token, count in self._counts.items()}
             _add(shaped, {token: -nats for token, nats in penalties.items()})
@@ -56,12 +56,12 @@ class Penalties:
         return shaped
 
 
-def _known(ids: Collection[int], logprobs: Tensor) -> Tensor:
+def _valid_ids(ids: Collection[int], logprobs: Tensor) -> Tensor:
     return torch.tensor(sorted(i for i in ids if i < len(logprobs)), dtype=torch.long, device=logprobs.device)
 
 
 def _add(logprobs: Tensor, nats: Mapping[int, float]) -> None:
-    ids = _known(nats, logprobs)
+    ids = _valid_ids(nats, logprobs)
     logprobs[ids] += torch.tensor([nats[i] for i in ids.tolist()], dtype=logprobs.dtype, device=logprobs.device)
 
 

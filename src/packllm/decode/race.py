@@ -20,8 +20,8 @@ from packllm.weights import em
 from packllm.weights.common import in_common
 
 EVIDENCE = 2.71
-"""Nats by which the text read so far must speak against a weight as large as the threshold. If the rest of the text
-resembles it, chance reaches this likelihood ratio once in a hundred times."""
+"""Likelihood ratio, in nats, of the text so far that is needed to rule out a weight at the threshold. If the rest of
+the text is similar, this ratio is reached by chance once in a hundred times."""
 
 Slot = tuple[int, int]
 

@@ -21,7 +21,7 @@ def apart(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator[tup
     for r, chunk in pieces:
         if _reasons(request, r):
             if r not in thoughts:
-                thoughts[r] = ReasoningStream(_opened(request, r))
+                thoughts[r] = ReasoningStream(_closing_mark(request, r))
             last = chunk.finish_reason is not None
             reasoning, text = thoughts[r].feed(chunk.text, last)
             if chunk.logprobs is not None:
@@ -52,7 +52,7 @@ def _reasons(request: Request, index: int) -> bool:
     return request.conversations[index] and request.grammar is None
 
 
-def _opened(request: Request, index: int) -> str | None:
+def _closing_mark(request: Request, index: int) -> str | None:
     """The mark that closes the reasoning if the top member's prompt ends inside an open one; else None."""
     top = _speaker(request, index)
     tokens = request.members[top].encoder.vocabulary.tokens

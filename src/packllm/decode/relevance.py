@@ -69,4 +69,4 @@ def question_logprobs(request: Request, question: str) -> list[float]:
             request, lines, dict(zip(rows, request.weights, strict=True)), dict.fromkeys(rows, question)
         )
 
-    return request.whole(scores)
+    return request.run_on_lines(scores)

@@ -18,7 +18,7 @@ from packllm.decode.boundaries import common_boundaries, inside_character
 from packllm.decode.failures import Failures, Weighed
 from packllm.decode.sampling import Sampler
 from packllm.decode.writer import SEGMENT_BYTES, Judgement, Segment
-from packllm.engines.server.answers import Given
+from packllm.engines.server.answers import TextLogprobs
 from packllm.engines.server.http import Gate
 from packllm.engines.server.judge import Asked
 from packllm.engines.server.member import ServerMember
@@ -40,7 +40,7 @@ class ServerLine:
     def __init__(self, member: ServerMember, asked: Asked, options: Options, gate: Gate) -> None:
         self.member, self.asked, self._gate = member, asked, gate
         self.closed = False
-        self.scored: Given | None = None
+        self.scored: TextLogprobs | None = None
         self.bill = Bill()
         self._sampling: dict[str, Any] = {"temperature": options.temperature}
         if options.temperature > 0:
@@ -80,7 +80,7 @@ class ServerLine:
         with blamed_on(self.member.name):
             yield from self.member.write(self.asked, text, budget, self._sampling, self.bill, self.gate)
 
-    def judge(self, text: str, segments: Sequence[str]) -> list[Given | None]:
+    def judge(self, text: str, segments: Sequence[str]) -> list[TextLogprobs | None]:
         """See ServerMember.judge; errors name the member."""
         with blamed_on(self.member.name):
             return self.member.judge(self.asked, text, segments, self.bill, self.gate)
@@ -240,14 +240,14 @@ class ServerWriter:
 _FULL = object()
 
 
-def _scored(tokens: Given) -> Scored:
+def _scored(tokens: TextLogprobs) -> Scored:
     """Log-probabilities with made-up ids, so that tokens count as equal if they are cut at the same places."""
     count = list(range(len(tokens.logprobs)))
     ids = [-1 - i for i in count]  # no tokenizer's
     return Scored(ids, tokens.starts, tokens.ends, count, torch.tensor(tokens.logprobs, dtype=torch.float64))
 
 
-def _judgement(segment: Segment, tokens: Given | None) -> Judgement | None:
+def _judgement(segment: Segment, tokens: TextLogprobs | None) -> Judgement | None:
     if tokens is None:
         return None
     logprobs = [*tokens.logprobs, *([tokens.end] if segment.ends else [])]

@@ -1,4 +1,4 @@
-"""One request: prompts on their way through the members, read and weighed."""
+"""One request: its prompts are encoded for the members, prefilled, and weighted."""
 
 from __future__ import annotations
 
@@ -41,36 +41,36 @@ from packllm.weights.common import Common
 DEFAULT_MAX_TOKENS = 256
 
 SHARED = 8
-"""Fewest tokens that are worth a pass of their own, where all prompts of a request begin with them."""
+"""Shortest common prefix, in tokens, that is worth a forward pass of its own."""
 
 T = TypeVar("T")
 
 
 class Request:
-    """Prompts, encoded for the members that may run, then prefilled and weighed together (answer.py decodes them).
+    """Prompts that are encoded, prefilled and weighted together; answer.py decodes them.
 
     Args:
         members: the pack's members.
         options: the request's options.
         prompts: checked prompts (see prompt.check), at least one.
-        prefixes: earlier prompts that these may start from, and are kept in.
-        mapped: members of other vocabularies read in the ids of the one that knows the prompt best (paper §3.4).
+        prefixes: the prefix cache, or None.
+        mapped: whether members with other vocabularies read the token ids of the member that predicts the prompt best
+            (paper §3.4).
 
     Attributes:
         candidates: indices of the members that may run.
-        stop: asked before every forward pass whether to go on.
-        admission: what requests in flight may keep together.
-        encoded: each prompt as each candidate reads it: {member index: Encoded} per prompt.
-        lines: by (member index, index of the prompt), at the ends of the prompts; filled in by prefill().
-        weights: final weights of each prompt, over all members of the pack; filled in by prefill().
-        timings: seconds spent so far: prefill, weighting.
-        evidence: of each prompt, the members that read it and what they gave its text; with `explain`, filled in by
-            prefill().
-        prompts: as given.
-        failures: what becomes of a member that fails.
-        conversations: whether each prompt is messages, not text.
-        biases: what logit_bias adds to tokens, by their spelling.
-        grammar: what the answers are held to, or None. Each row then has a sampler with a memory, which must see
+        stop: checked before every forward pass; it raises if the request was cancelled.
+        admission: limits the cache memory of all running requests together.
+        encoded: for each prompt, {member index: Encoded}.
+        lines: by (member index, prompt index), each with the prompt in its KV cache; set by prefill().
+        weights: of each prompt, over all members of the pack; set by prefill().
+        timings: seconds that prefill, weighting and the first token took, so far.
+        evidence: for each prompt, the members that scored it and their scores; set by prefill() with `explain`.
+        prompts: the checked prompts.
+        failures: handles members that fail.
+        conversations: whether each prompt consists of messages.
+        biases: logit_bias, by the tokens' spelling.
+        grammar: constrains the answers, or None. With a grammar, each row's sampler has a state, and must be given
             every token of the answer once and in order.
     """
 
@@ -86,9 +86,9 @@ class Request:
         self.stop, self.admission = Stop(), Admission(None)
         self.candidates = list(range(len(members)))
         if isinstance(options.weighting, dict):  # members that are given no weight need not even score
-            given = {name: value for name, value in options.weighting.items() if value != 0}
-            self.candidates = [k for k, member in enumerate(members) if member.name in given]
-            self.options = options.model_copy(update={"weighting": given})
+            nonzero = {name: value for name, value in options.weighting.items() if value != 0}
+            self.candidates = [k for k, member in enumerate(members) if member.name in nonzero]
+            self.options = options.model_copy(update={"weighting": nonzero})
         if options.offered_tools and any(isinstance(prompt, str) for prompt in prompts):
             raise OptionError("tools need a conversation; give messages instead of text, or chat_template=True")
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
@@ -114,16 +114,16 @@ class Request:
         self._cached: dict[tuple[int, int], int] = {}  # tokens of a prompt that were not read again
 
     def _encode(self, member: Author, prompt: Prompt) -> Encoded:
-        asked = self.options
-        told = asked.offered_tools, asked.json_schema, asked.chat_template_kwargs
+        options = self.options
+        presented = options.offered_tools, options.json_schema, options.chat_template_kwargs
         try:
-            return member.encoder.encode(prompt, asked.score_on, *told, window=member.context_window)
+            return member.encoder.encode(prompt, options.score_on, *presented, window=member.context_window)
         except TooLong as error:
             window = member.context_window or 0
-            raise ContextOverflowError(member.name, window, error.tokens, asked.max_tokens or 1) from None
+            raise ContextOverflowError(member.name, window, error.tokens, options.max_tokens or 1) from None
 
     def check_room(self, lengths: dict[int, int]) -> None:
-        """ContextOverflowError unless each candidate's window holds each prompt and so many more tokens."""
+        """Raise ContextOverflowError unless each prompt and lengths[k] more tokens fit the window of candidate k."""
         for encoded in self.encoded:
             for k, prompt in encoded.items():
                 window = self.members[k].context_window
@@ -131,10 +131,10 @@ class Request:
                     raise ContextOverflowError(self.members[k].name, window, len(prompt.ids), lengths[k])
 
     def limits(self, wanted: int | None) -> list[int]:
-        """Tokens that each prompt may be followed by: `wanted`, or what fits up to the default.
+        """Most tokens of the answer to each prompt: `wanted`, or by default at most 256, as far as they fit.
 
         Raises:
-            ContextOverflowError: a prompt and the tokens wanted do not fit a member that may run.
+            ContextOverflowError: a prompt and the wanted tokens do not fit the window of a candidate.
         """
         return [self._limit(encoded, wanted) for encoded in self.encoded]
 
@@ -151,10 +151,10 @@ class Request:
         return limit
 
     def prefill(self) -> None:
-        """Let every candidate read the prompts once: caches, scores, weights.
+        """Let every candidate read the prompts once; compute the members' scores and weights.
 
         Raises:
-            MemberError: a member fails, and on_member_error is "raise" or it is the last one.
+            MemberError: a member failed, and on_member_error is "raise" or no other member is left.
             AnswerTimeout: see check_time.
         """
         started = self._started = time.perf_counter()
@@ -173,8 +173,8 @@ class Request:
         self.check_time()
 
     def share_beginning(self) -> None:
-        """Before prefill(): read once what all prompts begin with, for each to go on from there."""
-        asked = []
+        """Before prefill(): read the prefix that all prompts share once per member, and reuse its KV cache."""
+        reads = []
         for k in (k for k in self.candidates if not self._remote(k)):
             rows = [prompts[k] for prompts in self.encoded]
             count = min(common(rows[0].ids, row.ids[:-1]) for row in rows)
@@ -186,16 +186,18 @@ class Request:
             if isinstance(sequence.engine, KeepsHidden):
                 sequence.engine.keep_hidden(sequence)
             targets = [token if at in scored else -1 for at, token in enumerate(ids[1:], 1)]
-            asked.append((member.adapter, sequence, Read(sequence, ids, [*targets, -1])))
-        self._opened += [sequence for _, sequence, _ in asked]
-        answers = base.read_together([read for *_, read in asked])
-        found = zip(asked, answers, strict=True)  # whose read fails will fail again, and be told then
-        read = [(adapter, sequence) for (adapter, sequence, _), given in found if not isinstance(given, Exception)]
+            reads.append((member.adapter, sequence, Read(sequence, ids, [*targets, -1])))
+        self._opened += [sequence for _, sequence, _ in reads]
+        answers = base.read_together([read for *_, read in reads])
+        outcomes = zip(reads, answers, strict=True)  # a read that fails here fails again, and is reported, in prefill()
+        read = [
+            (adapter, sequence) for (adapter, sequence, _), outcome in outcomes if not isinstance(outcome, Exception)
+        ]
         self._prefixes = Beginnings(read, self._prefixes)
 
     def fork(self) -> None:
-        """Let each prompt, now that it is read and weighed, be answered n times. From now on all is by row: row r is
-        answer r % n to prompt r // n."""
+        """After prefill(): make n rows of each prompt, one per answer. From now on indices are rows: row r is answer
+        r % n to prompt r // n."""
         n = self.options.n or 1
         lines: dict[tuple[int, int], Line | ServerLine] = {}
         for (k, at), line in self.lines.items():
@@ -216,30 +218,31 @@ class Request:
         self.conversations = [one for one in self.conversations for _ in range(n)]
 
     def check(self) -> None:
-        """Before every forward pass: CancelledError if nobody waits any more, AnswerTimeout if the time is up."""
+        """Run before every forward pass. Raises CancelledError if the request was cancelled, AnswerTimeout after its
+        time limit."""
         self.stop.check()
         self.check_time()
 
     def check_time(self) -> None:
-        """AnswerTimeout if more time has passed since prefill() began than the option timeout allows."""
+        """Raise AnswerTimeout if more time has passed since prefill() began than the option timeout allows."""
         timeout = self.options.timeout
         if timeout is not None and time.perf_counter() - self._started > timeout:
             raise AnswerTimeout(timeout)
 
     def first_token(self) -> None:
-        """Note when the first token was there."""
+        """Record the time of the first token."""
         self.timings.setdefault("first_token", time.perf_counter() - self._started)
 
-    def spent(self) -> dict[str, float]:
-        """Seconds spent so far: prefill, weighting, first_token, and in total."""
+    def elapsed(self) -> dict[str, float]:
+        """Seconds that prefill, weighting and the first token took, and in total so far; see Chunk.timings."""
         return {**self.timings, "total": time.perf_counter() - self._started}
 
     def _live(self) -> list[int]:
-        """Members that have read the prompts, ascending."""
+        """Indices of the members that have read the prompts, ascending."""
         return sorted({k for k, _ in self.lines})
 
     def _without_failing(self, work: Callable[[Sequence[int]], T]) -> T:
-        """What `work` gives of the members that are left; again, where one fails in it."""
+        """The result of `work` for the remaining members; it is called again if a member fails in it."""
         while True:
             live = self._live()
             try:
@@ -252,24 +255,24 @@ class Request:
         for slot in [slot for slot in self.lines if slot[0] in members]:
             self.lines.pop(slot).close()
 
-    def whole(self, work: Callable[[dict[tuple[int, int], Line | ServerLine]], T]) -> T:
-        """What `work` gives of the lines that run, by (member, index of the prompt); all of it without a member that
-        fails on the way, never half of it.
+    def run_on_lines(self, work: Callable[[dict[tuple[int, int], Line | ServerLine]], T]) -> T:
+        """The result of `work` for the running lines, by (member, prompt). If a member fails, `work` starts again
+        without it, so the result is always from the same members.
 
         Raises:
-            MemberError: a member fails, and on_member_error is "raise" or it is the last one.
+            MemberError: a member failed, and on_member_error is "raise" or no other member is left.
         """
         rows = range(len(self.encoded))
         return self._without_failing(lambda _: work({(k, r): self.lines[k, r] for r in rows for k in self.running(r)}))
 
     def _reading(self, row: int, live: Sequence[int]) -> Reading:
-        """A prompt as members read it."""
-        lines = {k: self.lines[k, row] for k in live if (k, row) in self.lines}  # without those that stopped reading
+        """A prompt with the members' lines and scores."""
+        lines = {k: self.lines[k, row] for k in live if (k, row) in self.lines}  # without members that left a race
         scores = {k: self._scores[k, row] for k in lines}
         encoded = {k: self.encoded[row][k] for k in lines}
         for k, line in lines.items():
             if isinstance(line, ServerLine) and scores[k] is not None:
-                encoded[k] = line.encoded()  # as the server says that it read it
+                encoded[k] = line.encoded()  # with the tokens that the server reported
         return Reading({k: self.members[k] for k in lines}, lines, encoded, scores)
 
     def _weigh(self, row: int, live: Sequence[int]) -> Weights:
@@ -279,8 +282,9 @@ class Request:
         return drop_small(weights, self.options.min_weight)
 
     def provable(self, which: Sequence[int]) -> bool:
-        """Whether the likeliest token can be proved: of members of one vocabulary, some on servers that tell their
-        likeliest next tokens; in greedy decoding, where nothing else shapes the choice."""
+        """Whether the pack's most likely token can be proved from the members' most likely tokens alone. This needs one
+        vocabulary, a member on a server, servers that report next tokens, and greedy decoding without a grammar,
+        penalties or log-probabilities."""
         members = [self.members[k] for k in which]
         far = [member for member in members if isinstance(member, ServerMember)]
         akin = all(member.vocabulary.akin(members[0].vocabulary) for member in members)
@@ -293,22 +297,23 @@ class Request:
         return not isinstance(self.members[k], Member)
 
     def _model(self, k: int) -> Member:
-        """A member that runs here."""
+        """A member that runs locally."""
         member = self.members[k]
         assert isinstance(member, Member)
         return member
 
     def token_lines(self, index: int) -> dict[int, Line]:
-        """The lines of the members that run for a prompt, all of them here."""
+        """The lines of the members that run for a prompt, without those on servers."""
         lines = {k: self.lines[k, index] for k in self.running(index)}
         return {k: line for k, line in lines.items() if isinstance(line, Line)}
 
     def _read(self, which: Sequence[int], chunk: int = 0) -> None:
-        """Let members read the prompts, racing if `chunk` says so. Those that fail are left out, or raise.
+        """Let members read the prompts, in a race with steps of `chunk` tokens if that is not 0. Members that fail are
+        dropped, or raise their error.
 
-        Where the weighting reads all logits anyway, and they can be had of hidden states, it reads the scores out too:
-        one product with the LM head instead of two. Not where they tell which vocabulary is the reference, or are
-        explained.
+        If the weighting needs all logits, and the engine can compute them from hidden states, the scores are computed
+        together with the weights: one product with the LM head instead of two. This is not done if the scores are
+        needed earlier, to choose the reference vocabulary, or for an explanation.
         """
         servers = {
             (k, row): ServerLine(member, prompt, self.options, self.check)
@@ -339,7 +344,7 @@ class Request:
                     self.lines[slot], self._scores[slot] = servers[slot], read
         self.lines |= lines
         self._cached |= {slot: line.sequence.cached_tokens for slot, line in lines.items()}
-        self._scores |= {slot: None if slot in unread else given for slot, given in scores.items()}
+        self._scores |= {slot: None if slot in unread else score for slot, score in scores.items()}
         for (k, _), error in failed.items():
             if k not in self.failures.members:
                 lost, _ = self.failures.lose(error, [k])
@@ -349,7 +354,7 @@ class Request:
     def _raced(
         self, asked: Mapping[Slot, tuple[base.Sequence, Member, Sequence[int], Sequence[int]]], chunk: int
     ) -> tuple[dict[Slot, Line], dict[Slot, Tensor], dict[Slot, MemberError]]:
-        """As open_lines; those that stopped are in none of the three."""
+        """As open_lines. Members that left the race are in none of the three results."""
         race = Race({(k, r): (asked[k, r][0], asked[k, r][1], self.encoded[r][k]) for k, r in asked})
         failed = race.run(chunk, self.options.min_weight)
         left = {}
@@ -366,10 +371,11 @@ class Request:
         )
 
     def _translate(self) -> list[int]:
-        """Put members of other vocabularies in the one of the reference: the lowest NLL per byte (paper §3.4).
+        """Choose the member with the lowest NLL per byte as the reference. Map the members with other vocabularies to
+        the reference's vocabulary (paper §3.4).
 
         Returns:
-            Those members; they have yet to read the prompt, in the reference's ids.
+            The mapped members; they have not yet read the prompt in the reference's ids.
         """
         live = self._live()
         by_byte = self.options.model_copy(update={"weighting": "top1", "unit": "byte"})
@@ -386,7 +392,7 @@ class Request:
         return others
 
     def running(self, index: int) -> list[int]:
-        """Members that run for a prompt, once it is weighed."""
+        """Members that decode a prompt's answer: those with a weight above 0."""
         return [k for k in self._live() if self.weights[index].values[k] != 0]
 
     def one_vocabulary(self, which: Sequence[int]) -> bool:
@@ -397,7 +403,7 @@ class Request:
         return all(self.members[k].vocabulary.akin(first) for k in which[1:])
 
     def cache_bytes(self) -> int:
-        """Most that the caches of all members and prompts grow to."""
+        """Largest size in bytes of the KV caches of all members and prompts."""
         limits = self.limits(self.options.max_tokens)
         return (self.options.n or 1) * sum(
             (len(prompt.ids) + limit) * self._model(k).engine.token_bytes
@@ -407,7 +413,7 @@ class Request:
         )
 
     def usage(self, index: int, member: int) -> Usage:
-        """Tokens of a prompt as a member reads it; none of an answer yet."""
+        """Usage of a prompt in a member's tokens, with no completion tokens yet."""
         line = self.lines.get((member, index))
         servers = {
             self.members[k].name: line.bill.as_dict() for (k, row), line in self._servers.items() if row == index

@@ -49,7 +49,7 @@ def text_logprobs(
     for start in range(0, len(rows), TOGETHER):
         group = rows[start : start + TOGETHER]
         local = {slot: line for slot, line in lines.items() if isinstance(line, Line) and slot[1] in group}
-        ids_of = {(k, r): _known(line.member, texts[r]) for (k, r), line in local.items()}
+        ids_of = {(k, r): _ids_of(line.member, texts[r]) for (k, r), line in local.items()}
         spellable = {slot: ids for slot, ids in ids_of.items() if ids}
         scores = score_rows(local, {slot: [ids] for slot, ids in spellable.items()})
         read_by: dict[int, dict[int, Scored]] = {r: {} for r in group}
@@ -61,7 +61,7 @@ def text_logprobs(
             yield r, _fused(texts[r], read_by[r], weights[r])
 
 
-def _known(member: Member, text: str) -> list[int]:
+def _ids_of(member: Member, text: str) -> list[int]:
     """The member's ids of a text; [] if its tokenizer cannot spell it."""
     ids = member.encoder.continuation(text)
     return [] if member.vocabulary.special.get("unk") in ids else ids

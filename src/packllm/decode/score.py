@@ -121,7 +121,7 @@ def _multiplied(
     running = {r: [k for k, row in lines if row == r] for r in rows}
     totals = {}
     for r, ids in rows.items():
-        first = fused_row({k: lines[k, r].here for k in running[r]}, weights[r])
+        first = fused_row({k: lines[k, r].next_logprobs for k in running[r]}, weights[r])
         totals[r] = float(first[ids[0]])
     forks = {slot: line.fork() for slot, line in lines.items()}
     step = max(1, BLOCK_BYTES // (4 * len(first) * len(rows)))

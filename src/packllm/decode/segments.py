@@ -24,7 +24,7 @@ AnyWriter = Writer | ServerWriter
 
 
 @dataclass(frozen=True)
-class Written:
+class ChosenSegment:
     """A chosen segment: the text of each of its author's tokens, and whether the answer ends with it."""
 
     pieces: tuple[str, ...]
@@ -59,7 +59,7 @@ class Writers:
         encoders = {writer.member.vocabulary.fingerprint: writer.member.encoder for writer in writers.values()}
         self._encoders = list(encoders.values())
 
-    def write(self, limit: int) -> Iterator[Written]:
+    def write(self, limit: int) -> Iterator[ChosenSegment]:
         """Yield the best segment of each round, until the row is done, a segment ends the answer, `limit` tokens are
         written (counted by their authors), or a context window is full.
 
@@ -78,13 +78,13 @@ class Writers:
                 segments = [s for s in segments if s.text or s.ends]
             best = segments[0]
             if len(segments) > 1 or self._top is not None or self._row.moving is not None:
-                judgements = self._judged(segments)
+                judgements = self._judgements(segments)
                 ratings = [rate(s, judgements[s], self._row.weights, self._scoring) for s in segments]
                 best = segments[max(range(len(segments)), key=ratings.__getitem__)]
                 self._tell(best, judgements)
                 logprobs = {k: judgement.logprob for k, judgement in _able(judgements[best]).items()}
                 self._row.observe_segment(logprobs, len(pieces[best]))
-            yield Written(pieces[best], best.ends)
+            yield ChosenSegment(pieces[best], best.ends)
             if best.ends or self._row.done:
                 return
             remaining -= len(pieces[best])
@@ -134,10 +134,10 @@ class Writers:
 
     def rate(self, segments: Sequence[Segment]) -> list[float]:
         """The ratings of segments, higher is better. Each member reads those that it did not write in one pass."""
-        judgements = self._judged(segments)
+        judgements = self._judgements(segments)
         return [rate(segment, judgements[segment], self._row.weights, self._scoring) for segment in segments]
 
-    def _judged(self, segments: Sequence[Segment]) -> dict[Segment, dict[int, Judgement | None]]:
+    def _judgements(self, segments: Sequence[Segment]) -> dict[Segment, dict[int, Judgement | None]]:
         by_member = self._each(lambda writer: writer.judge(segments))
         return {s: {k: judgements[i] for k, judgements in by_member.items()} for i, s in enumerate(segments)}
 

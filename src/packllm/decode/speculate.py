@@ -67,7 +67,7 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], fixed: int | None =
     parts = {r: {k: logprobs[None] for k, logprobs in ensemble.parts(r).items()} for r in live}
     block = Round(parts, {r: [] for r in live}, {r: [] for r in live})
     while True:
-        chosen = yield from _judged(block, ensemble, rows, pace)
+        chosen = yield from _verified(block, ensemble, rows, pace)
         live = [r for r in live if not rows[r].done]
         if not live:
             return
@@ -96,7 +96,7 @@ def _hindered(ensemble: Ensemble, rows: Sequence[Row]) -> bool:
     return False
 
 
-def _judged(
+def _verified(
     block: Round, ensemble: Ensemble, rows: Sequence[Row], pace: Pace
 ) -> Generator[tuple[int, int], None, dict[int, list[int]]]:
     """Yield the pack's token at each place, up to the first one that is not the draft token.
@@ -182,13 +182,13 @@ class Pace:
 
     def __init__(self, ensemble: Ensemble, fixed: int | None) -> None:
         self._ensemble, self._fixed = ensemble, fixed
-        self._accepted, self._judged = FIRST_RATE * FIRST_COUNT, FIRST_COUNT
+        self._accepted, self._verified = FIRST_RATE * FIRST_COUNT, FIRST_COUNT
         self.learns = fixed is None
 
     def note(self, accepted: float) -> None:
         """Record that a draft token was accepted (1) or not (0), or the probability that it would have been."""
         self._accepted = self._accepted * MEMORY + accepted
-        self._judged = self._judged * MEMORY + 1
+        self._verified = self._verified * MEMORY + 1
 
     def can_pay(self, rows: Collection[int]) -> bool:
         """Whether drafting could save time if every draft token were accepted."""
@@ -196,7 +196,7 @@ class Pace:
 
     def places(self, rows: Collection[int]) -> int:
         """γ of the next round of these rows."""
-        return self._best(rows, self._accepted / self._judged)
+        return self._best(rows, self._accepted / self._verified)
 
     def _best(self, rows: Collection[int], rate: float) -> int:
         if self._fixed is not None:

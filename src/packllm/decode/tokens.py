@@ -60,7 +60,7 @@ class Row:
 
     @property
     def room(self) -> int:
-        """Tokens until members may fall asleep or wake."""
+        """Tokens until the end of the block in which members sleep (see moving.py)."""
         return 2**31 if self.moving is None else self.moving.room
 
     def observe(self, token: int, parts: Mapping[int, Tensor]) -> None:
@@ -107,7 +107,7 @@ class Ensemble:
         return sorted(k for k, r in self.lines if r == row)
 
     def awake(self, row: int) -> list[int]:
-        """The running members that do not sleep through this block of tokens."""
+        """Indices of the running members that read this block, that is, do not sleep (see moving.py)."""
         moving = self._rows[row].moving
         return [k for k in self.running(row) if moving is None or k not in moving.asleep]
 
@@ -117,7 +117,7 @@ class Ensemble:
 
     def parts(self, row: int) -> dict[int, Tensor]:
         """The next-token log-probabilities of each awake member: float32 (V_k,)."""
-        return {k: self.lines[k, row].here for k in self.awake(row)}
+        return {k: self.lines[k, row].next_logprobs for k in self.awake(row)}
 
     def fused(self, row: int) -> Tensor:
         """The fused next-token distribution of a row: float32 (V,) log-probabilities."""
@@ -133,7 +133,7 @@ class Ensemble:
             done |= blocks.keys()
 
     def end_blocks(self, rows: Iterable[int]) -> None:
-        """At the end of a block, let members that slept read it, except its last token, which no member has read."""
+        """At the end of a block, let members that slept read it, except its last token, which is still unread."""
         self._wake([r for r in rows if (moving := self._rows[r].moving) is not None and moving.ends], again=True)
 
     def _moving(self, row: int) -> Moving:
@@ -142,13 +142,17 @@ class Ensemble:
         return moving
 
     def _wake(self, rows: Sequence[int], again: bool) -> None:
-        """Let sleeping members read what they missed, and adapt the weights to it. `again`: some may sleep on."""
+        """Let sleeping members read the block that they skipped, and update the weights with it.
+
+        Args:
+            again: whether members may sleep through the next block too.
+        """
         current: dict[Slot, Tensor] = {}
         missed: dict[Slot, list[int]] = {}
         for r in rows:
             moving = self._moving(r)
             for k in moving.asleep.intersection(self.running(r)):
-                current[k, r] = self.lines[k, r].here[None]
+                current[k, r] = self.lines[k, r].next_logprobs[None]
                 if len(moving.unread) > 1:
                     missed[k, r] = moving.unread[:-1]
             moving.asleep = set()

@@ -44,14 +44,14 @@ def judged(chunks: Chunks, options: Options, anew: Callable[[int], Chunks]) -> G
     if jsonschema is None:
         raise ExtraError("a schema that says more than a grammar can", "jsonschema", "structured")
     violating = []
-    for row, chunk in _whole(chunks):
+    for row, chunk in _complete(chunks):
         if chunk.finish_reason is None or violation(chunk.text, options) is None:
             yield row, chunk
         else:
             violating.append(row)
     for row in violating:
         with closing(anew(row)) as retry:  # type: ignore[type-var]
-            for _, chunk in _whole(retry):
+            for _, chunk in _complete(retry):
                 fault = violation(chunk.text, options) if chunk.finish_reason is not None else None
                 if fault is not None:
                     raise StructureError(chunk.text, fault)
@@ -102,7 +102,7 @@ def _extended(validator: Any) -> Any:
     return jsonschema.validators.extend(validator, {"pattern": pattern}) if check else validator
 
 
-def _whole(chunks: Chunks) -> Chunks:
+def _complete(chunks: Chunks) -> Chunks:
     """The chunks with an answer's whole text in its last one. The empty ones before it let a caller cancel."""
     chunks_of: dict[int, list[Chunk]] = {}
     for row, chunk in chunks:

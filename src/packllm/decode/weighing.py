@@ -1,4 +1,4 @@
-"""Weights of one prompt, from what the members that read it gave its text."""
+"""Weights of one prompt, from the scores of the members that read it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from packllm.weights.unscored import check_unscored, joined
 
 @dataclass(frozen=True)
 class Reading:
-    """One prompt as members have read it, each mapping by the member's index in the pack, in the same order.
+    """One prompt with the results of the members that read it. All mappings have member indices as keys, in the same
+    order.
 
     Attributes:
-        members: who read it.
-        lines: where each stands, at the prompt's end.
+        members: the members.
+        lines: each member's line, with the prompt in its KV cache.
         encoded: the prompt in each member's tokens.
-        scores: float64 (n,), log-probability of each scored token; None where a member cannot tell, or where the
-            scores are computed together with the weights.
+        scores: log-probabilities of the scored tokens, float64 (n,); None if a member cannot score, or if the scores
+            are computed together with the weights.
     """
 
     members: Mapping[int, Author]
@@ -40,7 +41,7 @@ class Reading:
     scores: Mapping[int, Tensor | None]
 
     def evidence(self) -> tuple[Sequence[int], Common]:
-        """The members that scored the prompt, and their scores in a common unit."""
+        """Indices of the members that scored the prompt, and their scores in a common unit."""
         scored = [k for k, score in self.scores.items() if score is not None]
         if not scored:
             return (), Common(torch.empty(0, 0), [], None, [], None)
@@ -48,7 +49,7 @@ class Reading:
         return scored, in_common(members, [self.encoded[k] for k in scored], [self.scores[k] for k in scored])
 
     def weigh(self, options: Options) -> Weights:
-        """Weights of these members, in this order."""
+        """The weights of these members, in this order."""
         judges = [k for k, score in self.scores.items() if score is not None or isinstance(self.members[k], Member)]
         if len(judges) < len(self.members):
             return self._joined(judges, options)
@@ -59,15 +60,15 @@ class Reading:
         return weights_of(members, sequences, list(self.encoded.values()), list(self.scores.values()), options)
 
     def _joined(self, judges: Sequence[int], options: Options) -> Weights:
-        """Weights where only the judges can score the prompt."""
+        """Combine the weights if only the judges can score the prompt."""
         names, scored = [member.name for member in self.members.values()], [self.members[k].name for k in judges]
         check_unscored(options, [name for name in names if name not in scored])
-        uniform = options.model_copy(update={"weighting": "uniform"})  # a mapping holds for all, not for these
+        uniform = options.model_copy(update={"weighting": "uniform"})  # fixed weights are for all members
         alone = uniform if isinstance(options.weighting, dict) else options
         return joined(self.of(judges).weigh(alone) if judges else None, names, scored, options)
 
     def of(self, which: Sequence[int]) -> Reading:
-        """The same prompt, of some of the members."""
+        """The same prompt, restricted to some members."""
         return Reading(
             {k: self.members[k] for k in which},
             {k: self.lines[k] for k in which},
@@ -77,18 +78,18 @@ class Reading:
 
 
 def renormalised(options: Options, names: Sequence[str]) -> Options:
-    """The options, with fixed weights renormalised over the members of these names."""
+    """The options, with fixed weights renormalized over the members with these names."""
     if not isinstance(options.weighting, dict) or len(names) == len(options.weighting):
         return options
     left = {name: options.weighting[name] for name in names}
     total = math.fsum(left.values())
     if total <= 0:
-        raise WeightsError(f"weighting={left!r} is what failed members leave; it must sum to more than 0")
+        raise WeightsError(f"weighting={left!r} remains after members failed; the weights must sum to more than 0")
     return options.model_copy(update={"weighting": {name: value / total for name, value in left.items()}})
 
 
 def over_all(weights: Weights, which: Sequence[int], names: Sequence[str]) -> Weights:
-    """Weights of some members as weights of all: 0 and not scored for the others."""
+    """Extend the weights of some members to all: the others have weight 0 and no NLL."""
     values = [0.0] * len(names)
     nll: list[float | None] = [None] * len(names)
     for k, value, score in zip(which, weights.values, weights.nll, strict=True):

@@ -57,7 +57,7 @@ class Writer:
         self._ends = self.member.end_ids | {i for i in self.member.vocabulary.control if tokens[i] in stops}
         self._end_ids = sorted(i for i in self._ends if i < self.member.vocabulary_size)
         self._line, self._start = line, len(line)
-        self._start_at(line.here)
+        self._start_at(line.next_logprobs)
         self._start_round()
 
     def _start_at(self, here: Tensor) -> None:
@@ -180,7 +180,7 @@ class Writer:
             values, after = self._logprobs[:own], self._after[min(own, len(self._after) - 1)]
         elif segment.text in self._read_texts and not self._is_unknown(segment.text):
             line, values = self._read_texts[segment.text]
-            after = line.here
+            after = line.next_logprobs
         else:
             return None
         if segment.ends:
@@ -238,4 +238,4 @@ class Writer:
         line, _ = self._read_texts.pop(text)
         self._line.close()
         self._line, self._start = line, len(line)
-        self._start_at(line.here)
+        self._start_at(line.next_logprobs)

@@ -1,9 +1,8 @@
-"""Reads of all requests meet and run together.
+"""The queue in which reads of all requests are batched into common passes.
 
-Whoever finds the place free (a CPU, a GPU) takes the reads that wait at one of its engines, runs one pass over them,
-hands out the results and leaves. There is
-no thread of the engine's own and no mode: threads, tasks and batches all get continuous batching, and a request stays
-plain blocking code.
+A thread with a read that finds the place (a CPU, a GPU) free takes the waiting reads of one of its engines, runs one
+pass over them and distributes the results. So there is no engine thread and no batch mode: threads, tasks and batches
+all get continuous batching, and a request is plain blocking code.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from torch import Tensor
 from packllm.engines.base import Engine, Read, Sequence
 
 QUIET, LONGEST = 0.01, 0.1
-"""Seconds that a pass waits for readers of the pass before it: since the last one came, and at most. They are choosing
-their next tokens; a pass without them would be run again for them."""
+"""Seconds that a pass waits for the requests of the previous pass: since the last one came back, and in total. They are
+choosing their next tokens; if a pass ran without them, they would need another one."""
 
 PATIENCE = 4
-"""Passes of other engines that one whose reads wait lets go first."""
+"""How many passes of other engines may precede that of a waiting engine."""
 
 SHORT = 16
-"""Tokens that one sequence reads in a pass at any time: a step of an answer, a drafted block."""
+"""Reads of up to so many tokens are always part of the next pass: a decode step, a block of draft tokens."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A read under way.
+    """A read in progress.
 
     Attributes:
-        read: what was asked.
+        read: the read.
         done: how many of its ids have been read.
-        results: what came back for these.
-        answer: the whole result, or what went wrong, once there is one.
+        results: the results for these.
+        answer: the complete result or the error, once there is one.
     """
 
     read: Read
@@ -53,7 +52,7 @@ class Job:
         return len(self.read.ids) - self.done
 
     def take(self, count: int, result: Tensor) -> None:
-        """So many more ids are read."""
+        """Record the result of the next `count` ids."""
         self.done += count
         self.results.append(result)
         if not self.left:
@@ -61,26 +60,26 @@ class Job:
 
 
 class Circle:
-    """Sequences that read together once, and forks of these: one request's. A pass waits for requests, not for
+    """The sequences of one request: those that have read together, and their forks. A pass waits for requests, not for
     sequences."""
 
     def __init__(self) -> None:
-        self.open = 1  # sequences
+        self.open = 1  # number of open sequences
         self._part_of: Circle | None = None
 
-    def whole(self) -> Circle:
-        """The circle that this one has become a part of."""
-        return self if self._part_of is None else self._part_of.whole()
+    def root(self) -> Circle:
+        """The circle that this one was merged into, or itself."""
+        return self if self._part_of is None else self._part_of.root()
 
     def join(self, other: Circle) -> None:
-        if (one := self.whole()) is not (two := other.whole()):
+        if (one := self.root()) is not (two := other.root()):
             two.open += one.open
             one._part_of = two
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a pass reads of a job: its next `count` ids."""
+    """The part of a job in a pass: its next `count` ids."""
 
     job: Job
     count: int
@@ -95,13 +94,13 @@ class Part:
 
     @property
     def targets(self) -> list[int] | None:
-        """What log-probabilities are wanted of, after each id; None where whole rows are."""
+        """The targets after each id; None if whole rows are wanted."""
         want = self.job.read.want
         return None if isinstance(want, str) else list(want[self.job.done : self.job.done + self.count])
 
     @property
     def places(self) -> list[int]:
-        """After which of the ids something is wanted."""
+        """Indices of the ids after which a result is wanted."""
         if (targets := self.targets) is not None:
             return [place for place, target in enumerate(targets) if target >= 0]
         if self.job.read.want == "all":
@@ -110,11 +109,11 @@ class Part:
 
 
 class Packs(Engine):
-    """An engine that runs passes over what a meeting chooses.
+    """An engine that runs passes over parts chosen by a meeting.
 
     Attributes:
-        meeting: where its reads wait.
-        most: tokens of one pass.
+        meeting: the queue of its reads.
+        most: maximum number of tokens in a pass.
     """
 
     meeting: Meeting
@@ -122,37 +121,37 @@ class Packs(Engine):
 
     @abstractmethod
     def run(self, parts: List[Part]) -> None:
-        """Run one pass over some parts, and take their jobs on."""
+        """Run one pass over some parts, and record the results in their jobs."""
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
         return self.meeting.read(reads)
 
 
 class Meeting:
-    """Where the reads of all engines of one place wait for a pass."""
+    """The queue of the reads of all engines at one place."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._busy = False
-        self._expected: set[Circle] = set()  # requests that were served and have not come back
+        self._expected: set[Circle] = set()  # requests that got results and have not queued a read since
         self._passed_over: Counter[Packs] = Counter()
 
     @staticmethod
     def at(place: Hashable) -> Meeting:
-        """The meeting of a place."""
+        """The meeting of a place, shared by its engines."""
         with _lock:
             return _meetings.setdefault(place, Meeting())
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
-        """Answers to reads of engines of this place, in their order."""
+        """Answer reads of engines of this place, in their order."""
         jobs = [Job(read) for read in reads]
         circles = [_circle(read.sequence) for read in reads]
         with self._condition:
             for circle in circles[1:]:
                 circle.join(circles[0])
-            self._expected = {circle.whole() for circle in self._expected} - {circles[0].whole()}
+            self._expected = {circle.root() for circle in self._expected} - {circles[0].root()}
             self._waiting += jobs
             self._condition.notify_all()
         try:
@@ -167,30 +166,30 @@ class Meeting:
                     self._busy = True
                 self._lead()
         finally:
-            with self._condition:  # who is interrupted takes the reads along, but for those of a pass under way
+            with self._condition:  # on an interrupt remove the waiting reads, and wait for those in a pass
                 self._waiting = [job for job in self._waiting if job not in jobs]
                 while self._busy and any(job in self._running for job in jobs):
                     self._condition.wait()
         return [job.answer for job in jobs if job.answer is not None]
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
-        """A twin is of the same request."""
+        """A fork belongs to the same request."""
         with self._condition:
-            circle = _circle(sequence).whole()
+            circle = _circle(sequence).root()
             circle.open += 1
             twin.circle = circle  # type: ignore[attr-defined]
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence is closed; nobody waits for a request without open ones."""
+        """A sequence is closed. Passes do not wait for a request without open sequences."""
         with self._condition:
-            circle = _circle(sequence).whole()
+            circle = _circle(sequence).root()
             circle.open -= 1
             if not circle.open and circle in self._expected:
                 self._expected.discard(circle)
                 self._condition.notify_all()
 
     def _lead(self) -> None:
-        """Run one pass over what waits at one engine."""
+        """Run one pass over the waiting reads of one engine."""
         try:
             with self._condition:
                 self._gather()
@@ -198,21 +197,21 @@ class Meeting:
                 parts = [] if engine is None else chosen([j for j in self._waiting if _engine(j) is engine], engine)
                 self._running = [part.job for part in parts]
                 if engine is not None:
-                    engine.requests = len({_circle(part.sequence).whole() for part in parts})
+                    engine.requests = len({_circle(part.sequence).root() for part in parts})
             if engine is not None:
                 engine.run(parts)
         finally:
             with self._condition:
-                ended = {_circle(job.read.sequence).whole() for job in self._waiting if job.answer is not None}
+                ended = {_circle(job.read.sequence).root() for job in self._waiting if job.answer is not None}
                 self._waiting = [job for job in self._waiting if job.answer is None]
-                waiting = {_circle(job.read.sequence).whole() for job in self._waiting}
+                waiting = {_circle(job.read.sequence).root() for job in self._waiting}
                 self._expected = {circle for circle in self._expected | ended if circle.open} - waiting
                 self._busy, self._running = False, []
                 self._condition.notify_all()
 
     def _gather(self) -> None:
-        """Wait a moment for the requests that were served last: they are choosing their next tokens, and a pass
-        without them would be run again for them."""
+        """Wait a moment for the requests of the last pass: they are choosing their next tokens, and would otherwise
+        need another pass."""
         latest = time.monotonic() + LONGEST
         while self._expected:
             count = len(self._expected)
@@ -223,11 +222,11 @@ class Meeting:
         self._expected = set()
 
     def _next(self) -> Packs | None:
-        """The engine whose turn it is: where the fewest requests wait, so that they catch up with the others; but
-        none is passed over more than a few times."""
+        """The next engine: the one with the fewest waiting requests, so that these catch up with the others; but no
+        engine is passed over more than PATIENCE times."""
         requests: dict[Packs, set[Circle]] = {}
         for job in self._waiting:
-            requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).whole())
+            requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).root())
         if not requests:
             return None
         engine = min(requests, key=lambda one: (self._passed_over[one] < PATIENCE, len(requests[one])))
@@ -236,34 +235,33 @@ class Meeting:
 
 
 def chosen(jobs: List[Job], engine: Packs) -> list[Part]:
-    """What the next pass of an engine reads: what is short, then long reads as far as there is room, half of it for
-    the oldest
-    and the shortest of the others next. A request with a long read may make a pass of short ones three times as long:
-    it must not keep those waiting."""
+    """Choose what the next pass of an engine reads: all short reads, then long reads as far as there is room. The
+    oldest long read gets half of the room, the others follow by length. A request with a long read may make a pass of
+    short ones three times as long, but no longer."""
     queues: dict[Sequence, list[Job]] = {}
     for job in jobs:
         queues.setdefault(job.read.sequence, []).append(job)
-    left = {sequence: sum(job.left for job in waiting) for sequence, waiting in queues.items()}
-    long = [sequence for sequence in queues if left[sequence] > SHORT]
-    taken = {sequence: left[sequence] for sequence in queues if left[sequence] <= SHORT}
+    remaining = {sequence: sum(job.left for job in waiting) for sequence, waiting in queues.items()}
+    long = [sequence for sequence in queues if remaining[sequence] > SHORT]
+    counts = {sequence: remaining[sequence] for sequence in queues if remaining[sequence] <= SHORT}
     if long:
-        steps, requests = sum(taken.values()), len({_circle(sequence).whole() for sequence in long})
+        steps, requests = sum(counts.values()), len({_circle(sequence).root() for sequence in long})
         room = min(engine.most, int(2 * requests * (1 / engine.packing + steps))) if steps else engine.most
-        oldest, others = long[0], sorted(long[1:], key=left.__getitem__)
+        oldest, others = long[0], sorted(long[1:], key=remaining.__getitem__)
         if others:
-            taken[oldest] = min(left[oldest], max(1, room // 2))
-            room -= taken[oldest]
+            counts[oldest] = min(remaining[oldest], max(1, room // 2))
+            room -= counts[oldest]
         for sequence in [*others, oldest]:
-            more = min(left[sequence] - taken.get(sequence, 0), room)
-            taken[sequence] = taken.get(sequence, 0) + more
-            room -= more
+            extra = min(remaining[sequence] - counts.get(sequence, 0), room)
+            counts[sequence] = counts.get(sequence, 0) + extra
+            room -= extra
     parts: list[Part] = []
     for sequence, waiting in queues.items():
         for job in waiting:
-            count = min(job.left, taken.get(sequence, 0))
+            count = min(job.left, counts.get(sequence, 0))
             if count or not job.left:
                 parts.append(Part(job, count))
-                taken[sequence] = taken.get(sequence, 0) - count
+                counts[sequence] = counts.get(sequence, 0) - count
             if count < job.left:
                 break
     return parts

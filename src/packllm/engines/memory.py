@@ -181,7 +181,7 @@ def estimate(
             row, speech = looks.at(specs[at]) if at in specs else _loaded(loader.members([model])[0])
         names = {other.member for other in rows}
         name, count = row.member, 2
-        while name in names:  # the loader's names
+        while name in names:  # as the loader makes names unique
             name, count = f"{row.member}-{count}", count + 1
         rows.append(replace(row, member=name))
         speeches.append(speech)

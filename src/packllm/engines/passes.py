@@ -1,5 +1,5 @@
-"""What engines share that keep a cache for each sequence: from the parts that a meeting chose to one pass, from its
-numbers to answers, and from kept prompts to new ones."""
+"""Shared by engines that keep a cache per sequence: batching reads into passes, distributing the results, and starting
+sequences from cached prefixes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ NOT_FINITE = "its logits are not finite (NaN or infinity)"
 
 
 class Cached(base.Sequence):
-    """See base.Sequence. Only its engine reads into it.
+    """A sequence with a cache (see base.Sequence). Only its engine reads into it.
 
     Args:
-        engine, meeting: whose it is, and where its reads wait.
-        adapter: of the engine's adapters, None for the weights as they are.
-        prefixes: where earlier prompts are kept, None for nowhere.
+        engine, meeting: its engine, and the queue of its reads.
+        adapter: index of the engine's adapter; None for the weights without an adapter.
+        prefixes: the cache of earlier prompts; None for none.
 
     Attributes:
-        cache: what the engine keeps of the first `cached` ids; None where it has nothing.
-        known: float64, what each id but the first was given, NaN where nobody asked; of the ids that were read as a
-            prompt.
+        cache: the engine's cache of the first `cached` ids; None if there is none.
+        known: float64, the log-probabilities of the ids but the first, as far as they were read as a prompt; NaN where
+            they were not requested.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Cached(base.Sequence):
         self.cache: Any = None
         self.cached = 0
         self.known: Tensor = torch.empty(0, dtype=torch.float64)
-        self._checkpoint: tuple[int, Any] | None = None  # an earlier state, of a cache that cannot go back
+        self._checkpoint: tuple[int, Any] | None = None  # an earlier state, if the cache cannot go back
 
     @abstractmethod
     def shorten(self, length: int) -> None:
-        """Cut the cache to that of the first `length` ids; only where the engine rewinds."""
+        """Cut the cache to the first `length` ids; only called if the engine rewinds."""
 
     @abstractmethod
     def twin(self) -> Any:
-        """A cache of the same ids, to go on from independently."""
+        """A copy of the cache that can grow independently."""
 
     @abstractmethod
     def snapshot(self, cache: Any) -> Any:
-        """A copy of a cache that stays as it is."""
+        """A copy of a cache, for remember()."""
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Memory held."""
+        """Memory of the cache in bytes."""
 
     def crop(self, length: int) -> None:
         if length >= len(self.ids):
@@ -78,8 +78,7 @@ class Cached(base.Sequence):
             self.lose()
 
     def lose(self) -> None:
-        """The cache cannot be used any more: go back to the last state that is sure, and read the rest of the ids
-        again."""
+        """Discard the invalid cache: go back to the last valid state, so that the rest of the ids is read again."""
         self.cache, self.cached = None, 0
         if self._checkpoint is not None and self._checkpoint[0] <= len(self.ids):
             self.cached, self.cache = self._checkpoint[0], self.snapshot(self._checkpoint[1])
@@ -89,14 +88,14 @@ class Cached(base.Sequence):
         return self._checkpoint is not None
 
     def remember(self) -> None:
-        """Where the cache cannot go back: keep the state as it is now, for a crop() to here or further on."""
+        """If the cache cannot go back: save its state, for a later crop() to here or beyond."""
         self._checkpoint = self.cached, self.snapshot(self.cache)
 
     def fork(self) -> Self:
         return self.beside(None if self.cache is None else self.twin())
 
     def beside(self, cache: Any) -> Self:
-        """Another sequence that has read the same, with a cache of its own."""
+        """Another sequence with the same ids and its own cache."""
         other = copy.copy(self)
         other.ids, other.cache = list(self.ids), cache
         self._meeting.fork(self, other)
@@ -109,15 +108,15 @@ class Cached(base.Sequence):
             self._meeting.leave(self)
 
     def extend(self, ids: List[int], states: Tensor | None) -> None:
-        """These ids have been read; `states` (n, d) is what the engine says of them besides their logits."""
+        """Record that these ids have been read; `states` (n, d) are the engine's hidden states of them, if any."""
         self.ids += ids
         self.cached += len(ids)
 
-    def start_from(self, kept: Self, count: int, known: Tensor) -> None:
-        """Take over the first `count` ids of a sequence, which is cut to these and given up, and what is known of
-        them."""
-        self.cache, self.cached, self.ids, self.known = kept.cache, count, kept.ids, known
-        kept.cache = None
+    def start_from(self, source: Self, count: int, known: Tensor) -> None:
+        """Take over the first `count` ids, cache and scores of a sequence that was cut to them and is not used
+        again."""
+        self.cache, self.cached, self.ids, self.known = source.cache, count, source.ids, known
+        source.cache = None
 
 
 S = TypeVar("S", bound=Cached)
@@ -125,7 +124,7 @@ S = TypeVar("S", bound=Cached)
 
 @dataclass(eq=False)
 class Row(Generic[S]):
-    """What one sequence reads in a pass."""
+    """The part of a pass that one sequence reads."""
 
     sequence: S
     parts: list[Part] = field(default_factory=list)
@@ -137,12 +136,12 @@ class Row(Generic[S]):
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a pass gave.
+    """The results of a pass.
 
     Attributes:
-        logprobs: float32 (m, V) at the m places where all were wanted; None where there are none.
-        sound: whether each row of them is finite.
-        scores: of the targets at the other places.
+        logprobs: float32 (m, V) at the m places where whole rows are wanted; None if there are none.
+        sound: for each of these rows, whether it is valid.
+        scores: log-probabilities of the targets at the other places.
         states: (n, d) of all n places, for Cached.extend.
     """
 
@@ -153,39 +152,40 @@ class Numbers:
 
 
 class Passes(Packs, Generic[S]):
-    """An engine that runs a pass over rows of several sequences, each of which keeps a cache."""
+    """An engine that runs passes over rows of several sequences, each with its own cache."""
 
     @abstractmethod
     def groups(self, rows: List[Row[S]]) -> list[list[Row[S]]]:
-        """Rows that can share a pass."""
+        """Partition the rows into groups that can share a pass."""
 
     @abstractmethod
     def catch_up(self, sequence: S) -> None:
-        """Make a cache where there is none, and read again what it lacks of the ids."""
+        """Bring the sequence's cache up to date with its ids; create it if there is none."""
 
     @abstractmethod
     def compute(self, rows: List[Row[S]], whole: List[int], some: List[int], targets: List[int]) -> Numbers:
-        """Run the rows' ids, one row after the other, through the model, after what each sequence's cache holds.
+        """Run the rows' ids through the model, each row after its sequence's cache.
 
         Args:
-            whole: places, counted through all rows, after which all log-probabilities are wanted.
-            some, targets: places after which that of one target is.
+            rows: the rows, concatenated in this order.
+            whole: places, counted over all rows, after which all log-probabilities are wanted.
+            some, targets: places after which one target's log-probability is wanted, and the targets.
         """
 
     def prepare(self, sequence: S) -> None:
-        """Before a prompt is read that may be kept."""
+        """Called before a prompt that may be cached is read."""
 
-    def scores_again(self, kept: S, places: List[int], targets: List[int]) -> list[float] | None:
-        """What a kept sequence tells of other targets than its own ids; None where it cannot."""
+    def scores_again(self, stored: S, places: List[int], targets: List[int]) -> list[float] | None:
+        """A cached sequence's log-probabilities of targets other than its own ids; None if it cannot compute them."""
         return None
 
-    def kept(self, sequence: S) -> S:
-        """A twin of a sequence, to be kept while others run."""
+    def copy_for_cache(self, sequence: S) -> S:
+        """A copy of a sequence for the prefix cache."""
         return sequence.fork()
 
     def run(self, parts: List[Part]) -> None:
-        """Take the jobs on by their parts. A pass that fails is tried again for each sequence by itself, for the
-        fault may be another request's."""
+        """Run parts, and record the results in their jobs. A pass that fails is run again for each sequence separately,
+        because the fault may be another request's."""
         rows = self._rows(parts)
         for group in self.groups(rows):
             try:
@@ -194,7 +194,7 @@ class Passes(Packs, Generic[S]):
                 for row in group:
                     row.sequence.lose()
                 if not isinstance(error, Exception):
-                    raise  # an interrupt: what others asked for is read again
+                    raise  # an interrupt: the reads of others are run again
                 for row in group:
                     self._alone(row, error if len(group) == 1 else None)
 
@@ -203,10 +203,10 @@ class Passes(Packs, Generic[S]):
             if error is not None:
                 raise error
             self._pass([row])
-        except Exception as own:
+        except Exception as failure:
             row.sequence.lose()
             for part in row.parts:
-                part.job.answer = own
+                part.job.answer = failure
 
     def _rows(self, parts: List[Part]) -> list[Row[S]]:
         rows: dict[int, Row[S]] = {}
@@ -227,43 +227,47 @@ class Passes(Packs, Generic[S]):
         return torch.empty(0, self.vocabulary_size) if part.targets is None else torch.empty(0, dtype=torch.float64)
 
     def _pass(self, rows: List[Row[S]]) -> None:
-        """Run the rows of a group, and give their jobs what they want."""
+        """Run a group of rows as one pass and distribute the results."""
         for row in rows:
             self.catch_up(row.sequence)
-        whole: list[int] = []
-        some: list[int] = []
+        row_places: list[int] = []
+        target_places: list[int] = []
         targets: list[int] = []
         at = 0
         for part in (part for row in rows for part in row.parts):
             if part.targets is None:
-                whole += [at + place for place in part.places]
+                row_places += [at + place for place in part.places]
             else:
-                some += [at + place for place in part.places]
+                target_places += [at + place for place in part.places]
                 targets += [part.targets[place] for place in part.places]
             at += part.count
-        self._hand_out(rows, self.compute(rows, whole, some, targets))
+        self._hand_out(rows, self.compute(rows, row_places, target_places, targets))
 
-    def _hand_out(self, rows: List[Row[S]], found: Numbers) -> None:
-        whole = some = at = 0
+    def _hand_out(self, rows: List[Row[S]], numbers: Numbers) -> None:
+        row_count = score_count = at = 0
         for row in rows:
             for part, later in zip_longest(row.parts, row.parts[1:]):
                 job, sequence, count, ids = part.job, row.sequence, len(part.places), part.ids
                 if part.targets is None:
-                    answer = self._nothing(part) if found.logprobs is None else found.logprobs[whole : whole + count]
+                    answer = (
+                        self._nothing(part)
+                        if numbers.logprobs is None
+                        else numbers.logprobs[row_count : row_count + count]
+                    )
                     job.take(part.count, answer)
-                    faulty = not all(found.sound[whole : whole + count])
-                    whole += count
+                    faulty = not all(numbers.sound[row_count : row_count + count])
+                    row_count += count
                 else:
-                    scores = found.scores[some : some + count]
-                    given = torch.full((part.count,), torch.nan, dtype=torch.float64)
-                    given[part.places] = torch.tensor(scores, dtype=torch.float64)
+                    scores = numbers.scores[score_count : score_count + count]
+                    logprobs = torch.full((part.count,), torch.nan, dtype=torch.float64)
+                    logprobs[part.places] = torch.tensor(scores, dtype=torch.float64)
                     faulty = any(math.isnan(score) or score == math.inf for score in scores)
-                    some += count
-                    self._note(sequence, job, given, -1 if later is None else later.ids[0])
-                    job.take(part.count, given)
+                    score_count += count
+                    self._note(sequence, job, logprobs, -1 if later is None else later.ids[0])
+                    job.take(part.count, logprobs)
                 if faulty:
                     job.answer = FloatingPointError(NOT_FINITE)
-                sequence.extend(ids, None if found.states is None else found.states[at : at + part.count])
+                sequence.extend(ids, None if numbers.states is None else numbers.states[at : at + part.count])
                 at += part.count
                 if part.targets is None and job.answer is not None:
                     self._keep(sequence)
@@ -271,58 +275,61 @@ class Passes(Packs, Generic[S]):
                 row.sequence.remember()
 
     def _keep(self, sequence: S) -> None:
-        """Keep a prompt that has been read, once."""
+        """Store a prompt in the prefix cache after it was read, once."""
         prefixes, sequence.prefixes = sequence.prefixes, None
         if prefixes is not None and len(sequence.ids) >= prefix.MINIMUM:
-            kept = self.kept(sequence)
-            prefixes.keep(sequence.adapter, kept, kept.nbytes())
+            stored = self.copy_for_cache(sequence)
+            prefixes.keep(sequence.adapter, stored, stored.nbytes())
 
-    def _note(self, sequence: S, job: Job, given: Tensor, later: int) -> None:
-        """Remember what a prompt's own next ids were given, for prompts that begin alike; `later` follows its read."""
+    def _note(self, sequence: S, job: Job, logprobs: Tensor, later: int) -> None:
+        """Record the log-probabilities of a prompt's own next ids, for later prompts with the same prefix. `later` is
+        the id after this part."""
         if len(sequence.known) == len(sequence.ids):
-            following = [*job.read.ids[job.done + 1 :][: len(given)], later][: len(given)]
-            targets = list(job.read.want)[job.done :][: len(given)]
-            own = torch.tensor([one == other for one, other in zip(following, targets, strict=True)], dtype=torch.bool)
-            sequence.known = torch.cat([sequence.known, given.where(own, torch.nan)])
+            following = [*job.read.ids[job.done + 1 :][: len(logprobs)], later][: len(logprobs)]
+            targets = list(job.read.want)[job.done :][: len(logprobs)]
+            is_own = torch.tensor(
+                [one == other for one, other in zip(following, targets, strict=True)], dtype=torch.bool
+            )
+            sequence.known = torch.cat([sequence.known, logprobs.where(is_own, torch.nan)])
 
     def _resumed(self, sequence: S, part: Part) -> Part:
-        """Let a sequence that has read nothing start from the longest kept one that begins alike; what is left of its
-        part."""
+        """Start an empty sequence from the longest cached prefix of its prompt; return the rest of its part."""
         job = part.job
         if sequence.ids or sequence.prefixes is None or job.done or job.read.want == "all":
             return part
         self.prepare(sequence)
         count = 0
-        if found := sequence.prefixes.longest(self, sequence.adapter, job.read.ids):
-            kept: Any = found[0].fork()
-            count = min(found[1], len(job.read.ids) - (part.targets is None))
-            given, count = self._scores_kept(kept, job, count)
-            if kept.cache is None or not count or (not self.rewinds and count != len(kept.ids)):
+        if match := sequence.prefixes.longest(self, sequence.adapter, job.read.ids):
+            prefix_sequence: Any = match[0].fork()
+            count = min(match[1], len(job.read.ids) - (part.targets is None))
+            scores, count = self._stored_scores(prefix_sequence, job, count)
+            if prefix_sequence.cache is None or not count or (not self.rewinds and count != len(prefix_sequence.ids)):
                 count = 0
             else:
-                kept.crop(count)
-                sequence.start_from(kept, count, given if part.targets is not None else kept.known[:count])
+                prefix_sequence.crop(count)
+                sequence.start_from(
+                    prefix_sequence, count, scores if part.targets is not None else prefix_sequence.known[:count]
+                )
                 sequence.cached_tokens = count
-                job.take(count, self._nothing(part) if part.targets is None else given)
-            kept.close()
+                job.take(count, self._nothing(part) if part.targets is None else scores)
+            prefix_sequence.close()
         sequence.prefixes.note(count)
         return Part(job, min(part.count, job.left))
 
-    def _scores_kept(self, kept: S, job: Job, count: int) -> tuple[Tensor, int]:
-        """What a kept sequence tells of the first targets, and of how many of `count` ids it tells all that is
-        wanted."""
+    def _stored_scores(self, stored: S, job: Job, count: int) -> tuple[Tensor, int]:
+        """The cached log-probabilities of the first targets, and how many of `count` ids have all that are wanted."""
         if isinstance(job.read.want, str):
-            return kept.known[:count], count
+            return stored.known[:count], count
         targets = list(job.read.want)[:count]
-        given = torch.full((count,), torch.nan, dtype=torch.float64)
-        known = kept.known[:count]
-        same = [one == other for one, other in zip(kept.ids[1 : len(known) + 1], targets, strict=False)]
-        given[: len(same)] = known[: len(same)].where(torch.tensor(same, dtype=torch.bool), torch.nan)
-        missing = [place for place, target in enumerate(targets) if target >= 0 and given[place].isnan()]
+        logprobs = torch.full((count,), torch.nan, dtype=torch.float64)
+        known = stored.known[:count]
+        same = [one == other for one, other in zip(stored.ids[1 : len(known) + 1], targets, strict=False)]
+        logprobs[: len(same)] = known[: len(same)].where(torch.tensor(same, dtype=torch.bool), torch.nan)
+        missing = [place for place, target in enumerate(targets) if target >= 0 and logprobs[place].isnan()]
         if missing:
-            scores = self.scores_again(kept, missing, [targets[place] for place in missing])
+            scores = self.scores_again(stored, missing, [targets[place] for place in missing])
             if scores is None:
                 count = missing[0]
             else:
-                given[missing] = torch.tensor(scores, dtype=torch.float64)
-        return given[:count], count
+                logprobs[missing] = torch.tensor(scores, dtype=torch.float64)
+        return logprobs[:count], count

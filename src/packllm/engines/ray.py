@@ -1,8 +1,8 @@
-"""Members in workers of a Ray cluster: one master and K workers (Cool-Fusion, Figure 2), on several machines or one.
+"""Members in workers of a Ray cluster: one master and K workers (Cool-Fusion, Figure 2), on one or several machines.
 
-"ray:SPEC" starts an actor in the running cluster, or in a local one that is started for it, which loads SPEC there;
-"ray[GPU=1,CPU=2]:SPEC" says what its machine has to have. Members of different workers run at the same time. A worker
-that dies is started again by Ray, and reads its ids anew.
+"ray:SPEC" starts an actor, in the running cluster or in a new local one, and the actor loads SPEC.
+"ray[GPU=1,CPU=2]:SPEC" also states the resources it needs. Members in different workers run at the same time. Ray
+restarts a worker that dies, and the worker reads its ids again.
 """
 
 from __future__ import annotations
@@ -27,51 +27,51 @@ except ImportError:
 log = logging.getLogger("packllm")
 
 OLDEST = (2, 60)
-"""The version of Ray that this was made with; older ones were not tried."""
+"""The oldest supported version of Ray."""
 
 AT_ONCE = 64
-"""Requests that one worker serves at a time; their reads meet there."""
+"""Requests that one worker serves at a time; it batches their reads."""
 
 TRIES = 3
-"""Times that a call is made again whose worker has died."""
+"""How often a call is repeated if its worker dies."""
 
 PATIENCE = 0.05
-"""Seconds between looks at whether anybody still waits for a read."""
+"""Seconds between checks whether a read is still wanted."""
 
 LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_max_direct_call_object_size": str(4 * 2**20),
     "RAY_task_rpc_inlined_bytes_limit": str(64 * 2**20),
 }
-"""The environment of a local cluster. Rows of more than 100 kB would go through Ray's object store, which takes as long
-again."""
+"""The environment of a local cluster. By default, rows of more than 100 kB would go through Ray's object store, which
+doubles the time."""
 
 
 class ActorWire:
-    """A worker in a Ray actor (remote.Wire).
+    """A worker in a Ray actor (see remote.Wire).
 
     Args:
-        load: makes the member there.
-        resources: what its machine has to have: CPU, GPU, memory (bytes), and a cluster's own words.
-        worker: what runs there.
+        load: makes the member in the worker.
+        resources: what the worker's machine needs: CPU, GPU, memory (bytes), and names that the cluster defines.
+        worker: the class of the worker.
 
     Raises:
-        LoadError: Ray cannot be started, or no machine has such resources.
+        LoadError: Ray cannot be started, or no machine has these resources.
     """
 
     def __init__(
         self, load: Callable[[], Member], resources: Mapping[str, float] | None = None, worker: type[Worker] = Worker
     ) -> None:
         _join()
-        rest = dict(resources or {})
+        needed = dict(resources or {})
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(there.get(name, 0) >= wanted for name, wanted in rest.items()) for there in machines):
-            have = [{name: amount for name, amount in there.items() if ":" not in name} for there in machines]
-            raise LoadError(f"no worker can be placed: resources={rest}, and the machines have {have}; ask for less")
-        words: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TRIES, "max_concurrency": AT_ONCE}
-        own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-        words |= {word: rest.pop(name) for name, word in own.items() if name in rest}
-        self.actor = ray.remote(worker).options(**words, resources=rest).remote(load)
+        if not any(all(machine.get(name, 0) >= amount_ for name, amount_ in needed.items()) for machine in machines):
+            have = [{name: amount for name, amount in machine.items() if ":" not in name} for machine in machines]
+            raise LoadError(f"no worker can be placed: resources={needed}, and the machines have {have}; ask for less")
+        arguments: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TRIES, "max_concurrency": AT_ONCE}
+        standard = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        arguments |= {argument: needed.pop(name) for name, argument in standard.items() if name in needed}
+        self.actor = ray.remote(worker).options(**arguments, resources=needed).remote(load)
 
     def call(self, gate: Callable[[], object], stop: Callable[[], object], name: str, *args: Any) -> Any:
         gate()
@@ -81,7 +81,7 @@ class ActorWire:
                 gate()
         except BaseException:
             stop()
-            ray.wait([answer], timeout=60)  # it ends before its next pass
+            ray.wait([answer], timeout=60)  # it stops before its next pass
             raise
         try:
             return ray.get(answer)
@@ -91,8 +91,8 @@ class ActorWire:
             raise RuntimeError(f"its worker died {TRIES + 1} times, or cannot be started again: {error}") from error
 
     def tell(self, name: str, *args: Any) -> None:
-        if ray.is_initialized():  # a call would start it again
-            with suppress(Exception):  # who is gone holds nothing
+        if ray.is_initialized():  # a call would start Ray again
+            with suppress(Exception):  # a dead worker needs no message
                 getattr(self.actor, name).remote(*args)
 
 
@@ -102,50 +102,53 @@ def member(
     """A member that runs in a worker.
 
     Args:
-        load: makes it there.
-        spec: what errors call it.
-        name: what weights and tables call it; None: as the worker does.
+        load: makes the member in the worker.
+        spec: its name in error messages.
+        name: its name in weights and tables; None: the worker's name of it.
         resources: see ActorWire.
 
     Raises:
-        LoadError: Ray is absent, too old or does not start, no worker can be placed, or it cannot be loaded there.
+        LoadError: Ray is not installed, too old or does not start, no worker can be placed, or the member cannot be
+            loaded there.
     """
     wire = ActorWire(load, resources)
     try:
-        told = wire.call(lambda: None, lambda: None, "describe")
+        description = wire.call(lambda: None, lambda: None, "describe")
     except PackError as error:
         raise LoadError(f"worker of {spec!r}: {error}") from error
     except Exception as error:
         raise LoadError(f"worker of {spec!r} cannot be started: {type(error).__name__}: {error}") from error
-    engine = RemoteEngine(wire, told, f"ray {wire.actor._actor_id.hex()}")
-    return Member(None, told["tokenizer"], name or told["name"], Encoder(told["tokenizer"]), engine=engine)
+    engine = RemoteEngine(wire, description, f"ray {wire.actor._actor_id.hex()}")
+    return Member(
+        None, description["tokenizer"], name or description["name"], Encoder(description["tokenizer"]), engine=engine
+    )
 
 
 def resources(text: str) -> dict[str, float]:
-    """Of "GPU=1,CPU=2"; LoadError where that is something else."""
+    """Parse "GPU=1,CPU=2". Raise LoadError if it is anything else."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     try:
         return {name.strip(): float(amount) for name, _, amount in pairs}
     except ValueError:
-        raise LoadError(f"ray[{text}]: resources are written as GPU=1,CPU=2") from None
+        raise LoadError(f"ray[{text}]: write resources as GPU=1,CPU=2") from None
 
 
 def _join() -> None:
-    """Be part of the running cluster, or start a local one."""
+    """Connect to the running cluster, or start a local one."""
     version = None if ray is None else tuple(int(part) for part in ray.__version__.split(".")[:2])
     if version is None or version < OLDEST:
-        there = "" if version is None else f", not {ray.__version__}"
-        raise LoadError(f"a member in a worker needs ray>={OLDEST[0]}.{OLDEST[1]}{there}; install packllm[ray]")
+        suffix = "" if version is None else f", not {ray.__version__}"
+        raise LoadError(f"a member in a worker needs ray>={OLDEST[0]}.{OLDEST[1]}{suffix}; install packllm[ray]")
     if ray.is_initialized():
         return
     for name, value in LOCAL.items():
         os.environ.setdefault(name, value)
-    words: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         try:
-            ray.init(address="auto", **words)
+            ray.init(address="auto", **arguments)
         except ConnectionError:
             log.info("no Ray cluster runs here: a local one is started")
-            ray.init(address="local", include_dashboard=False, **words)
+            ray.init(address="local", include_dashboard=False, **arguments)
     except Exception as error:
         raise LoadError(f"Ray does not start: {type(error).__name__}: {error}") from error

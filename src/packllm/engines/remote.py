@@ -1,8 +1,8 @@
-"""A member in another process: the worker that runs it there, and the engine that stands for it here.
+"""A member in another process: the worker that runs it, and the local engine that represents it.
 
-A worker may be killed at any time. Every read says which ids came before, by their number and a hash; a worker that
-does not have them says so, and is told them whole. So the ids here are the truth, and crops and forks cost no message.
-What comes back are rows of the positions wanted, in float16.
+A worker may be killed at any time. So every read states which ids precede it, by their number and a hash. If the worker
+lacks them, it says so, and the complete ids are sent. The local ids are therefore authoritative, and crops and forks
+need no message. Results are only the wanted rows, in float16.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from packllm.errors import CancelledError
 
 @dataclass(frozen=True)
 class Task:
-    """What one sequence is to read.
+    """The reads of one sequence.
 
     Attributes:
         key: the sequence's name.
         origins: names of sequences that it is a fork of, the nearest first.
-        start, digest: how many ids came before, and their hash.
-        before: these ids, once the worker has said that it lacks them.
+        start, digest: the number of preceding ids, and their hash.
         reads: ids and what is wanted, one after the other.
-        prompt: name for what is kept of a prompt; None where nothing is to be.
-        prefix: name of an earlier prompt that begins alike, and how many ids do.
+        before: the preceding ids; only set after the worker has said that it lacks them.
+        prompt: name under which to cache the prompt; None: do not cache it.
+        prefix: name of a cached prompt with a common prefix, and the length of that prefix.
     """
 
     key: str
@@ -52,19 +52,19 @@ class Task:
 
 
 Rows = tuple[np.ndarray, np.ndarray]
-"""float16 (n, V), how far below its row's peak each log-probability is, and float32 (n, 1), the peaks: what is likely
-is told most exactly."""
+"""float16 (n, V), log-probabilities minus their row's peak, and float32 (n, 1), the peaks. So likely tokens have the
+smallest error."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a task.
+    """The results of a task.
 
     Attributes:
-        found: of each read rows, or float64 (n,) of targets, or what went wrong.
+        found: for each read its rows, float64 (n,) for targets, or an error.
         cached: ids that did not have to be read.
-        noted: the same, of a prompt that has just begun.
-        kept: ids and bytes of what is kept of the prompt from now on.
+        noted: the same, if the prompt has just started; else None.
+        kept: number of ids and bytes of the prompt that is now cached; else None.
     """
 
     found: list[Rows | np.ndarray | Exception]
@@ -74,7 +74,7 @@ class Answer:
 
 
 class Worker:
-    """Runs a member for an engine elsewhere; loads it when it is first asked. Safe to use from several threads.
+    """Runs a member for an engine in another process; loads it on first use. Safe to use from several threads.
 
     Args:
         load: makes the member.
@@ -95,24 +95,26 @@ class Worker:
             return self._member
 
     def describe(self) -> dict[str, Any]:
-        """What there is to know elsewhere."""
+        """The facts about the member that the other process needs."""
         engine, member = self.member.engine, self.member
-        told = ("vocabulary_size", "context_window", "end_ids", "rewinds", "size", "token_bytes", "packing")
+        attributes = ("vocabulary_size", "context_window", "end_ids", "rewinds", "size", "token_bytes", "packing")
         return {
             "name": member.name,
             "tokenizer": member.tokenizer,
             "fingerprint": engine.fingerprint(member.adapter),
-            "engine": {name: getattr(engine, name) for name in told},
+            "engine": {name: getattr(engine, name) for name in attributes},
         }
 
     def read(self, call: int, tasks: List[Task]) -> list[Answer | None]:
-        """Answers to tasks, None where the ids before are not here. `call` is what stop() may name."""
+        """Answer tasks; None for a task whose preceding ids are not here. `call` identifies the call for stop()."""
         answers: dict[str, Answer | None] = {}
         ready: list[Task] = []
         reads: list[Read] = []
-        for task in sorted(tasks, key=lambda task: task.key in self.held):  # forks, before what they are of moves on
+        for task in sorted(
+            tasks, key=lambda task: task.key in self.held
+        ):  # forks first, before their originals read on
             try:
-                sequence = self._opened(task, partial(self._gate, call))
+                sequence = self._sequence_of(task, partial(self._gate, call))
             except CancelledError:
                 raise
             except Exception as error:
@@ -124,16 +126,16 @@ class Worker:
                 ready.append(task)
                 reads += [Read(sequence, ids, want) for ids, want in task.reads]
         try:
-            found = iter(read_together(reads))
+            answers_ = iter(read_together(reads))
         finally:
             self._stopped.discard(call)
         for task in ready:
-            parts = [_packed(next(found)) for _ in task.reads]
+            parts = [_packed(next(answers_)) for _ in task.reads]
             answers[task.key] = self._answer(task, parts)
         return [answers[task.key] for task in tasks]
 
-    def _opened(self, task: Task, gate: Callable[[], object]) -> base.Sequence | None:
-        """A task's sequence, at the end of the ids before; None: these have to be told."""
+    def _sequence_of(self, task: Task, gate: Callable[[], object]) -> base.Sequence | None:
+        """A task's sequence at the end of its preceding ids; None if these must be sent."""
         sequence = self.held.get(task.key)
         if task.before is None and task.start:
             origin = sequence or next((self.held[key] for key in task.origins if key in self.held), None)
@@ -145,8 +147,8 @@ class Worker:
             self.forget(task.key)
             prompt = None
             if task.prompt is not None:
-                kept = None if task.prefix is None else self.held.get(task.prefix[0])
-                prompt = self._prompts[task.key] = _Prompt(kept, task.prefix[1] if task.prefix else 0)
+                cached = None if task.prefix is None else self.held.get(task.prefix[0])
+                prompt = self._prompts[task.key] = _Prompt(cached, task.prefix[1] if task.prefix else 0)
             sequence = self.held[task.key] = self.member.open(prompt)
         sequence.gate = gate
         if task.before:
@@ -159,17 +161,17 @@ class Worker:
         cached, prompt = self.held[task.key].cached_tokens, self._prompts.get(task.key)
         if prompt is None:
             return Answer(parts, cached)
-        noted, prompt.noted = prompt.noted, None
-        kept = None
+        new_prompt, prompt.noted = prompt.noted, None
+        stored = None
         if prompt.sequence is not None and task.prompt is not None:
             self.held[task.prompt] = prompt.sequence
-            kept = len(prompt.sequence.ids), prompt.nbytes
+            stored = len(prompt.sequence.ids), prompt.nbytes
             del self._prompts[task.key]
-        return Answer(parts, cached, noted, kept)
+        return Answer(parts, cached, new_prompt, stored)
 
     def _gate(self, call: int) -> None:
         if call in self._stopped:
-            raise CancelledError("nobody waits for this any more")
+            raise CancelledError("this call was cancelled")
 
     def stop(self, call: int) -> None:
         """End a call of read() before its next pass."""
@@ -184,7 +186,7 @@ class Worker:
 
 @dataclass(eq=False)
 class _Prompt:
-    """The Prefixes of one prompt, of which the engine elsewhere has chosen: what it may start from."""
+    """Prefixes (see base.py) of one prompt: the other process has chosen the cached sequence to start from."""
 
     kept: base.Sequence | None
     count: int
@@ -204,7 +206,7 @@ class _Prompt:
 
 def _packed(answer: Tensor | Exception) -> Rows | np.ndarray | Exception:
     if isinstance(answer, Exception):
-        plain = type(answer).__module__ == "builtins"  # others may not be made again elsewhere
+        plain = type(answer).__module__ == "builtins"  # other classes may not exist in the other process
         return answer if plain else RuntimeError(f"{type(answer).__name__}: {answer}")
     if answer.dtype == torch.float64:
         return answer.numpy()
@@ -212,27 +214,27 @@ def _packed(answer: Tensor | Exception) -> Rows | np.ndarray | Exception:
     return (answer - peaks).half().cpu().numpy(), peaks.cpu().numpy()
 
 
-def _unpacked(found: Rows | np.ndarray | Exception) -> Tensor | Exception:
-    if isinstance(found, tuple):
-        return torch.from_numpy(found[0].astype(np.float32) + found[1])
-    return torch.from_numpy(found.copy()) if isinstance(found, np.ndarray) else found
+def _unpacked(answer: Rows | np.ndarray | Exception) -> Tensor | Exception:
+    if isinstance(answer, tuple):
+        return torch.from_numpy(answer[0].astype(np.float32) + answer[1])
+    return torch.from_numpy(answer.copy()) if isinstance(answer, np.ndarray) else answer
 
 
 class Wire(Protocol):
-    """How a worker is reached."""
+    """The connection to a worker."""
 
     def call(self, gate: Callable[[], object], stop: Callable[[], object], name: str, *args: Any) -> Any:
-        """What a method of the worker gives. `gate` is called before and now and then while it runs; what that raises
-        ends the wait, after stop()."""
+        """Call a method of the worker and return its result. `gate` is called before and regularly while it runs; if it
+        raises an exception, stop() is called and the wait ends."""
         ...
 
     def tell(self, name: str, *args: Any) -> None:
-        """Let a method run at some time; nothing comes back."""
+        """Let the worker run a method later, without a result."""
         ...
 
 
 class RemoteSequence(base.Sequence):
-    """See base.Sequence."""
+    """A sequence whose cache is in a worker; see base.Sequence."""
 
     engine: RemoteEngine
 
@@ -261,14 +263,14 @@ class RemoteEngine(base.Engine):
     """An engine in another process.
 
     Args:
-        wire: its worker.
-        told: what that says of itself (Worker.describe).
+        wire: the connection to its worker.
+        told: the worker's description of its member (Worker.describe).
         place: the process.
     """
 
-    def __init__(self, wire: Wire, told: dict[str, Any], place: Hashable) -> None:
-        vars(self).update(told["engine"])
-        self.wire, self.place, self._fingerprint = wire, place, told["fingerprint"]
+    def __init__(self, wire: Wire, description: dict[str, Any], place: Hashable) -> None:
+        vars(self).update(description["engine"])
+        self.wire, self.place, self._fingerprint = wire, place, description["fingerprint"]
         self._numbers, self._origin = itertools.count(), os.urandom(4).hex()
 
     def new_key(self) -> str:
@@ -286,12 +288,12 @@ class RemoteEngine(base.Engine):
             assert isinstance(read.sequence, RemoteSequence)
             if not read.sequence.closed:
                 groups.setdefault(id(read.sequence), _Group(read.sequence)).reads[at] = read
-        found: dict[int, Tensor | Exception] = dict.fromkeys(range(len(reads)), ValueError("this sequence is closed"))
+        results: dict[int, Tensor | Exception] = dict.fromkeys(range(len(reads)), ValueError("this sequence is closed"))
         if groups:
-            self._ask(list(groups.values()), found)
-        return [found[at] for at in range(len(reads))]
+            self._ask(list(groups.values()), results)
+        return [results[at] for at in range(len(reads))]
 
-    def _ask(self, groups: list[_Group], found: dict[int, Tensor | Exception]) -> None:
+    def _ask(self, groups: list[_Group], results: dict[int, Tensor | Exception]) -> None:
         call = next(self._numbers)
 
         def gate() -> None:
@@ -299,48 +301,48 @@ class RemoteEngine(base.Engine):
                 group.sequence.gate()
 
         ask = partial(self.wire.call, gate, partial(self.wire.tell, "stop", call), "read", call)
-        lost = []
+        unknown = []
         for group, answer in zip(groups, ask([group.task() for group in groups]), strict=True):
             if answer is None:
-                lost.append(group)
+                unknown.append(group)
             else:
-                group.take(answer, found)
-        if lost:
-            for group, answer in zip(lost, ask([group.task(whole=True) for group in lost]), strict=True):
-                group.take(answer, found)
+                group.take(answer, results)
+        if unknown:
+            for group, answer in zip(unknown, ask([group.task(with_ids=True) for group in unknown]), strict=True):
+                group.take(answer, results)
 
 
 @dataclass(eq=False)
 class _Group:
-    """Reads of one sequence, by their place among all."""
+    """The reads of one sequence, by their index among all reads."""
 
     sequence: RemoteSequence
     reads: dict[int, Read] = field(default_factory=dict)
 
-    def task(self, whole: bool = False) -> Task:
+    def task(self, with_ids: bool = False) -> Task:
         sequence, reads = self.sequence, list(self.reads.values())
         prompt = prefix = None
         if sequence.prefixes is not None:
             prompt = f"{sequence.key} kept"
-            if not sequence.ids and (found := sequence.prefixes.longest(sequence.engine, None, reads[0].ids)):
-                assert isinstance(found[0], RemoteSequence)
-                prefix = found[0].key, found[1]
+            if not sequence.ids and (match := sequence.prefixes.longest(sequence.engine, None, reads[0].ids)):
+                assert isinstance(match[0], RemoteSequence)
+                prefix = match[0].key, match[1]
         return Task(
             sequence.key,
             sequence.origins,
             len(sequence.ids),
             hash(tuple(sequence.ids)),
             tuple((list(read.ids), read.want) for read in reads),
-            list(sequence.ids) if whole else None,
+            list(sequence.ids) if with_ids else None,
             prompt,
             prefix,
         )
 
-    def take(self, answer: Answer, found: dict[int, Tensor | Exception]) -> None:
-        """Put the answers to the reads in their places; the sequence has read what did not fail."""
+    def take(self, answer: Answer, results: dict[int, Tensor | Exception]) -> None:
+        """Store the answers by index, and record the ids that were read."""
         sequence = self.sequence
         for (at, read), part in zip(self.reads.items(), answer.found, strict=True):
-            found[at] = _unpacked(part)
+            results[at] = _unpacked(part)
             if not isinstance(part, Exception):
                 sequence.ids += read.ids
         sequence.cached_tokens = answer.cached
@@ -348,6 +350,6 @@ class _Group:
             sequence.prefixes.note(answer.noted)
         if sequence.prefixes is not None and answer.kept is not None:
             prefixes, sequence.prefixes = sequence.prefixes, None
-            kept = RemoteSequence(sequence.engine, key=f"{sequence.key} kept")
-            kept.ids = sequence.ids[: answer.kept[0]]
-            prefixes.keep(None, kept, answer.kept[1])
+            stored = RemoteSequence(sequence.engine, key=f"{sequence.key} kept")
+            stored.ids = sequence.ids[: answer.kept[0]]
+            prefixes.keep(None, stored, answer.kept[1])

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server of a pack (extra `serve`): app.py has the routes, command.py `packllm serve`."""
+"""An OpenAI-compatible server of a pack (extra `serve`). Routes are in app.py, `packllm serve` is in command.py."""

@@ -1,4 +1,4 @@
-"""How many requests run at once, how many wait, and who is sent away."""
+"""Admission control: how many requests run at once, how many wait, and which are rejected."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from packllm.serve.errors import ServeError
 
 
 class Places:
-    """Places for requests that run; those beyond wait in order.
+    """Slots for running requests; further requests wait in order.
 
     Args:
-        most: requests that run at once; their reads share the members' passes.
+        most: requests that run at once; they share the members' forward passes.
         queue: requests that may wait.
 
     Attributes:
-        running, waiting: requests, now.
+        running, waiting: current numbers of requests.
     """
 
     def __init__(self, most: int, queue: int) -> None:
         self.most, self.queue = most, queue
         self.running = self.waiting = 0
         self._free = asyncio.Semaphore(most)
-        self._took: deque[float] = deque([1.0], maxlen=32)  # seconds of the last ones
+        self._took: deque[float] = deque([1.0], maxlen=32)  # durations of the last requests, in seconds
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """A place, while this is open.
+        """Hold a slot while this context is open.
 
         Raises:
-            ServeError: 429, as many wait as may.
+            ServeError: 429, the queue is full.
         """
         if self._free.locked() and self.waiting >= self.queue:
             raise ServeError(
                 429,
-                f"{self.running} requests run and {self.waiting} wait; come again later",
+                f"the server is busy: {self.running} requests run and {self.waiting} wait; retry later",
                 "queue_full",
                 retry_after=str(self._later()),
             )
@@ -58,6 +58,6 @@ class Places:
             self._free.release()
 
     def _later(self) -> int:
-        """Seconds after which there should be room."""
+        """Estimated seconds until a slot is free, for Retry-After."""
         mean = sum(self._took) / len(self._took)
         return min(60, max(1, math.ceil(mean * (self.waiting + 1) / self.most)))

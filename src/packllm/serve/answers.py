@@ -1,4 +1,4 @@
-"""What the endpoints for text have in common: answers as they grow, and what is told of them."""
+"""Code that the text endpoints share: streaming answers, and the data that is sent beside their text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def new_id(kind: str) -> str:
 
 
 class Told:
-    """What is told of one answer beside its text, as it grows.
+    """Data about one answer beside its text, collected while it is generated.
 
     Attributes:
-        usage: once it is whole.
+        start: the first chunk's weights.
+        usage: set when the answer is complete.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Told:
         self.usage: Usage | None = None
 
     def feed(self, chunk: Chunk) -> dict[str, Any] | None:
-        """What a chunk tells that was not told: weights at the start, where they moved, and at the end, all."""
+        """New data in a chunk: the weights at the start and after each change, and everything at the end."""
         moved = chunk.weights is not self._now and chunk.weights != self._now
         self._now = chunk.weights
         if self.start is None:
@@ -54,7 +55,7 @@ class Told:
 async def answers(
     pack: Pack, prompts: Sequence[Prompt], options: dict[str, Any], n: int | None, metrics: Metrics
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Pack.astream_batch, counted."""
+    """Pack.astream_batch, with metrics."""
     count: dict[str, Any] = {} if n is None else {"n": n}
     started = metrics.now()
     first: dict[int, float] = {}
@@ -68,30 +69,30 @@ async def answers(
 
 
 def usage_of(usages: Iterable[Usage | None], n: int = 1) -> dict[str, Any]:
-    """OpenAI's counts of several answers, n to each prompt, which counts once."""
-    found = [usage for usage in usages if usage is not None]
-    prompt = sum(usage.prompt_tokens for usage in found[::n])
-    cached = sum(usage.cached_tokens for usage in found[::n])
-    completion = sum(usage.completion_tokens for usage in found)
+    """OpenAI's usage of several answers, n for each prompt. A prompt counts once."""
+    known = [usage for usage in usages if usage is not None]
+    prompt = sum(usage.prompt_tokens for usage in known[::n])
+    cached = sum(usage.cached_tokens for usage in known[::n])
+    completion = sum(usage.completion_tokens for usage in known)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in found),
-            "rejected_prediction_tokens": sum(usage.drafted_tokens - usage.accepted_tokens for usage in found),
+            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in known),
+            "rejected_prediction_tokens": sum(usage.drafted_tokens - usage.accepted_tokens for usage in known),
         },
     }
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-    """As /v1/chat/completions has them."""
+    """Log-probabilities in the format of /v1/chat/completions."""
     return None if tokens is None else {"content": [token.as_dict() for token in tokens], "refusal": None}
 
 
 async def in_thread(work: Callable[[Event], T]) -> T:
-    """What blocking work gives, in a thread of its own; the event is set where nobody waits any more."""
+    """Run blocking work in a thread of its own. The work gets an event, which is set when the caller stops waiting."""
     cancel, thread = Event(), ThreadPoolExecutor(1, "packllm")
     try:
         return await asyncio.get_running_loop().run_in_executor(thread, work, cancel)

@@ -1,4 +1,4 @@
-"""The app: routes, and what stands before all of them."""
+"""The ASGI app: routes, and what they share."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ logger = logging.getLogger("packllm.serve")
 
 
 class Server:
-    """What the routes share.
+    """State that the routes share.
 
     Args:
-        pack: what answers; None: it comes later, see ready().
+        pack: the pack to serve; None if it is still being loaded, see ready().
     """
 
     def __init__(self, pack: Pack | None, settings: Settings) -> None:
@@ -60,22 +60,23 @@ class Server:
             self.ready(pack)
 
     def ready(self, pack: Pack) -> None:
-        """From now on requests are answered."""
+        """Set the pack; requests are answered from now on."""
         self.metrics.watch(pack)
         self._models = Models(pack)
 
     @property
     def models(self) -> Models:
-        """
+        """The served models.
+
         Raises:
-            ServeError: 503, they are being loaded.
+            ServeError: 503, the models are still being loaded.
         """
         if self._models is None:
-            raise ServeError(503, "the models are being loaded; come again soon", "loading", retry_after="2")
+            raise ServeError(503, "the models are still being loaded; retry soon", "loading", retry_after="2")
         return self._models
 
     def reply(self, body: Body, work: Callable[[Served], Events]) -> Reply:
-        """What a model makes of a request, once it has a place."""
+        """The response to a request; its work starts when it gets a slot."""
         served = self.models.find(body.model)
         if self.settings.log_prompts:
             logger.info("%s", body.model_dump_json(exclude_unset=True))
@@ -85,18 +86,18 @@ class Server:
         return Reply(self.places, work(served), isinstance(body, Sampled) and body.stream, seconds)
 
     def limit(self, count: int, what: str) -> None:
-        """ServeError where one request asks for more than it may."""
+        """ServeError if one request asks for too many texts."""
         if count > self.settings.texts:
-            raise ServeError(400, f"{count} {what} in one request; at most {self.settings.texts} are taken", "too_many")
+            raise ServeError(400, f"{count} {what} in one request; the limit is {self.settings.texts}", "too_many")
 
 
 def create_app(pack: Pack | None = None, settings: Settings | None = None) -> FastAPI:
-    """An ASGI app that serves a pack.
+    """Create an ASGI app that serves a pack.
 
     Args:
-        pack: what answers; None: it is loaded elsewhere and given to app.state.server.ready(). Requests before that
-            are answered with 503.
-        settings: how.
+        pack: the pack to serve. None: it is loaded elsewhere and passed to app.state.server.ready(); requests before
+            that get status 503.
+        settings: settings of the server.
     """
     settings = settings or Settings()
     app = FastAPI(title="packllm", version=__version__, docs_url=None, redoc_url=None)
@@ -104,7 +105,7 @@ def create_app(pack: Pack | None = None, settings: Settings | None = None) -> Fa
     app.add_middleware(Doors, settings=settings, metrics=server.metrics)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
-    for kind in (HTTPException, RequestValidationError):  # FastAPI tells of these in a form of its own
+    for kind in (HTTPException, RequestValidationError):  # FastAPI's own handlers use another error format
         app.add_exception_handler(kind, lambda _, error: response_of(error))
     _add_routes(app, server)
     return app
@@ -131,8 +132,8 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     def models() -> Response:
-        found = server.models
-        return _json({"object": "list", "data": [served.as_dict(found.created) for served in found]})
+        served_models = server.models
+        return _json({"object": "list", "data": [served.as_dict(served_models.created) for served in served_models]})
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> Response:

@@ -19,11 +19,11 @@ from packllm.serve.reply import Events
 
 
 class Message:
-    """One answer, taken apart as it grows.
+    """One answer, parsed while it is generated.
 
     Args:
-        tools: that were offered.
-        parallel: whether it may hold several calls.
+        tools: the tools that were offered.
+        parallel: whether the answer may have several tool calls.
     """
 
     def __init__(self, tools: Iterable[dict[str, Any]], parallel: bool) -> None:
@@ -35,7 +35,7 @@ class Message:
         self.logprobs: list[TokenLogprob] | None = None
 
     def feed(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """A chunk's deltas."""
+        """The deltas of a chunk, in OpenAI's format."""
         parts: list[AnswerPart] = [ReasoningPart(chunk.reasoning)] if chunk.reasoning else []
         parts += self._parts.feed(chunk.text)
         if chunk.finish_reason is not None:
@@ -63,7 +63,7 @@ class Message:
         return {"tool_calls": [call]}
 
     def reason(self, chunk: Chunk) -> str | None:
-        """Why it ends, as OpenAI says it."""
+        """The finish reason, in OpenAI's terms."""
         return "tool_calls" if self.calls and chunk.finish_reason == "stop" else chunk.finish_reason
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Message:
 
 
 async def completion(served: Served, body: Chat, metrics: Metrics) -> Events:
-    """The events of an answer: one that is all of it, or those of a stream."""
+    """The events of an answer: a single one with the complete answer, or those of a stream."""
     options = body.options()
     tools = served.pack.check(**options).offered_tools
     n = body.n or 1

@@ -26,34 +26,41 @@ def serve(
     model: Models = None,
     weighting: WeightingName = None,
     prior: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What `packllm calibrate` found: weights to start from.")
+        str | None, typer.Option(metavar="FILE", help="A prior over members, written by `packllm calibrate`.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is all the network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
     uds: Annotated[str | None, typer.Option(metavar="PATH", help="Listen on a unix socket instead.")] = None,
     api_key_env: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Environment variable with the key, or several keys, one a line."),
+        typer.Option(metavar="NAME", help="Environment variable with the API keys, one per line."),
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond; then 429.")] = 128,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Most seconds of a request, with its wait.")] = 600,
-    max_body_mb: Annotated[int, typer.Option(min=1, help="Most MiB of a request.")] = 4,
+    max_queue: Annotated[int, typer.Option(min=0, help="Further requests that may wait; more get status 429.")] = 128,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Time limit of a request in seconds, including its wait.")
+    ] = 600,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Size limit of a request body in MiB.")] = 4,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Another name that this server is asked by, where it listens on loopback."),
+        typer.Option(
+            metavar="NAME", help="Another host name that requests may use when the server listens on loopback."
+        ),
     ] = None,
     cors: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may ask, as https://example.org.")
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Origin of web pages that may send requests, such as https://example.org."),
     ] = None,
-    drain: Annotated[int, typer.Option(min=0, help="Seconds that answers under way have after SIGTERM.")] = 60,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log requests with all that they say.")] = False,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that running requests have to finish after SIGTERM.")] = 60,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log the complete requests, including prompts.")
+    ] = False,
     option: Others = None,
 ) -> None:
-    """Serve the pack behind OpenAI's protocol.
+    """Serve the pack with OpenAI's API.
 
-    Models are `pack` and each member by its name. It listens on this machine
-    alone unless --host says otherwise. SIGTERM ends it once answers are whole.
+    The models are `pack`, and each member under its name. The server listens on
+    this machine only, unless --host is given. After SIGTERM it completes running answers, then ends.
 
     [dim]Examples:[/]
 
@@ -103,7 +110,7 @@ def serve(
 
 
 class _Loading(threading.Thread):
-    """Loads the models while the server already answers /health, and says how far it is."""
+    """Loads the models in a thread, while the server already answers /health, and prints the progress."""
 
     def __init__(self, ours: Server, uvicorn_server: Any, models: list[str] | None, options: dict[str, Any]) -> None:
         super().__init__(daemon=True, name="packllm-loading")
@@ -128,12 +135,12 @@ class _Loading(threading.Thread):
         typer.echo(self._hello(), err=True)
 
     def raise_failure(self) -> None:
-        """What kept the models from being loaded, if anything did."""
+        """Raise the error that occurred while loading, if any."""
         if self._failure is not None:
             raise self._failure
 
     def _hello(self) -> str:
-        """Where it listens, and a line that asks it."""
+        """The server's address, and a curl command to try it."""
         config, keys = self._server.config, self._ours.settings.keys
         where, socket = "http://localhost", f"--unix-socket {config.uds} " if config.uds else ""
         note = "a unix socket"
@@ -152,14 +159,14 @@ class _Loading(threading.Thread):
 
 
 def _hosts(host: str, uds: str | None, further: list[str]) -> tuple[str, ...]:
-    """The names of a server on loopback; none where it listens elsewhere."""
+    """Host names that requests may use if the server listens on loopback; empty if it listens elsewhere."""
     if uds or not (host in ("localhost", "::1") or host.startswith("127.")):
         return ()
     return ("localhost", "127.0.0.1", "[::1]", host, *(name.lower() for name in further))
 
 
 def _keys(name: str | None) -> tuple[str, ...]:
-    """The keys in an environment variable."""
+    """The API keys in an environment variable."""
     if name is None:
         return ()
     keys = tuple(key.strip() for key in os.environ.get(name, "").splitlines() if key.strip())

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts that are continued as they are."""
+"""POST /v1/completions: continuations of texts, without a chat template."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from packllm.serve.reply import Events
 
 
 class Text:
-    """One completion as it grows.
+    """One completion while it is generated.
 
     Args:
-        body: what was asked.
-        before: the prompt, where it is echoed.
-        reading: the prompt's tokens, where they are asked for.
+        body: the request.
+        before: the prompt, if it is echoed; else "".
+        reading: the prompt's tokens and log-probabilities, if they are needed.
     """
 
     def __init__(self, body: Completion, before: str, reading: Reading | None) -> None:
@@ -40,7 +40,7 @@ class Text:
         self._first = reading if body.echo else None
 
     def feed(self, chunk: Chunk) -> tuple[str, dict[str, Any] | None]:
-        """A chunk's piece of text with its log-probabilities."""
+        """A chunk's text and its log-probabilities."""
         text, self._pending = self._pending + chunk.text, ""
         self._pieces.append(text)
         if self._body.logprobs is None:
@@ -51,26 +51,26 @@ class Text:
         return text, logprobs
 
     def _listed(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """OpenAI's four lists, with those of the prompt before the first."""
+        """OpenAI's four lists for some tokens; the first call puts an echoed prompt's tokens before them."""
         spelled, top = self._body.spelled, self._body.logprobs or 0
         names: list[str] = []
-        given: list[float | None] = []
+        logprobs: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
         reading, self._first = self._first, None
         if reading is not None:
             for text, i, one, at in zip(reading.texts, reading.ids, reading.told, reading.offsets, strict=True):
                 names.append(spelled(text, i))
-                given.append(None if one is None else one.as_dict()["logprob"])
+                logprobs.append(None if one is None else one.as_dict()["logprob"])
                 tops.append(None if one is None else _tops(one, top, spelled))
                 offsets.append(at)
         for token in tokens:
             names.append(spelled(token.token, token.id))
-            given.append(token.as_dict()["logprob"])
+            logprobs.append(token.as_dict()["logprob"])
             tops.append(_tops(token, top, spelled))
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(bytes(token.bytes)))
-        return {"tokens": names, "token_logprobs": given, "top_logprobs": tops, "text_offset": offsets}
+        return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def as_dict(self, index: int, reason: str | None) -> dict[str, Any]:
         logprobs = None
@@ -83,7 +83,7 @@ class Text:
 
 
 async def completion(served: Served, body: Completion, metrics: Metrics) -> Events:
-    """The events of the answers: one that is all of them, or those of a stream."""
+    """The events of the answers: a single one with all complete answers, or those of a stream."""
     pack, n = served.pack, body.n or 1
     options = {**body.options(), "chat_template": False}
     prompts = [_prompt(served, given) for given in body.prompts]
@@ -118,28 +118,28 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
 
 
 async def _none(readings: Sequence[Reading | None], n: int) -> Any:
-    """Answers of no tokens, to prompts that are only read."""
+    """Answers without tokens, for prompts that are only scored."""
     for at, reading in enumerate(readings):
         assert reading is not None
         for i in range(n):
             yield at * n + i, Chunk("", reading.weights, "length", reading.usage, {})
 
 
-def _prompt(served: Served, given: str | list[int]) -> Prompt:
-    return given if isinstance(given, str) else Tokens.of(given, served.pack.members[0].vocabulary)
+def _prompt(served: Served, prompt: str | list[int]) -> Prompt:
+    return prompt if isinstance(prompt, str) else Tokens.of(prompt, served.pack.members[0].vocabulary)
 
 
 def _tops(token: TokenLogprob, count: int, spelled: Any) -> dict[str, float]:
-    """The likeliest tokens by name, and the one that was chosen. Of several that are shown alike (parts of a
-    character), the likeliest counts."""
-    found: dict[str, float] = {}
+    """Log-probabilities of the most likely tokens and the chosen one, by their text. If several tokens have the same
+    text (parts of a character), the most likely one counts."""
+    logprobs: dict[str, float] = {}
     for one in [*token.top_logprobs[:count], token]:
-        found.setdefault(spelled(one.token, one.id), one.as_dict()["logprob"])
-    return found
+        logprobs.setdefault(spelled(one.token, one.id), one.as_dict()["logprob"])
+    return logprobs
 
 
 def _as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
-    """vLLM's list: of each token a dict by id, of itself first, then of the likeliest."""
+    """vLLM's prompt_logprobs: for each token a dict by id, of the token itself and then the most likely ones."""
     listed: list[dict[str, Any] | None] = []
     for token, rank in zip(reading.told, reading.ranks, strict=True):
         if token is None:
@@ -148,7 +148,7 @@ def _as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
         ranked = [(token, rank), *((one, at + 1) for at, one in enumerate(token.top_logprobs[:count]))]
         entry: dict[str, Any] = {}
         for one, place in ranked:
-            told = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
-            entry.setdefault(str(one.id), told)
+            details = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
+            entry.setdefault(str(one.id), details)
         listed.append(entry)
     return listed

@@ -1,4 +1,4 @@
-"""What every request passes before anything is read of it: its key, its size, its time. Afterwards it is counted."""
+"""Middleware in front of all routes: checks host, API key, size and time limit of requests, and counts them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from packllm.serve.settings import Settings
 logger = logging.getLogger("packllm.serve")
 
 OPEN = frozenset({"/", "/health", "/version"})
-"""Paths that need no key: they tell nothing of anybody."""
+"""Paths that need no API key; their answers reveal nothing private."""
 
 
 DRAINED = 16
-"""Times the size that a body may have that is read on, and dropped: who still sends does not read what it is told."""
+"""How much of a body that is too large is read and discarded, as a multiple of the limit. Clients read the error only
+after they have sent their body."""
 
 
 class Doors:
-    """ASGI middleware: 403 for a name that is not this server's, 401 without a key, 408 and 413 for a body that comes
-    too slowly or has too many bytes."""
+    """ASGI middleware. It answers 403 for an unknown host name, 401 without a valid key, 408 for a body that arrives
+    too slowly, and 413 for a body that is too large."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -46,14 +47,14 @@ class Doors:
         try:
             self._check_host(scope)
             self._check_key(scope)
-            receive = await self._whole(scope, receive)
+            receive = await self._read_body(scope, receive)
             await self._app(scope, receive, counted)
         except Exception as error:
-            if status:  # half of the answer is out: the connection ends with it
+            if status:  # the response has started: only closing the connection signals an error
                 raise
             await response_of(error)(scope, receive, counted)
         finally:
-            status = status or 499  # nobody waited for the answer
+            status = status or 499  # the client disconnected before the response
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._metrics.request(path, status)
@@ -64,25 +65,27 @@ class Doors:
         name = Request(scope).headers.get("host", "").lower()
         name = name if name.endswith("]") else name.rpartition(":")[0] or name
         if self._settings.hosts and name not in self._settings.hosts:
-            raise ServeError(403, f"this server is not called {name!r}; --allow-host lets it be", "forbidden_host")
+            raise ServeError(
+                403, f"host name {name!r} is not allowed; start the server with --allow-host {name}", "forbidden_host"
+            )
 
     def _check_key(self, scope: Scope) -> None:
         if not self._settings.keys or scope["path"] in OPEN:
             return
-        said = Request(scope).headers.get("authorization", "")
-        kind, _, key = said.partition(" ")
-        given = key.strip().encode(errors="replace") if kind.lower() == "bearer" else b""
-        # All keys are compared, each in constant time: how long it takes tells nothing.
-        if not sum([hmac.compare_digest(given, own.encode()) for own in self._settings.keys]):
+        header = Request(scope).headers.get("authorization", "")
+        kind, _, key = header.partition(" ")
+        client_key = key.strip().encode(errors="replace") if kind.lower() == "bearer" else b""
+        # All keys are compared, in constant time each, so that the duration reveals nothing.
+        if not sum([hmac.compare_digest(client_key, own.encode()) for own in self._settings.keys]):
             raise ServeError(
                 401,
-                "give a key of this server as 'Authorization: Bearer KEY'",
+                "send an API key of this server in the header 'Authorization: Bearer KEY'",
                 "invalid_api_key",
                 www_authenticate="Bearer",
             )
 
-    async def _whole(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the body, and give what tells it again; a client that sends slowly holds nothing but this."""
+    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Read the body, and return a `receive` that replays it. Slow clients therefore hold no slot."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         most = self._settings.body_bytes
@@ -93,24 +96,28 @@ class Doors:
                 while more and size <= DRAINED * most:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ServeError(400, "the client went away")
+                        raise ServeError(400, "the client disconnected")
                     part = message.get("body", b"")
                     size += len(part)
                     if size <= most:
                         parts.append(part)
                     more = message.get("more_body", False)
         except TimeoutError:
-            raise ServeError(408, f"the request was not whole after {self._settings.body_seconds:g} seconds") from None
+            raise ServeError(
+                408, f"the request body did not arrive within {self._settings.body_seconds:g} seconds"
+            ) from None
         if size > most:
-            raise ServeError(413, f"a request may have {most} bytes", "too_large", connection="close")
+            raise ServeError(
+                413, f"the request body is larger than the limit of {most} bytes", "too_large", connection="close"
+            )
         body = b"".join(parts)
-        told = False
+        replayed = False
 
         async def again() -> Message:
-            nonlocal told
-            if told:
+            nonlocal replayed
+            if replayed:
                 return await receive()
-            told = True
+            replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         return again

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: a status, and {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.getLogger("packllm.serve")
 
 
 class ServeError(Exception):
-    """What the server itself refuses.
+    """A request that the server itself rejects.
 
     Attributes:
-        status: of the answer.
-        code: for programs, or None.
-        headers: that go along.
+        status: HTTP status.
+        code: error code for programs, or None.
+        headers: headers of the response.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
@@ -42,12 +42,12 @@ class ServeError(Exception):
 
 
 def dumps(value: Any) -> bytes:
-    """JSON. A lone surrogate, which a client may send and UTF-8 has not, goes out as the escape that it came as."""
+    """Compact JSON. A lone surrogate, which UTF-8 cannot encode, is escaped."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
 def told(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """The status, the body and the headers that tell of an error. What is nobody's fault but ours is logged."""
+    """Status, body and headers of an error response. Internal errors are logged."""
     status, code, param, headers = 500, None, None, {}
     message = str(error)
     if isinstance(error, ServeError):
@@ -58,8 +58,8 @@ def told(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
         status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
     elif isinstance(error, AnswerTimeout | TimeoutError):
         status, code = 504, "timeout"
-        headers = {"x-should-retry": "false"}  # OpenAI's clients would ask the same again
-        message = message or "the answer was not whole in time; lower max_tokens, or stream"
+        headers = {"x-should-retry": "false"}  # OpenAI's clients would retry the same request
+        message = message or "the answer was not complete in time; lower max_tokens, or use stream"
     elif isinstance(error, ContextOverflowError):
         status, code, param = 400, "context_length_exceeded", "messages"
     elif isinstance(error, ExtraError):
@@ -68,13 +68,13 @@ def told(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
         status, code, headers = 503, "unavailable", {"retry-after": "5"}
     elif isinstance(error, PackError) and not isinstance(error, MemberError | StructureError):
         status = 400
-        found = re.match(r"(\w+)=", message)
-        param = found[1] if found else None
+        match = re.match(r"(\w+)=", message)
+        param = match[1] if match else None
     elif isinstance(error, MemberError | StructureError):
         code = "member_failed" if isinstance(error, MemberError) else "structure"
         logger.error("%s: %s", type(error).__name__, message, exc_info=error.__cause__)
     else:
-        message = "the server failed; its log says why"
+        message = "internal server error; see the server's log"
         logger.error("a request failed", exc_info=error)
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -82,13 +82,13 @@ def told(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def response_of(error: BaseException) -> Response:
-    """The whole answer that tells of an error."""
+    """The response for an error."""
     status, body, headers = told(error)
     return Response(dumps(body), status, headers, "application/json")
 
 
 def _invalid(error: RequestValidationError | ValidationError) -> tuple[str | None, str]:
-    """Which field of a body is wrong, and how."""
+    """The invalid field of a body, and a message."""
     first = error.errors()[0]
     name = next((str(part) for part in first["loc"] if part != "body"), None)
     if name is None:

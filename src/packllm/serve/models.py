@@ -1,4 +1,4 @@
-"""The models that are served: the pack, and each of its members alone."""
+"""The models that the server offers: the pack, and each member alone."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from packllm.serve.errors import ServeError
 from packllm.serve.protocol import PACK
 
 _OF_SEVERAL = ("weighting", "pool", "fitted", "prior", "prior_strength", "adapt")
-"""Options that say how members are weighed, of which one alone has no need."""
+"""Options of the weighting, which a pack of one member does not use."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model: its name, the pack that it is, and a hash of what its answers depend on."""
+    """A served model: its name, its pack, and a hash of everything that its answers depend on."""
 
     name: str
     pack: Pack
     fingerprint: str
 
     def as_dict(self, created: int) -> dict[str, object]:
-        """What /v1/models tells of it."""
+        """The model's entry in /v1/models."""
         return {
             "id": self.name,
             "object": "model",
@@ -36,10 +36,10 @@ class Served:
 
 
 class Models:
-    """A pack and its members by name. A member that is called "pack" is served as a part of it only.
+    """A pack and its members, by name. A member with the name "pack" is not served alone.
 
     Args:
-        pack: all members.
+        pack: the pack with all members.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -53,17 +53,20 @@ class Models:
         return iter(self._served.values())
 
     def find(self, name: str) -> Served:
-        """
+        """The model with a name.
+
         Raises:
             ServeError: 404, no model has this name.
         """
         if name not in self._served:
-            raise ServeError(404, f"model={name!r} is none of: {', '.join(self._served)}", "model_not_found")
+            raise ServeError(
+                404, f"model={name!r} does not exist; the models are: {', '.join(self._served)}", "model_not_found"
+            )
         return self._served[name]
 
 
 def _alone(pack: Pack, member: Author) -> Pack:
-    """A pack of one of the members, with its engine, what is kept of prompts, and the bound on caches."""
+    """A pack of one member, which shares the engine, the prefix cache and the memory limit of the caches."""
     options = pack.options.model_dump(exclude_unset=True)
     one = Pack([member], **{name: value for name, value in options.items() if name not in _OF_SEVERAL})
     one.prefixes, one._admission = pack.prefixes, pack._admission

@@ -1,4 +1,4 @@
-"""What clients send (OpenAI's fields, some that vLLM adds, and `packllm`), and the options of a pack that they are."""
+"""Request bodies: OpenAI's fields, some of vLLM's, and `packllm`; and the pack's options that they stand for."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from packllm.errors import OptionError, guess, shown
 from packllm.options import Options
 
 PACK = "pack"
-"""The model that is all members together."""
+"""Name of the model that consists of all members."""
 
 SERVERS_OWN = frozenset({"fitted", "max_cache_mb", "prefix_cache_mb", "batch_size"})
-"""Options that name files of the server or are the pack's: no request's."""
+"""Options of the server that requests cannot set: they name files of the server, or concern the whole pack."""
 
 SAID_ELSEWHERE = frozenset({"n", "tools", "tool_choice", "json_schema", "logprobs", "top_logprobs", "timeout"})
-"""Options that OpenAI has fields for."""
+"""Options for which OpenAI has its own fields."""
 
 REFUSED = {
-    "audio": "the members write text only",
-    "functions": "give tools instead",
-    "function_call": "give tool_choice instead",
-    "web_search_options": "there is no search here",
-    "suffix": "the members continue texts, and fill in none",
-    "use_beam_search": "answers are drawn, or greedy; give n for several",
-    "prompt_logprobs": "they are of /v1/completions",
-    "echo": "it is of /v1/completions",
-    "continue_final_message": "an answer begins anew; put its beginning into the question",
-    "grammar": "give response_format with a JSON schema",
-    "guided_json": "give response_format with a JSON schema",
-    "guided_regex": "give response_format with a JSON schema",
-    "guided_choice": "give response_format with a JSON schema that has an enum, or ask /v1/score",
-    "guided_grammar": "give response_format with a JSON schema",
-    "structured_outputs": "give response_format with a JSON schema",
-    "lora_adapter": "each member is a model of its own: give its name as model",
+    "audio": "the members generate text only",
+    "functions": "use tools instead",
+    "function_call": "use tool_choice instead",
+    "web_search_options": "web search is not available",
+    "suffix": "the members only continue texts",
+    "use_beam_search": "use sampling, with n for several answers",
+    "prompt_logprobs": "use /v1/completions",
+    "echo": "use /v1/completions",
+    "continue_final_message": "continuing a message is not supported; put its beginning into the question",
+    "grammar": "use response_format with a JSON schema",
+    "guided_json": "use response_format with a JSON schema",
+    "guided_regex": "use response_format with a JSON schema",
+    "guided_choice": "use response_format with a JSON schema that has an enum, or /v1/decisions",
+    "guided_grammar": "use response_format with a JSON schema",
+    "structured_outputs": "use response_format with a JSON schema",
+    "lora_adapter": "each member is a model of its own: use its name as model",
 }
-"""Fields of others that would change the answer and cannot: refused, not ignored."""
+"""Unsupported fields that would change the answer. They are refused rather than ignored; each value says what to do
+instead."""
 
 Seconds = Annotated[float, Field(gt=0)]
 
 
 class Body(BaseModel):
-    """What all requests have. Fields that change no answer (user, metadata, store, ...) are ignored."""
+    """Fields of all requests. Fields that do not affect the answer (user, metadata, store, ...) are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -54,24 +55,25 @@ class Body(BaseModel):
     """Further options of the pack: weighting, pool, tau, ..."""
 
     def options(self) -> dict[str, Any]:
-        """Options of the pack that these fields are.
+        """The pack's options that these fields stand for.
 
         Raises:
-            OptionError: a field that no request may have.
+            OptionError: a field is not supported, or may not be set by requests.
         """
         for name in self.model_extra or ():
             if name in REFUSED and self.model_extra and self.model_extra[name] not in (None, False, [], {}):
-                raise OptionError(f"{name}={shown(self.model_extra[name])} is not taken: {REFUSED[name]}")
+                raise OptionError(f"{name}={shown(self.model_extra[name])} is not supported: {REFUSED[name]}")
         for name in self.packllm:
             if name not in Options.model_fields:
                 valid = sorted(Options.model_fields.keys() - SERVERS_OWN - SAID_ELSEWHERE)
                 raise OptionError(
-                    f"packllm={{{shown(name)}: ...}} is no option{guess(name, valid)} Valid options: {', '.join(valid)}"
+                    f"packllm={{{shown(name)}: ...}} is not an option{guess(name, valid)} "
+                    f"Valid options: {', '.join(valid)}"
                 )
             if name in SERVERS_OWN or (name == "prior" and isinstance(self.packllm[name], str)):
-                raise OptionError(f"packllm={{{name!r}: ...}} is the server's own; whoever starts it sets it")
+                raise OptionError(f"packllm={{{name!r}: ...}} can only be set when the server is started")
             if name in SAID_ELSEWHERE:
-                raise OptionError(f"packllm={{{name!r}: ...}} has a field of its own in the request; give that")
+                raise OptionError(f"packllm={{{name!r}: ...}} must be given as a field of the request")
         salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
         return {**self.packllm, **salt}
 
@@ -82,7 +84,7 @@ class StreamOptions(BaseModel):
 
 
 class Sampled(Body):
-    """What all requests for text have."""
+    """Fields of all requests that generate text."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -103,17 +105,17 @@ class Sampled(Body):
     def options(self) -> dict[str, Any]:
         options = super().options()
         if self.best_of not in (None, 1):
-            raise OptionError(f"best_of={self.best_of} is not taken; give n, and choose among the answers")
+            raise OptionError(f"best_of={self.best_of} is not supported; use n, and choose among the answers")
         passed = "max_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty stop"
         for name in passed.split():
             if (value := getattr(self, name)) is not None:
                 options[name] = value
-        if self.top_k is not None and self.top_k > 0:  # 0 and -1 are all tokens, for vLLM and llama-server
+        if self.top_k is not None and self.top_k > 0:  # 0 and -1 mean all tokens in vLLM and llama-server
             options["top_k"] = self.top_k
         if self.logit_bias:
             options["logit_bias"] = self.logit_bias
         if self.seed is not None:
-            options["seed"] = self.seed % 2**64  # OpenAI's are signed
+            options["seed"] = self.seed % 2**64  # OpenAI's seeds are signed
         return options
 
     @property
@@ -157,14 +159,14 @@ class Chat(Sampled):
         return options
 
     def _choice(self) -> str | None:
-        """OpenAI's tool_choice as the pack's: auto, none, any, or a tool's name."""
+        """OpenAI's tool_choice in the pack's terms: auto, none, any, or a tool's name."""
         if not isinstance(self.tool_choice, dict):
             return "any" if self.tool_choice == "required" else self.tool_choice
         function = self.tool_choice.get("function", self.tool_choice)
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
             raise OptionError(
-                f"tool_choice={shown(self.tool_choice)} names no tool; give auto, none, required or "
+                f"tool_choice={shown(self.tool_choice)} names no tool; use auto, none, required or "
                 f'{{"type": "function", "function": {{"name": ...}}}}'
             )
         return name
@@ -181,7 +183,7 @@ class Completion(Sampled):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Texts and token ids, one for each prompt."""
+        """The prompts, each a text or token ids."""
         if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
             return [*self.prompt]
         return [self.prompt]
@@ -190,28 +192,28 @@ class Completion(Sampled):
         options = super().options()
         if self.max_tokens == 0:
             if not self.echo and self.prompt_logprobs is None:
-                raise OptionError("max_tokens=0 needs echo or prompt_logprobs: nothing else is left to tell")
+                raise OptionError("max_tokens=0 needs echo or prompt_logprobs; otherwise the answer would be empty")
             del options["max_tokens"]
         if self.stream and self.prompt_logprobs is not None:
-            raise OptionError(f"prompt_logprobs={self.prompt_logprobs} are not streamed; leave out stream")
+            raise OptionError(f"prompt_logprobs={self.prompt_logprobs} cannot be streamed; remove stream")
         if self.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": self.logprobs}
         return options
 
     def spelled(self, token: str, token_id: int | None) -> str:
-        """What a token is called in the answer."""
+        """A token's name in the answer: its text, or its id if the request asks for ids."""
         return f"token_id:{token_id}" if self.return_tokens_as_token_ids and token_id is not None else token
 
 
 class Score(Body):
-    """POST /v1/score: how likely each text_2 follows a text_1, in nats."""
+    """POST /v1/score: log-likelihood of each text_2 after a text_1, in nats."""
 
     text_1: str | Annotated[list[str], Field(min_length=1)]
     text_2: str | Annotated[list[str], Field(min_length=1)]
 
     @staticmethod
-    def texts(given: str | list[str]) -> list[str]:
-        return [given] if isinstance(given, str) else given
+    def texts(value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
 
 
 class Document(BaseModel):
@@ -232,7 +234,7 @@ class Rerank(Body):
 
 
 class Decide(Body):
-    """POST /v1/decisions: which of several labels the pack would answer with."""
+    """POST /v1/decisions: the label with which the pack would answer."""
 
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
@@ -241,7 +243,7 @@ class Decide(Body):
 
 
 class Tokenize(Body):
-    """POST /tokenize: of a text, or of messages as the first member reads them."""
+    """POST /tokenize: the ids of a text, or of messages in the first member's chat template."""
 
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
@@ -278,8 +280,10 @@ class Responses(Body):
     def options(self) -> dict[str, Any]:
         for name in ("previous_response_id", "conversation", "background", "prompt"):
             if self.model_extra and self.model_extra.get(name):
-                raise OptionError(f"{name}={shown(self.model_extra[name])} is not taken: no response is stored here")
-        told = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
+                raise OptionError(
+                    f"{name}={shown(self.model_extra[name])} is not supported: the server stores no responses"
+                )
+        wants_logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
         chat = Chat(
             model=self.model,
             messages=[{}],
@@ -288,8 +292,8 @@ class Responses(Body):
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            logprobs=told or None,
-            top_logprobs=self.top_logprobs if told else None,
+            logprobs=wants_logprobs or None,
+            top_logprobs=self.top_logprobs if wants_logprobs else None,
             tools=None if self.tools is None else [_nested(tool) for tool in self.tools],
             tool_choice=self.tool_choice,
             response_format=(self.text or {}).get("format"),
@@ -299,30 +303,30 @@ class Responses(Body):
 
 
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool of /v1/responses as a chat's.
+    """Convert a tool of /v1/responses to the format of chats.
 
     Raises:
-        OptionError: it is none that a client runs.
+        OptionError: it is not a function.
     """
     if tool.get("type") != "function":
-        raise OptionError(f"tools: {shown(tool)} is no function; there are no tools of the server's own")
+        raise OptionError(f"tools: {shown(tool)} is not a function; the server has no built-in tools")
     if "function" in tool:
         return tool
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def schema_of(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The JSON schema of a response_format; None: any text."""
-    kind = "text" if given is None else given.get("type")
-    if given is None or kind == "text":
+def schema_of(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The JSON schema of a response_format; None if it allows any text."""
+    kind = "text" if response_format is None else response_format.get("type")
+    if response_format is None or kind == "text":
         return None
     if kind == "json_object":
         return {"type": "object"}
-    inner = given.get("json_schema", given)  # /v1/responses has it flat
+    inner = response_format.get("json_schema", response_format)  # /v1/responses has no inner json_schema
     schema = inner.get("schema") if kind == "json_schema" and isinstance(inner, Mapping) else None
     if not isinstance(schema, dict):
         raise OptionError(
-            f"response_format={shown(given)}: give text, json_object, or "
+            f"response_format={shown(response_format)}: use text, json_object, or "
             f'{{"type": "json_schema", "json_schema": {{"name": ..., "schema": ...}}}}'
         )
     return schema

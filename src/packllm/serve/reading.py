@@ -1,4 +1,4 @@
-"""What a pack gives each token of a prompt."""
+"""Log-probabilities of the tokens of a prompt under the pack."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from packllm.weights import Weights
 
 @dataclass(frozen=True)
 class Reading:
-    """A prompt as the pack reads it.
+    """A prompt's tokens with their fused log-probabilities.
 
     Attributes:
-        texts: what each token spells.
-        offsets: where in the prompt's text each begins.
-        ids: in the first member's vocabulary.
-        told: what each token is given after those before it; None where a member has none before it.
-        ranks: how many tokens are likelier there, and 1.
-        weights: of the prompt, under which all of it is fused.
+        texts: text of each token.
+        offsets: start of each token in the prompt's text.
+        ids: token ids in the first member's vocabulary.
+        told: log-probability of each token given the tokens before it; None if a member has no tokens before it.
+        ranks: rank of each token, 1 for the most likely.
+        weights: the prompt's weights, with which all its tokens are fused.
     """
 
     texts: list[str]
@@ -52,37 +52,39 @@ class Reading:
 
 
 def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) -> Reading:
-    """Read a prompt for its weights, and once more for all its tokens.
+    """Read a prompt once for its weights, and once more for the log-probabilities of its tokens.
 
     Args:
-        top: how many of the likeliest tokens to tell at each place.
+        top: number of most likely tokens to report at each position.
 
     Raises:
-        VocabularyError: the members share no tokens. Others as Pack.stream().
+        VocabularyError: the members do not share a vocabulary, or run on servers. Others as in Pack.stream().
     """
     with closing(pack._request([prompt], options)) as request:
         request.stop = Stop(cancel)
         request.limits(0)
         request.prefill()
-        texts, ids, told, ranks = request.whole(lambda lines: _told(request, [k for k, _ in lines], top))
+        texts, ids, logprobs, ranks = request.run_on_lines(
+            lambda lines: _token_logprobs(request, [k for k, _ in lines], top)
+        )
         text = Tokens.of(ids, pack.members[0].vocabulary) if not isinstance(prompt, Tokens) else prompt
-        return Reading(texts, [start for start, _ in text.offsets], ids, told, ranks, request.weights[0])
+        return Reading(texts, [start for start, _ in text.offsets], ids, logprobs, ranks, request.weights[0])
 
 
-def _told(
+def _token_logprobs(
     request: Request, running: list[int], top: int
 ) -> tuple[list[str], list[int], list[TokenLogprob | None], list[int]]:
     here = request.token_lines(0)
     if len(here) < len(running) or not request.one_vocabulary(running):
         raise VocabularyError(
-            "log-probabilities of a prompt's tokens need members that share a vocabulary, and none on servers; ask one "
-            "of them by its name"
+            "log-probabilities of a prompt's tokens need members that share a vocabulary and run locally; "
+            "or request one member by its name"
         )
     speaking, _ = in_one_vocabulary(here)
     own = {k: request.encoded[0][k].ids for k in running}
     reference = request.members[running[0]]
     vocabulary, ids, weights = reference.vocabulary, own[running[0]], request.weights[0]
-    shared = _alike({k: [request.members[k].vocabulary.tokens[i] for i in row] for k, row in own.items()})
+    shared = _common_suffix({k: [request.members[k].vocabulary.tokens[i] for i in row] for k, row in own.items()})
     recorder = Recorder(vocabulary, (), weights.names, top)
     ranks = [0] * len(ids)
     first = max(1, len(ids) - min(shared, *(len(row) - 1 for row in own.values())))
@@ -91,7 +93,7 @@ def _told(
         for sequence in sequences.values():
             sequence.gate = request.check
         step = max(1, BLOCK_BYTES // (4 * reference.vocabulary_size))
-        # Whoever has a token more in front of the text (BOS) reads that first.
+        # Members with additional tokens before the text (BOS) read these first.
         rows = {k: own[k][: len(own[k]) - len(ids) + first - 1] for k in running}
         _read({k: sequences[k] for k in running if rows[k]}, rows, here, "none")
         for at in range(first - 1, len(ids) - 1, step):
@@ -105,29 +107,32 @@ def _told(
     finally:
         for sequence in sequences.values():
             sequence.close()
-    told: list[TokenLogprob | None] = [*[None] * first, *recorder.take()]
-    return [vocabulary.tokens[i].decode(errors="replace") for i in ids], ids, told, ranks
+    logprobs: list[TokenLogprob | None] = [*[None] * first, *recorder.take()]
+    return [vocabulary.tokens[i].decode(errors="replace") for i in ids], ids, logprobs, ranks
 
 
 def _read(
     sequences: Mapping[int, Sequence], blocks: Mapping[int, list[int]], lines: Mapping[int, Line], want: str
 ) -> dict[int, Tensor]:
-    """Rows (n, V) after the ids of each member's block, in shared ids.
+    """Let each member read its block of ids.
+
+    Returns:
+        Log-probabilities after each id, (n, V) per member, in shared ids; empty if `want` is "none".
 
     Raises:
-        MemberError: one fails.
+        MemberError: a member failed.
     """
     reads = [Read(sequence, blocks[k], want) for k, sequence in sequences.items()]  # type: ignore[arg-type]
-    found: dict[int, Tensor] = {}
+    rows: dict[int, Tensor] = {}
     for k, answer in zip(sequences, read_together(reads), strict=True):
         if isinstance(answer, Exception):
             raise lines[k].member.failed(answer)
-        found[k] = lines[k].told(answer) if want == "all" else torch.empty(0)
-    return found
+        rows[k] = lines[k].in_line_ids(answer) if want == "all" else torch.empty(0)
+    return rows
 
 
-def _alike(spelled: Mapping[int, list[bytes]]) -> int:
-    """How many last tokens all members have in common."""
+def _common_suffix(spelled: Mapping[int, list[bytes]]) -> int:
+    """Number of tokens at the end that all members have in common."""
     rows = list(spelled.values())
     count = 0
     for column in zip(*(reversed(row) for row in rows), strict=False):

@@ -1,4 +1,4 @@
-"""One answer on its way to a client: it waits for its place, and ends when its time is up or nobody listens."""
+"""HTTP responses: a response waits for a slot, and ends when its time is up or its client disconnects."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ DONE = b"data: [DONE]\n\n"
 
 
 def data_only(event: dict[str, Any]) -> bytes:
-    """An event of a stream as OpenAI's chats have it."""
+    """A server-sent event in the format of OpenAI's chats."""
     return b"data: " + dumps(event) + b"\n\n"
 
 
 def named(event: dict[str, Any]) -> bytes:
-    """An event as /v1/responses has it: its type before its data."""
+    """A server-sent event in the format of /v1/responses, with its type before its data."""
     if "error" in event:
         event = {**event["error"], "type": "error"}
     return b"event: " + str(event["type"]).encode() + b"\n" + data_only(event)
 
 
 class Reply(Response):
-    """What events come to: a JSON body, which is the only event, or a stream of server-sent events.
+    """A response made from events: either a JSON body, the only event, or a stream of server-sent events.
 
-    The first event is made before anything is sent, so that what goes wrong until then has a status of its own. A
-    client that goes away ends the work before its next pass.
+    The first event is computed before anything is sent, so that errors until then can have their own status. If the
+    client disconnects, the work stops before the next forward pass.
 
     Args:
-        places: where it waits for its turn.
-        events: the work.
-        stream: whether they are sent as a stream.
-        seconds: that it may take, with the time that it waits.
-        frame: how an event of a stream is written.
-        end: what ends a stream.
+        places: the slots of running requests.
+        events: the work, as a generator of events.
+        stream: whether the events are sent as a stream.
+        seconds: time limit, including the wait for a slot.
+        frame: encodes an event of a stream.
+        end: bytes that end a stream.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Reply(Response):
         headers = [(b"content-type", self.media_type.encode())] if self.media_type else []
         headers.append((b"cache-control", b"no-store"))
         if body is None:
-            headers.append((b"x-accel-buffering", b"no"))  # or proxies would hold a stream back
+            headers.append((b"x-accel-buffering", b"no"))  # tell proxies not to buffer the stream
         else:
             headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})

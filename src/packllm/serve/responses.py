@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's newer form of a chat, for text and tools. Nothing is stored."""
+"""POST /v1/responses: OpenAI's newer API for chats, with text and tools. Responses are not stored."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Event = dict[str, Any]
 
 
 def messages_of(body: Responses) -> list[dict[str, Any]]:
-    """The conversation of a request.
+    """The messages of a request.
 
     Raises:
-        PromptError: an item that is no part of one.
+        PromptError: an item has an unsupported type.
     """
     messages: list[dict[str, Any]] = []
     if body.instructions:
@@ -47,7 +47,9 @@ def messages_of(body: Responses) -> list[dict[str, Any]]:
         elif kind == "message":
             messages.append({"role": item.get("role"), "content": item.get("content")})
         else:
-            raise PromptError(f"input[{at}] is of type {shown(kind)}; the members read text and calls of functions")
+            raise PromptError(
+                f"input[{at}] has type {shown(kind)}; only messages, reasoning and function calls are supported"
+            )
     for message in messages:
         if message.get("tool_calls") == []:
             del message["tool_calls"]
@@ -55,7 +57,7 @@ def messages_of(body: Responses) -> list[dict[str, Any]]:
 
 
 def _assistant(messages: list[dict[str, Any]], thought: list[Any], new: bool = False) -> dict[str, Any]:
-    """The assistant's message that an item is a part of."""
+    """The assistant message to which an item belongs; a new one if `new`."""
     if new or not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": list(thought) or "", "tool_calls": []})
         thought.clear()
@@ -63,7 +65,7 @@ def _assistant(messages: list[dict[str, Any]], thought: list[Any], new: bool = F
 
 
 class Output:
-    """The items of an answer as they grow, and the events that tell of it."""
+    """The items of an answer while it is generated, and the events that report them."""
 
     def __init__(self, head: dict[str, Any]) -> None:
         self.items: list[dict[str, Any]] = []
@@ -74,7 +76,7 @@ class Output:
         return {"type": kind, "sequence_number": self._number - 1, **fields}
 
     def feed(self, delta: Mapping[str, Any]) -> Iterator[Event]:
-        """Events of a chat's delta."""
+        """The events of a chat delta."""
         if delta.get("reasoning_content"):
             yield from self._grow("reasoning", delta["reasoning_content"])
         if delta.get("content"):
@@ -122,7 +124,7 @@ class Output:
             yield self.event("response.reasoning_summary_text.delta", **where, delta=text)
 
     def end(self, status: str = "completed") -> Iterator[Event]:
-        """Events of the item that ends, if there is one."""
+        """The events that complete the current item, if there is one."""
         if not self._open:
             return
         self._open, item = False, self.items[-1]
@@ -131,8 +133,8 @@ class Output:
             yield self.event("response.output_text.done", **self._place(0), text=part["text"], logprobs=[])
             yield self.event("response.content_part.done", **self._place(0), part=_copy(part))
         elif item["type"] == "function_call":
-            told = {"arguments": item["arguments"], "name": item["name"]}
-            yield self.event("response.function_call_arguments.done", **self._place(), **told)
+            fields = {"arguments": item["arguments"], "name": item["name"]}
+            yield self.event("response.function_call_arguments.done", **self._place(), **fields)
         else:
             where, part = {**self._place(), "summary_index": 0}, item["summary"][0]
             yield self.event("response.reasoning_summary_text.done", **where, text=part["text"])
@@ -142,7 +144,7 @@ class Output:
         yield self.event("response.output_item.done", output_index=self._index, item=_copy(item))
 
     def whole(self, status: str, **fields: Any) -> dict[str, Any]:
-        """The response as it is now."""
+        """The response object with the items so far."""
         return {**self._head, "status": status, "output": [_copy(item) for item in self.items], **fields}
 
     @property
@@ -155,7 +157,7 @@ class Output:
 
 
 async def response(served: Served, body: Responses, metrics: Metrics) -> Events:
-    """The events of an answer: one that is all of it, or those of a stream."""
+    """The events of an answer: a single one with the complete answer, or those of a stream."""
     last: dict[str, Any] = {}
     async with aclosing(_events(served, body, metrics)) as made:
         async for event in made:
@@ -190,8 +192,8 @@ async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGen
             if logprobs and (texts := [item for item in output.items if item["type"] == "message"]):
                 texts[-1]["content"][0]["logprobs"] = logprobs
             why = None if status == "completed" else {"reason": "max_output_tokens"}
-            told = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
-            yield output.event(f"response.{status}", response=output.whole(status, **told))
+            fields = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
+            yield output.event(f"response.{status}", response=output.whole(status, **fields))
 
 
 def _head(served: Served, body: Responses) -> dict[str, Any]:
@@ -229,5 +231,5 @@ def _usage(usage: Usage | None) -> dict[str, Any] | None:
 
 
 def _copy(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An item as it is now, whatever it grows to."""
+    """A copy of an item that later changes do not affect."""
     return {key: [dict(one) for one in value] if isinstance(value, list) else value for key, value in item.items()}

@@ -1,4 +1,4 @@
-"""POST /v1/score, /v1/rerank and /v1/decisions: how likely texts follow others."""
+"""POST /v1/score, /v1/rerank and /v1/decisions: log-likelihoods of given texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from packllm.serve.reply import Events
 
 T = TypeVar("T")
 
-_LEAST = -9999.0  # what -infinity is in JSON, as elsewhere
+_LEAST = -9999.0  # stands for -infinity, which JSON does not have; other servers use it too
 
 
 async def score(served: Served, body: Score) -> Events:
-    """Pack.score of pairs: one text with several, or several with as many."""
+    """Pack.score for pairs of texts: one text_1 with all text_2, all text_1 with one text_2, or pairwise."""
     firsts, seconds = body.texts(body.text_1), body.texts(body.text_2)
     if len(firsts) == 1:
         pairs = [(firsts[0], seconds)]
@@ -29,19 +29,21 @@ async def score(served: Served, body: Score) -> Events:
     elif len(firsts) == len(seconds):
         pairs = [(first, [second]) for first, second in zip(firsts, seconds, strict=True)]
     else:
-        raise OptionError(f"text_1 holds {len(firsts)} texts and text_2 {len(seconds)}; give one, or as many")
-    found: list[float] = []
+        raise OptionError(
+            f"text_1 has {len(firsts)} texts and text_2 {len(seconds)}; give one text in either, or equally many"
+        )
+    results: list[float] = []
     for first, texts in pairs:
         work = partial(served.pack.score, first, texts, **body.options())
-        found += await in_thread(partial(_cancellable, work))
-    data = [{"index": at, "object": "score", "score": max(value, _LEAST)} for at, value in enumerate(found)]
+        results += await in_thread(partial(_cancellable, work))
+    data = [{"index": at, "object": "score", "score": max(value, _LEAST)} for at, value in enumerate(results)]
     spoken = [(first, text) for first, texts in pairs for text in texts]
     usage = _usage(served, [text for pair in spoken for text in pair])
     yield {"id": new_id("score"), "object": "list", "model": served.name, "data": data, "usage": usage}
 
 
 async def rerank(served: Served, body: Rerank) -> Events:
-    """Pack.rerank: documents by their likelihood per byte after the query, best first."""
+    """Rank documents by their log-likelihood per byte after the query, best first."""
     texts = body.documents_as_texts
     work = partial(served.pack.score, body.query, texts, **body.options())
     scores = await in_thread(partial(_cancellable, work))
@@ -65,8 +67,8 @@ async def decide(served: Served, body: Decide) -> Events:
         raise PromptError("give either prompt or messages")
     prompt: Prompt = body.messages or body.prompt or ""
     work = partial(served.pack.decide, prompt, body.choices, calibrated=body.calibrated, **body.options())
-    found = await in_thread(partial(_cancellable, work))
-    yield {"id": new_id("decision"), "object": "decision", "model": served.name, **found.as_dict()}
+    result = await in_thread(partial(_cancellable, work))
+    yield {"id": new_id("decision"), "object": "decision", "model": served.name, **result.as_dict()}
 
 
 def _cancellable(work: Callable[..., T], cancel: Event) -> T:

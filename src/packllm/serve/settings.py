@@ -1,4 +1,4 @@
-"""How a server serves."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server serves.
+    """Settings of a server.
 
     Attributes:
-        keys: of which a request must bring one; none: it need not.
+        keys: valid API keys; if empty, requests need none.
         running: requests that run at once.
-        queue: requests that may wait beyond these; more are sent away with 429.
-        timeout: most seconds of a request, with its wait.
-        body_bytes: most bytes of a request.
-        body_seconds: within which it must be there.
+        queue: further requests that may wait; more are rejected with status 429.
+        timeout: time limit of a request in seconds, including its wait.
+        body_bytes: size limit of a request body.
+        body_seconds: seconds within which the body must arrive.
         texts: most prompts, documents or answers (n) of one request.
-        hosts: names that requests may call this server by; none: any. On loopback, a page of another site could else
-            reach it under a name of its own that leads here (DNS rebinding).
-        origins: web pages that may ask, as in https://example.org; "*": all.
-        log_prompts: whether requests are logged as they are.
+        hosts: allowed host names of requests; if empty, any. On loopback this stops web pages that reach the server
+            under a host name of their own (DNS rebinding).
+        origins: origins of web pages that may send requests, such as https://example.org; "*" means all.
+        log_prompts: whether complete requests are logged.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)

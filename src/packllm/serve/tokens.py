@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in the first member's tokenizer, as vLLM has them."""
+"""POST /tokenize and /detokenize with the first member's tokenizer, in vLLM's format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from packllm.serve.protocol import Detokenize, Tokenize
 
 
 def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
-    """The ids of a text or of a conversation.
+    """The ids of a text or a conversation.
 
     Raises:
-        PromptError: neither is given, or both.
+        PromptError: not exactly one of prompt and messages is given.
     """
     if (body.prompt is None) == (body.messages is None):
         raise PromptError("give either prompt or messages")
@@ -28,14 +28,14 @@ def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
         ids = encoder.plain(body.prompt or "")
     else:
         ids = encoder.encode(check(body.prompt, chat_template=False)).ids
-    found: dict[str, Any] = {"count": len(ids), "max_model_len": served.pack.context_window, "tokens": ids}
+    result: dict[str, Any] = {"count": len(ids), "max_model_len": served.pack.context_window, "tokens": ids}
     if body.return_token_strs:
-        found["token_strs"] = [encoder.vocabulary.tokens[i].decode(errors="replace") for i in ids]
-    return found
+        result["token_strs"] = [encoder.vocabulary.tokens[i].decode(errors="replace") for i in ids]
+    return result
 
 
 def detokenize(served: Served, body: Detokenize) -> dict[str, Any]:
-    """The text of ids; control tokens, which are none, are left out."""
+    """The text of token ids, without control tokens."""
     vocabulary = served.pack.members[0].vocabulary
     if not any(0 <= i < len(vocabulary) and vocabulary.text_bytes(i) for i in body.tokens):
         return {"prompt": ""}
@@ -43,7 +43,7 @@ def detokenize(served: Served, body: Detokenize) -> dict[str, Any]:
 
 
 def info(served: Served) -> dict[str, Any]:
-    """What clients that count tokens ask of a tokenizer."""
+    """Facts about the tokenizer for clients that count tokens."""
     member = served.pack.members[0]
     vocabulary = member.vocabulary
 

@@ -88,9 +88,9 @@ class Worth:
             return "The prior helps: on rows that it has not seen, answers are likelier with it."
         if low > 0:
             return "No gain: on rows that it has not seen, answers are less likely with the prior. Leave it out."
-        return "No gain that can be told from chance: the interval holds 0. Leave the prior out, or give more rows."
+        return "No gain beyond chance: the interval contains 0. Leave the prior out, or give more rows."
 
-    def told(self, names: Sequence[str]) -> str:
+    def summary(self, names: Sequence[str]) -> str:
         """A report in lines of text, for members with these names."""
         width = max(6, *map(len, names))
         lines = [f"{'member':{width}}  on passages  on answers"]
@@ -189,7 +189,7 @@ def calibrate(pack: Members, rows: Iterable[Mapping[str, Any]]) -> Prior:
     with tqdm(total=len(texts), desc="Reading rows", unit="row", disable=None, delay=SLOW, leave=False) as bar:
         for start in range(0, len(texts), TOGETHER):
             group = texts[start : start + TOGETHER]
-            for row, logprobs in zip(group, _given(members, group), strict=True):
+            for row, logprobs in zip(group, _row_logprobs(members, group), strict=True):
                 prompts, answers = [prompt for prompt, _ in row], [answer for _, answer in row]
                 scores = [g[[at - 1 for at in p.positions]] for p, g in zip(prompts, logprobs, strict=True)]
                 answer_scores = [g[len(p.ids) - 1 :] for p, g in zip(prompts, logprobs, strict=True)]
@@ -273,7 +273,7 @@ def _encoded(member: Member, prompt: Prompt, answer: str, options: Options) -> t
     return encoded, Encoded(ids, answer, list(range(len(ids))), starts, ends)
 
 
-def _given(members: Sequence[Member], rows: Sequence[list[tuple[Encoded, Encoded]]]) -> Iterator[list[Tensor]]:
+def _row_logprobs(members: Sequence[Member], rows: Sequence[list[tuple[Encoded, Encoded]]]) -> Iterator[list[Tensor]]:
     """Each member's log-probabilities of a row's ids, except the first: K tensors float64 (n - 1,) a row."""
     reads = []
     for row in rows:

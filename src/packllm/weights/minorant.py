@@ -31,7 +31,7 @@ TERMS_BYTES = 48 * 2**20
 
 LEAST_LIKELY = 256
 
-_LEAST = 1e-5  # if unlikely tokens have less mass, float32 is too inexact for their mean
+_LEAST = 1e-5  # below this mass of the unlikely tokens, their mean is too inexact in float32
 
 
 class Minorant:
@@ -134,5 +134,6 @@ def _combine(values: Tensor, weights: np.ndarray) -> Tensor:
 
 
 def _constant(mean: Tensor, rest: Tensor, loss: Tensor, weights: np.ndarray) -> Tensor:
-    """c of unlikely tokens with mass `rest` in the pool and mean margins `mean`; `loss` is log Σ_v exp(λ'·a)."""
+    """The constant c (see the module) of unlikely tokens with mass `rest` in the pool and mean margins `mean`; `loss`
+    is log Σ_v exp(λ'·a)."""
     return (rest.log() + loss - _combine(mean, weights)).clamp_min(NOTHING)

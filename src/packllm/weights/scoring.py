@@ -133,10 +133,11 @@ class OneHeadSource(SequenceSource):
             one.hidden(torch.arange(len(one.places))) is None for one in behind
         ):
             return False
-        kept = [head for head in heads if head is not None]
+        available = [head for head in heads if head is not None]
         return (
-            len({(_place(weight), _place(bias)) for weight, bias, _ in kept}) == 1
-            and kept[0][0].dtype == torch.float32  # in 16 bits W Σ λ_k h_k and Σ λ_k W h_k differ by more than 1e-4
+            len({(_place(weight), _place(bias)) for weight, bias, _ in available}) == 1
+            and available[0][0].dtype
+            == torch.float32  # in 16 bits W Σ λ_k h_k and Σ λ_k W h_k differ by more than 1e-4
         )
 
     def blocks(self, positions: Tensor, members: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:

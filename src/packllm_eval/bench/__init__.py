@@ -1,7 +1,7 @@
-"""packllm bench: what packing costs on this machine, against its targets.
+"""packllm bench: the cost of packing on this machine, against its targets.
 
-What a ratio compares is measured in turns within each repeat, so that a machine that slows down slows both
-sides; a figure is the median of its repeats.
+The two sides of a ratio are measured alternately within each repeat, so that a slower machine
+slows both. A figure is the median of the repeats.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ QUICK_TOKENS = 48
 def run(
     models: Sequence[str] | None, *, tokens: int, members: int, repeat: int, quick: bool, only: Sequence[str] = ()
 ) -> Report:
-    """The figures.
+    """Measure the figures.
 
     Args:
-        models: specs as Pack.load takes them; None: the starter pack, or random members where it is absent.
-        tokens: length of the prompt that is weighed.
-        members: K.
+        models: specs for Pack.load; None: the starter pack, or random members if it is not installed.
+        tokens: length of the weighted prompt.
+        members: number of members.
         repeat: repeats of each measurement.
-        quick: lengths of a few tokens, one repeat: only to see that everything runs.
+        quick: a few tokens and one repeat, only to test that everything runs.
         only: groups to measure, of GROUPS; all if empty.
 
     Raises:
@@ -59,7 +59,7 @@ def run(
         raise OptionError(f"only={unknown[0]!r} is unknown; valid: {', '.join(GROUPS)}")
     pack, notes = build(models, members, quick)
     for member in pack:
-        member.end_ids = frozenset()  # every run is to decode the same number of tokens
+        member.end_ids = frozenset()  # every run decodes the same number of tokens
     room = min([member.context_window or MEMORY_TOKENS for member in pack]) - 1
     if quick:
         tokens, repeat = QUICK_TOKENS, 1

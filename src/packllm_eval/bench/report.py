@@ -1,4 +1,4 @@
-"""What the bench found, and how it is shown."""
+"""The report of the benchmarks, and its table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure says, its unit, and the target: at most, or at least, so much; None where there is none."""
+    """A figure's label, unit and target: an upper bound, or a lower one with `least`; None without a target."""
 
     label: str
     unit: str = ""
@@ -70,11 +70,11 @@ TARGETS: dict[str, Target] = {
 
 @dataclass
 class Report:
-    """Figures by the keys of TARGETS (None where one cannot be measured here), and what they were measured on.
+    """The figures by the keys of TARGETS, None if one cannot be measured here; the machine, and the settings.
 
     Attributes:
         seconds: the medians behind the ratios.
-        notes: what a reader has to know.
+        notes: remarks for the reader.
     """
 
     machine: dict[str, Any]
@@ -87,7 +87,7 @@ class Report:
         return TARGETS[key].ok(self.figures[key])
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The report as JSON-safe values."""
         figures = {
             key: {"value": value, "unit": TARGETS[key].unit, "target": TARGETS[key].limit, "ok": self.ok(key)}
             for key, value in self.figures.items()
@@ -102,7 +102,7 @@ class Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """The report as a table, at 80 columns."""
+    """Print the report as a table, 80 columns wide."""
     setting, host = report.setting, report.machine
     console.print(
         Text(

@@ -1,4 +1,4 @@
-"""What is compared, on arrays: weights of a prompt, and the likelihood of what follows."""
+"""The compared methods, on arrays: weights from a prompt, and the likelihood of the text that follows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from packllm.weights.em import maximise
 from packllm_eval.evidence.reading import POOLED, Row, Scores
 
 LEAST = 0.01
-"""Members below this weight do not run: the option min_weight."""
+"""Members below this weight are dropped, as with the option min_weight."""
 
 CALIBRATED = 30
-"""Rows that a prior is from: as many of the row's own domain, or of all domains in turn ("pooled")."""
+"""Number of rows to fit a prior on: of one domain, or of all domains together ("pooled")."""
 
 
 SPREAD = 1.645
@@ -31,9 +31,9 @@ class Method:
 
     Attributes:
         weighting: a member's name, top1, uniform, sim, opt, em.
-        prior: what `em` starts from: nothing, or a prior of 30 rows of all domains, or of the row's own.
-        adapt: whether the weights go on learning.
-        pool: how members fuse.
+        prior: the prior of `em`: none, or one from 30 rows of all domains, or of the row's own domain.
+        adapt: whether the weights are updated during the answer.
+        pool: how the members are fused.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Method:
 
 
 def methods(names: Sequence[str]) -> list[Method]:
-    """All of them; the ones that matter most come first."""
+    """All methods, the most important first."""
     return [
         Method("em", "em"),
         Method("em + prior (pooled)", "em", "pooled"),
@@ -60,36 +60,36 @@ def methods(names: Sequence[str]) -> list[Method]:
 
 
 def priors(rows: Sequence[tuple[Row, np.ndarray]], alpha: float = 1.0) -> dict[str, np.ndarray]:
-    """{corpus or "pooled": π} of (row, (K, n) log-probabilities of its gold answer) to calibrate on."""
+    """Priors {corpus or "pooled": π}, from rows with the (K, n) log-probabilities of their gold answers."""
     by_corpus: dict[str, list[np.ndarray]] = {}
     for row, answer in rows:
         by_corpus.setdefault(row.corpus, []).append(answer)
     share = CALIBRATED // max(1, len(by_corpus))
-    chosen = {corpus: found[:CALIBRATED] for corpus, found in by_corpus.items()}
-    chosen["pooled"] = [answer for found in by_corpus.values() for answer in found[:share]]
-    return {name: em(np.concatenate(found, axis=1), alpha) for name, found in chosen.items()}
+    chosen = {corpus: answers[:CALIBRATED] for corpus, answers in by_corpus.items()}
+    chosen["pooled"] = [answer for answers in by_corpus.values() for answer in answers[:share]]
+    return {name: em(np.concatenate(answers, axis=1), alpha) for name, answers in chosen.items()}
 
 
 def em(logprobs: np.ndarray, strength: float | Literal["prompt"] = 1.0, prior: np.ndarray | None = None) -> np.ndarray:
-    """em's weights, none dropped."""
+    """The weights of em, without dropping small ones."""
     uniform = np.full(len(logprobs), 1.0 / len(logprobs))
     return np.array(maximise(logprobs, uniform if prior is None else prior, strength)[0])
 
 
 def dropped(weights: np.ndarray, least: float = LEAST) -> np.ndarray:
-    """Without members below `least`; the largest stays."""
-    kept = np.where(weights >= min(least, weights.max()), weights, 0.0)
-    return kept / kept.sum()
+    """The weights with those below `least` set to 0 and renormalized; the largest is never dropped."""
+    remaining = np.where(weights >= min(least, weights.max()), weights, 0.0)
+    return remaining / remaining.sum()
 
 
 def weights_of(
     method: Method, names: Sequence[str], row: Row, prompt: np.ndarray, known: dict[str, np.ndarray], pooled: Any = None
 ) -> np.ndarray:
-    """(K,) weights on a prompt of log-probabilities (K, t).
+    """Weights (K,) from a prompt's log-probabilities (K, t).
 
     Args:
         known: priors by corpus and "pooled".
-        pooled: {weighting: (weights, ...)} of the row, for the log pool.
+        pooled: {weighting: (weights, ...)} of this row, used for the log pool.
     """
     if method.weighting in names:
         return np.eye(len(names))[list(names).index(method.weighting)]
@@ -104,40 +104,40 @@ def weights_of(
 
 
 def likelihood(weights: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-    """float64 (n,): log of the mixture's probability of each of (K, n)."""
+    """Log-probabilities (n,) of the mixture, from the members' (K, n)."""
     return np.log(weights @ np.exp(logprobs))
 
 
 def adapting(
     weights: np.ndarray, logprobs: Sequence[np.ndarray], least: float = 0.0, block: int = 1
 ) -> tuple[np.ndarray, float]:
-    """Nats of each of several texts under weights that go on learning, and how many members run a token.
+    """NLL in nats of each text under weights that are updated at each token, and the mean number of members per token.
 
     Args:
-        weights: (rows, K), where the weights of each text start.
-        logprobs: (K, n) a row.
-        least: members below it at a block's start sleep through the block, and read it at its end.
+        weights: (rows, K), the initial weights of each text.
+        logprobs: (K, n) for each row.
+        least: members below this weight at a block's start are idle during the block, and read it at its end.
         block: tokens of a block.
     """
-    length = max(given.shape[1] for given in logprobs)
+    length = max(logprob.shape[1] for logprob in logprobs)
     p = np.ones((len(logprobs), weights.shape[1], length))
     known = np.zeros((len(logprobs), length), bool)
-    for row, given in enumerate(logprobs):
-        p[row, :, : given.shape[1]] = np.exp(given)
-        known[row, : given.shape[1]] = True
+    for row, logprob in enumerate(logprobs):
+        p[row, :, : logprob.shape[1]] = np.exp(logprob)
+        known[row, : logprob.shape[1]] = True
     state, within, awake = Adaptive(weights), Adaptive(weights), weights >= 0
     nats, run = np.zeros(len(logprobs)), 0
     for at in range(length):
         if at % block == 0:
             now, within = state.weights(), state.fork()
             awake = now >= np.minimum(least, now.max(-1, keepdims=True))
-        given, now = p[..., at], np.where(awake, within.weights(), 0.0)
-        found = (now * given).sum(-1) / now.sum(-1)
-        nats -= np.log(found) * known[:, at]
+        logprob, now = p[..., at], np.where(awake, within.weights(), 0.0)
+        mixture = (now * logprob).sum(-1) / now.sum(-1)
+        nats -= np.log(mixture) * known[:, at]
         run += int((awake * (weights > 0) * known[:, at, None]).sum())
-        state.observe(given)
-        # Who sleeps has not read the token yet: it tells the others apart only.
-        within.observe(np.where(awake, given, found[:, None]))
+        state.observe(logprob)
+        # Idle members have not read the token yet, so it changes only the ratios of the others.
+        within.observe(np.where(awake, logprob, mixture[:, None]))
     return nats, run / known.sum()
 
 
@@ -165,8 +165,8 @@ def racing(prompt: np.ndarray, least: float, first: int) -> tuple[np.ndarray, fl
 
 
 def together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompt's units under all members: (K, n) log-probabilities, and (n, 2) spans; tokens of one vocabulary, else
-    words."""
+    """Log-probabilities (K, n) of a prompt's units under all members, and the units' spans (n, 2). The units are tokens
+    if the members share a vocabulary, and words otherwise."""
     least = min(len(one.prompt) for one in scores)
     if len({*families}) == 1 and all((s.spans[-least:] == scores[0].spans[-least:]).all() for s in scores):
         return np.stack([one.prompt[-least:] for one in scores]), scores[0].spans[-least:]
@@ -175,7 +175,7 @@ def together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> tup
 
 
 def answers_together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> list[np.ndarray]:
-    """(K, n) for each text that may follow."""
+    """Log-probabilities (K, n) of each text that may follow the prompt."""
     if len({*families}) == 1:
         return [np.stack([one.texts[at] for one in scores]) for at in range(len(row.texts))]
     return [
@@ -183,10 +183,10 @@ def answers_together(row: Row, scores: Sequence[Scores], families: Sequence[str]
     ]
 
 
-def _words(text: str, given: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _words(text: str, scored: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     parts = [
         Scored(list(range(len(p))), spans[:, 0].tolist(), spans[:, 1].tolist(), [], torch.from_numpy(p))
-        for p, spans in given
+        for p, spans in scored
     ]
     matrix, spans = common_words(text, parts)
     return matrix.numpy(), np.array(spans).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""A pack of models as a LlamaIndex LLM: translate, iterate `Pack.stream`, translate back."""
+"""A pack of models as a LlamaIndex LLM: it converts requests for `Pack.stream`, and converts the results back."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from llama_index.llms.packllm.tool_calls import ToolCalling
 from packllm import Chunk, Formatted, Generation, OptionError, OptionFields, Options, Pack, PackError
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
-# Piece of text, raw, whether it is the last, piece of reasoning -> response.
+# (piece of text, raw, whether it is the last, piece of reasoning) -> response
 Reply = Callable[[str, dict[str, Any], bool, str], Response]
 
 LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory", "engine")
 Prompt = str | list[dict[str, Any]]
-HERE_ONLY = {"callback_manager", "rate_limiter"}  # belong to the running process, not to the LLM's description
+HERE_ONLY = {"callback_manager", "rate_limiter"}  # specific to the process, so not part of to_dict()
 
 
 class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     """Several local models that answer as one.
 
-    Give the `models` to load, or a loaded `pack`, and any option of `packllm.Options`; options that are not set here
-    are the pack's. Each call takes options too, over both. Let LlamaIndex count tokens as the pack does with
-    `Settings.tokenizer = llm.pack.tokenize`.
+    Takes the `models` to load or a loaded `pack`, and any option of `packllm.Options`. Options of a call override those
+    set here, which override the pack's. With `Settings.tokenizer = llm.pack.tokenize`, LlamaIndex counts tokens like
+    the pack.
 
     Examples:
         ```python
@@ -60,19 +60,19 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     models: list[str] | None = None
     """Hub names, local folders, .gguf files or "base+adapter"; None for a pack made from Member objects."""
     dtype: Any = "auto"
-    """Number format the models are loaded in."""
+    """Number format of the weights, as in Pack.load."""
     device_map: Any = "auto"
-    """Where the models are placed, as accelerate has it."""
+    """Devices of the models, as in accelerate."""
     trust_remote_code: bool = False
-    """Whether loading may run code that comes with a model."""
+    """Whether to run code that comes with a model."""
     model_kwargs: dict[str, Any] | None = None
     """Further arguments of transformers' from_pretrained."""
     quantization: Any = None
-    """How weights are quantised on an accelerator, as for Pack.load."""
+    """Quantization of the weights on an accelerator, as in Pack.load."""
     max_memory: Any = None
-    """Most that the weights may take, as for Pack.load."""
+    """Limit on the memory of the weights, as in Pack.load."""
     engine: str | None = None
-    """What runs .gguf files, as for Pack.load."""
+    """Engine of .gguf files, as in Pack.load."""
 
     _pack: Pack = PrivateAttr()
 
@@ -108,7 +108,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans with.
+        """The metadata with which LlamaIndex splits prompts.
 
         context_window leaves out what the members' chat templates write around a system's and a user's message, for
         LlamaIndex fills the window with text, counted without them.
@@ -125,7 +125,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
             model_name=self._pack.name,
         )
 
-    # Each public method announces one event; none calls another.
+    # Each public method emits one event, so none calls another.
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -145,7 +145,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """The answer to messages. Calls of `tools=` are in its blocks and in additional_kwargs["tool_calls"]."""
+        """Answer messages. Calls of the tools in `tools=` are in the blocks and in additional_kwargs["tool_calls"]."""
         return self._answer(*self._chat_request(messages, **kwargs))
 
     @streaming(llm_chat_callback())
@@ -167,7 +167,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return _whole(reply, await self._pack.agenerate(prompt, **options))
 
     def _stream(self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]) -> Generator[Response]:
-        chunks = self._pack.stream(prompt, **options)  # a wrong option is raised here, at the call
+        chunks = self._pack.stream(prompt, **options)  # invalid options raise here, not at the first iteration
 
         def responses() -> Generator[Response]:
             respond = _responder(reply)
@@ -180,7 +180,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     async def _astream(
         self, reply: Reply[Response], prompt: Prompt, options: dict[str, Any]
     ) -> AsyncGenerator[Response]:
-        self._pack.check(**options)  # at the call, too
+        self._pack.check(**options)  # as above
 
         async def responses() -> AsyncGenerator[Response]:
             respond = _responder(reply)
@@ -198,11 +198,11 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         parallel_tool_calls: bool = True,
         **kwargs: Any,
     ) -> tuple[ChatReply, Prompt, dict[str, Any]]:
-        """What makes responses of the pieces, the prompt in the pack's words, the options to send with it."""
+        """(function that makes responses from pieces, the prompt for the pack, the options)."""
         options = self._call_options(kwargs)
-        parallel = allow_parallel_tool_calls and parallel_tool_calls  # LlamaIndex's word and OpenAI's
+        parallel = allow_parallel_tool_calls and parallel_tool_calls  # LlamaIndex's and OpenAI's names
         reply = ChatReply(self._pack.check(**options).offered_tools, parallel)
-        if self.messages_to_prompt in (None, generic_messages_to_prompt):  # nobody gave one: templates do it
+        if self.messages_to_prompt in (None, generic_messages_to_prompt):  # not set: the chat templates are used
             return reply, [from_message(message) for message in messages], options
         return reply, _formatted(messages, self.messages_to_prompt), self._as_it_is(options)
 
@@ -210,7 +210,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         options = self._call_options(kwargs)
         if formatted:
             return Formatted.whole(prompt), self._as_it_is(options)
-        if self.completion_to_prompt in (None, default_completion_to_prompt):  # nobody gave one
+        if self.completion_to_prompt in (None, default_completion_to_prompt):  # not set
             return prompt, options
         write = self.completion_to_prompt
         return Formatted.by(lambda texts: write(texts[0]), [prompt]), options
@@ -222,7 +222,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return options
 
     def _as_it_is(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options for a prompt that is formatted already: it goes in without the members' templates."""
+        """The options for a prompt that is formatted already: without the members' chat templates."""
         wrapped = options.get("chat_template", self._pack.options.chat_template)
         return options | {"chat_template": False} if wrapped else options
 
@@ -230,16 +230,16 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return [name for name in Options.model_fields if name in self.model_fields_set]
 
     def _set_options(self) -> dict[str, Any]:
-        """Options that someone set, on the pack or here over it."""
+        """The options that are set here or on the pack; those set here have priority."""
         return self._pack.options.model_dump(exclude_unset=True) | {n: getattr(self, n) for n in self._own_options()}
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """A description that `from_dict` loads again; options nobody set stay out, so that they stay unset."""
+        """A description that `from_dict` can load. Options that are not set are left out, so they stay unset."""
         described = super().to_dict(**kwargs)
         return {name: v for name, v in described.items() if name not in Options.model_fields} | self._set_options()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # LlamaIndex's own way deletes what cannot be pickled from the live instance. Weights stay where they are:
+        # LlamaIndex's own method deletes fields that cannot be pickled from this instance. Weights are not pickled:
         # the other process loads them again.
         if self._pack.recipe is None:
             raise PackError("a pack made from Member objects cannot be pickled; load it by names or folders instead")
@@ -253,7 +253,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
 
 
 def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMessage]], str]) -> Formatted:
-    """The messages as a formatter writes them."""
+    """The messages as text, made by a formatter."""
     users = [at for at, message in enumerate(messages) if message.role == MessageRole.USER]
     texts = [message.content for message in messages]
     if any(text is None for text in texts):
@@ -267,7 +267,7 @@ def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMe
 
 
 def _raw(generation: Generation) -> dict[str, Any]:
-    """JSON-safe; `usage` is where LlamaIndex's TokenCountingHandler looks, `packllm` is all there is to know of it."""
+    """JSON-safe values: `usage` for LlamaIndex's TokenCountingHandler, and `packllm` with all data of the answer."""
     raw = generation.as_dict()
     told = {**raw["weights"], "usage": raw["usage"], "timings": raw["timings"]}
     if generation.explanation is not None:
@@ -283,7 +283,7 @@ def _whole(reply: Reply[Response], generation: Generation) -> Response:
 
 
 def _responder(reply: Reply[Response]) -> Callable[[Chunk], Response]:
-    """What makes responses of one stream's chunks, in their order."""
+    """A function that makes responses from the chunks of one stream, called in order."""
     so_far: list[Chunk] = []
     told: list[Any] = []
 

@@ -1,1 +1,1 @@
-"""The engine of GGUF files as they are: llama.cpp, through the low-level interface of llama-cpp-python."""
+"""The engine that runs GGUF files in llama.cpp, unconverted, through llama-cpp-python's low-level interface."""

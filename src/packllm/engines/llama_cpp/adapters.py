@@ -1,4 +1,5 @@
-"""LoRA adapters for llama.cpp: GGUF files as they are, peft's folders in a file for a moment."""
+"""LoRA adapters for llama.cpp. A GGUF file is used as it is; a peft folder is first written to a temporary GGUF
+file."""
 
 from __future__ import annotations
 
@@ -17,19 +18,22 @@ from packllm.engines.transformers.lora import Adapter, Factors
 from packllm.errors import loading, refused
 
 _IN_PAIRS = {"llama", "arcee", "granite", "granitemoe", "mistral3", "olmo", "smollm3"}
-"""Architectures of which a GGUF file has the rows of queries and keys in another order than transformers: rotated
-numbers lie side by side there, and half a head apart here."""
-_NEOX = {2, 8, 40}  # llama.cpp's kinds of rotation that are transformers' own
+"""Architectures whose query and key rows are ordered differently in GGUF and in transformers. In GGUF, the two numbers
+that are rotated together are neighbours; in transformers they are half a head apart."""
+_NEOX = {2, 8, 40}  # llama.cpp's rope types with the row order of transformers
 
 
 def attach(file: File, adapter: Adapter | Path) -> int:
-    """Add an adapter to a file's engine; its index.
+    """Attach an adapter to the engine of a file.
 
     Args:
-        adapter: as read from its folder, or a GGUF file.
+        adapter: an adapter that was read from its folder, or the path of a GGUF file.
+
+    Returns:
+        The adapter's index in the engine.
 
     Raises:
-        LoadError: it is of another model, or more than plain LoRA.
+        LoadError: the adapter belongs to another model, or is more than plain LoRA.
     """
     if isinstance(adapter, Path):
         what = f"adapter {str(adapter)!r}"
@@ -51,7 +55,7 @@ def _digest(path: Path) -> str:
 
 
 def _write(file: File, factors: Factors, what: str, path: Path) -> None:
-    """An adapter in llama.cpp's format. Its scale is in the factors: without a value for alpha it is 1."""
+    """Write an adapter in llama.cpp's format. Its scale is part of the factors; llama.cpp uses 1 without an alpha."""
     import gguf
 
     metadata = file.header.metadata
@@ -86,7 +90,7 @@ def _shapes(header: Header) -> Mapping[str, tuple[int, ...]]:
 
 
 def _heads(file: File, name: str, what: str) -> int:
-    """Heads of a weight whose rows are in pairs; 0 for any other."""
+    """The number of heads of a weight whose rows GGUF orders in pairs; 0 for any other weight."""
     role = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[-2])
     metadata = file.header.metadata
     architecture = metadata["general.architecture"]

@@ -1,4 +1,4 @@
-"""A context of llama.cpp: cells of keys and values for all sequences of one adapter."""
+"""A llama.cpp context: the KV cache of all sequences of one adapter."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from torch import Tensor
 from packllm.engines.llama_cpp.model import Model
 
 BLOCK = 64
-"""Tokens of one llama_decode, and rows of logits that it may give: they are held twice, 64 MB where V is 128k. Larger
-blocks were not faster on CPUs (131, 126, 117 and 126 tokens/s at 64, 128, 256 and 512)."""
+"""Most tokens of one llama_decode call, and so most rows of logits that it returns. The logits are stored twice, which
+takes 64 MB for a vocabulary of 128k ids. Larger blocks were not faster on CPUs: 131, 126, 117 and 126 tokens/s at 64,
+128, 256 and 512."""
 
 FIRST = 512
-"""Cells that a context has at first. They are taken when it is made, so it is not made for a whole window, but made
-again, twice as large, where it is full."""
+"""KV cells of a new context. llama.cpp allocates all cells at once, so a context starts small instead of with the
+model's whole window, and is made again at twice the size when it is full."""
 
 SLOTS = 64
-"""Sequences that have cells at a time; of more, those that were used least lately wait beside the context."""
+"""Sequences that have cells in a context at the same time. When there are more, the least recently used ones are copied
+out of the context."""
 
 
 class State:
-    """What a context keeps of one sequence: cells under the number `slot`, or a copy of them in `data`.
+    """The KV cache of one sequence: either cells of the context under the number `slot`, or a copy of them in `data`.
 
     Attributes:
-        length: ids that count.
-        filled: ids that the cells or the copy are of; those behind `length` go before it is used again.
+        length: ids that are valid.
+        filled: ids that the cells or the copy hold; those after `length` are removed before the next use.
     """
 
     def __init__(self, context: Context, data: Any = None, length: int = 0) -> None:
@@ -52,15 +54,15 @@ class State:
 
 
 class Context:
-    """Cells for the sequences of one adapter. Methods may be called from several threads.
+    """The KV cells of the sequences of one adapter. Its methods may be called from several threads.
 
     Args:
-        adapter: as Model.attach gave it; None for the weights as they are.
+        adapter: from Model.attach; None for the base weights.
 
     Attributes:
-        cells: how many there are.
-        kind: llama.cpp's type of keys and values: 1, 16 bits.
-        forwards, tokens: calls of llama_decode and tokens that it read.
+        cells: number of cells.
+        kind: llama.cpp's type of keys and values; 1 means 16 bits.
+        forwards, tokens: llama_decode calls so far, and tokens that they read.
     """
 
     def __init__(self, model: Model, adapter: Any, threads: int) -> None:
@@ -70,7 +72,7 @@ class Context:
         self._batch: Any = None
         self._lock = threading.Lock()
         self._free = list(range(SLOTS))
-        self._left: deque[int] = deque()  # slots that nobody holds any more, and whose cells are still full
+        self._left: deque[int] = deque()  # released slots whose cells are not yet cleared
         self._live: dict[int, weakref.ref[State]] = {}
         self._clock = 0
         self.cells = self.forwards = self.tokens = 0
@@ -82,11 +84,11 @@ class Context:
             if self._batch is not None:
                 self._native.llama_batch_free(self._batch)
 
-    # What a sequence does
+    # Sequences
 
     def leave(self, slot: int) -> None:
-        """Nobody holds a slot any more. It is emptied now, or before the next pass where one runs: this may be called
-        from anywhere, in the middle of a pass too."""
+        """Release a slot. It is cleared now or, if a pass is running, before the next one: the garbage collector may
+        call this at any point of a pass."""
         self._left.append(slot)
         if self._lock.acquire(blocking=False):
             try:
@@ -95,40 +97,40 @@ class Context:
                 self._lock.release()
 
     def fork(self, state: State) -> State:
-        """A state of the same ids. Cells are shared, as long as there are slots."""
+        """A second state of the same ids. It shares the cells while there are free slots."""
         with self._lock:
             self._sweep()
-            twin = State(self, state.data, state.length)
-            twin.filled = state.filled
+            copy = State(self, state.data, state.length)
+            copy.filled = state.filled
             if state.slot is None:
-                return twin
+                return copy
             if not self._free:
                 return self._copied(state)
             self._trim(state)
-            twin.filled = state.filled
-            self._seat(twin)
-            self._native.llama_memory_seq_cp(self._memory(), state.slot, twin.slot, -1, -1)
-            return twin
+            copy.filled = state.filled
+            self._seat(copy)
+            self._native.llama_memory_seq_cp(self._memory(), state.slot, copy.slot, -1, -1)
+            return copy
 
     def copied(self, state: State) -> State:
-        """A copy beside the context: it takes no cells, over which the attention of all others would run."""
+        """A copy outside the context. It takes no cells, which would slow down the attention of all other sequences."""
         with self._lock:
             self._sweep()
             return self._copied(state)
 
     def decode(self, states: List[State], ids: List[int], wanted: List[int], least: int) -> Tensor:
-        """Let each id, at most BLOCK of them, follow what its state holds.
+        """Append at most BLOCK ids to their states.
 
         Args:
-            states: of each id.
-            wanted: places after which logits are wanted, ascending.
-            least: cells that these sequences will need in all, if there are too few now.
+            states: the state of each id.
+            wanted: indices of the ids whose next-token logits are returned, ascending.
+            least: cells that these sequences need in all; the context grows to this size when it is full.
 
         Returns:
-            float32 (m, n), logits of all ids of the model at the places wanted, until decode() is called again.
+            Logits, float32 (len(wanted), V_model), valid until the next call.
 
         Raises:
-            RuntimeError: llama.cpp fails.
+            RuntimeError: llama.cpp failed.
         """
         with self._lock:
             self._sweep()
@@ -143,7 +145,7 @@ class Context:
             while (code := self._native.llama_decode(self._pointer, batch)) == 1:  # no room for the keys and values
                 self._grow(least)
             if code:
-                raise RuntimeError(f"llama.cpp cannot read these {len(ids)} tokens (llama_decode gives {code})")
+                raise RuntimeError(f"llama.cpp cannot read these {len(ids)} tokens: llama_decode returned {code}")
             self.forwards += 1
             self.tokens += len(ids)
             for state in states:
@@ -151,13 +153,13 @@ class Context:
                 state.filled += 1
             if not wanted:
                 return torch.empty(0, self._model.vocabulary_size)
-            found = self._native.llama_get_logits(self._pointer)
-            return torch.from_numpy(np.ctypeslib.as_array(found, (len(wanted), self._model.vocabulary_size)))
+            pointer = self._native.llama_get_logits(self._pointer)
+            return torch.from_numpy(np.ctypeslib.as_array(pointer, (len(wanted), self._model.vocabulary_size)))
 
     # Slots
 
     def _sweep(self) -> None:
-        """Empty the slots that were left. A context that has grown goes with the last one."""
+        """Clear the released slots. When none is used any more, a context that has grown is freed."""
         while self._left:
             slot = self._left.popleft()
             self._live.pop(slot, None)
@@ -173,7 +175,7 @@ class Context:
         self._live[state.slot] = weakref.ref(state)
 
     def _enter(self, state: State) -> None:
-        """Make sure that a state has a slot, with just the cells that count."""
+        """Make sure that a state has a slot whose cells hold exactly its valid ids."""
         if state.slot is None:
             if not self._free:
                 self._sweep()
@@ -185,7 +187,7 @@ class Context:
         self._trim(state)
 
     def _make_way(self) -> None:
-        """Copy the state that was used least lately, and take its slot."""
+        """Copy the least recently used state out of the context, and release its slot."""
         live = [state for ref in self._live.values() if (state := ref()) is not None]
         oldest = min(live, key=lambda state: state.used)
         copy = self._copied(oldest)
@@ -198,19 +200,19 @@ class Context:
     def _trim(self, state: State) -> None:
         if state.filled > state.length:
             if not self._native.llama_memory_seq_rm(self._memory(), state.slot, state.length, -1):
-                raise RuntimeError("llama.cpp cannot take back what this model has read")
+                raise RuntimeError("llama.cpp cannot remove tokens from the cache of this model")
             state.filled = state.length
 
     def _copied(self, state: State) -> State:
         if state.slot is None:
-            twin = State(self, state.data, state.length)
-            twin.filled = state.filled
-            return twin
+            copy = State(self, state.data, state.length)
+            copy.filled = state.filled
+            return copy
         self._trim(state)
         size = self._native.llama_state_seq_get_size(self._pointer, state.slot)
         data = (ctypes.c_uint8 * size)()
         if self._native.llama_state_seq_get_data(self._pointer, data, size, state.slot) != size:
-            raise RuntimeError("llama.cpp cannot copy what this model has read")
+            raise RuntimeError("llama.cpp cannot copy the cache of this model")
         return State(self, data, state.length)
 
     def _restore(self, state: State) -> None:
@@ -218,7 +220,7 @@ class Context:
         while not self._native.llama_state_seq_set_data(self._pointer, data, size, state.slot):
             self._native.llama_memory_seq_rm(self._memory(), state.slot, -1, -1)
             if self.cells >= 4 * sum(s.filled for ref in self._live.values() if (s := ref()) is not None):
-                raise RuntimeError("llama.cpp cannot take up a copy of what this model has read")
+                raise RuntimeError("llama.cpp cannot restore a copy of the cache of this model")
             self._grow(state.filled)
         state.data = None
 
@@ -234,7 +236,9 @@ class Context:
         params.n_threads = params.n_threads_batch = self._threads
         params.kv_unified, params.type_k, params.type_v = True, self.kind, self.kind
         if not self._model.on_gpu:
-            params.flash_attn_type = 0  # auto takes it, and decodes at half the speed after long prompts
+            params.flash_attn_type = (
+                0  # off: with "auto", llama.cpp turns it on, and decodes half as fast after long prompts
+            )
         self._pointer = native.llama_init_from_model(self._model.pointer, params)
         if not self._pointer:
             self._pointer, self.cells = None, 0
@@ -250,7 +254,7 @@ class Context:
             self._pointer, self.cells = None, 0
 
     def _grow(self, least: int) -> None:
-        """Make the context again, at least twice as large, with all that it holds."""
+        """Replace the context by one at least twice as large, with the same contents."""
         native, before = self._native, self.cells
         size = native.llama_state_get_size(self._pointer)
         data = (ctypes.c_uint8 * size)()
@@ -263,7 +267,7 @@ class Context:
             native.llama_state_set_data(self._pointer, data, size)
             raise
         if not native.llama_state_set_data(self._pointer, data, size):
-            raise RuntimeError("llama.cpp cannot move what was read to a larger context")
+            raise RuntimeError("llama.cpp cannot move the cache to a larger context")
 
     def _filled(self, states: List[State], ids: List[int], wanted: List[int]) -> Any:
         if self._batch is None:

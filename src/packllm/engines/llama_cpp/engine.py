@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp: reads of all sequences of an adapter in one llama_decode."""
+"""An engine that runs a GGUF file in llama.cpp. One llama_decode call serves all sequences of an adapter."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from packllm.machine import settle_threads
 PASS_TOKENS, PASS_TOKENS_ELSEWHERE = 256, 4096
 
 PACKING, PACKING_ELSEWHERE = 0.6, 0.01
-"""What each further token adds to a pass over one: products with quantised weights share little on a CPU (eight tokens
-of SmolLM2-135M in Q4_1 take 5.3 times one)."""
+"""Cost of each further token of a pass, relative to the first. Products with quantized weights gain little from
+batching on a CPU: eight tokens of SmolLM2-135M in Q4_1 take 5.3 times as long as one."""
 
 
 class Sequence(Cached):
@@ -45,13 +45,13 @@ class Sequence(Cached):
 
 
 class Engine(Passes[Sequence]):
-    """Runs one GGUF file for the members that share it.
+    """Runs one GGUF file for all members that share it.
 
     Args:
-        model: its weights.
-        vocabulary: its tokenizer's.
-        window: most ids of a sequence.
-        token_bytes: keys and values of one id.
+        model: the weights.
+        vocabulary: of the file's tokenizer.
+        window: longest sequence in ids; None if the file does not say.
+        token_bytes: KV cache bytes of one id.
         fingerprint: hash of the file.
     """
 
@@ -73,7 +73,7 @@ class Engine(Passes[Sequence]):
         self._unused = torch.tensor(sorted(i for i in vocabulary.unused if i < self.vocabulary_size))
 
     def attach(self, adapter: Any, fingerprint: str) -> int:
-        """Add an adapter, as Model.attach gave it; its index."""
+        """Register an adapter, which Model.attach returned, and return its index."""
         self._adapters.append((adapter, fingerprint))
         return len(self._adapters) - 1
 
@@ -89,19 +89,19 @@ class Engine(Passes[Sequence]):
         return Sequence(self, self.meeting, adapter, prefixes)
 
     def fingerprint(self, adapter: int | None = None) -> str:
-        told = "" if adapter is None else self._adapters[adapter][1]
-        return hashlib.sha256(f"{self._fingerprint} {told}".encode()).hexdigest()
+        suffix = "" if adapter is None else self._adapters[adapter][1]
+        return hashlib.sha256(f"{self._fingerprint} {suffix}".encode()).hexdigest()
 
     # One pass (see passes.py)
 
     def groups(self, rows: List[Row[Sequence]]) -> list[list[Row[Sequence]]]:
-        """A context has one adapter, and SLOTS sequences."""
+        """Rows of one adapter share a group, of at most SLOTS sequences."""
         by_adapter: dict[int | None, list[Row[Sequence]]] = {}
         for row in rows:
             by_adapter.setdefault(row.sequence.adapter, []).append(row)
         return [group[at : at + SLOTS] for group in by_adapter.values() for at in range(0, len(group), SLOTS)]
 
-    def kept(self, sequence: Sequence) -> Sequence:
+    def copy_for_cache(self, sequence: Sequence) -> Sequence:
         return sequence.beside(sequence.snapshot(sequence.cache))
 
     def catch_up(self, sequence: Sequence) -> None:
@@ -138,8 +138,8 @@ class Engine(Passes[Sequence]):
                     sound[at_whole[place]] = bool(normaliser[row].isfinite())
             rows_of = [row for row, place in enumerate(wanted) if place in at_some]
             chosen = [targets[at_some[wanted[row]]] for row in rows_of]
-            given = (logits[rows_of, chosen] - normaliser[rows_of]).tolist() if rows_of else []
-            for row, score in zip(rows_of, given, strict=True):
+            target_logprobs = (logits[rows_of, chosen] - normaliser[rows_of]).tolist() if rows_of else []
+            for row, score in zip(rows_of, target_logprobs, strict=True):
                 scores[at_some[wanted[row]]] = score
         return Numbers(logprobs, sound, scores)
 

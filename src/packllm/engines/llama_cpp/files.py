@@ -1,4 +1,4 @@
-"""From a .gguf file, whole or in parts, to an engine, a tokenizer and an encoder; nothing is written."""
+"""Load a .gguf file, in one or several parts: engine, tokenizer and encoder. Nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF file that was loaded.
+    """A loaded GGUF file.
 
     Attributes:
-        header: of its first part.
+        header: of the first part.
     """
 
     path: Path
@@ -36,10 +36,10 @@ class File:
 
 
 def read(path: Path) -> File:
-    """A GGUF file in llama.cpp.
+    """Load a GGUF file into llama.cpp.
 
     Raises:
-        LoadError: anything that stands in the way.
+        LoadError: the file cannot be loaded.
     """
     what = f"model {str(path)!r}"
     with loading(what):
@@ -48,7 +48,7 @@ def read(path: Path) -> File:
         with Trial(paths) as trial:
             tokenizer = tokenizer_of(header.metadata, what)
             for name in [name for name in header.metadata if name.startswith("tokenizer.")]:
-                del header.metadata[name]  # a hundred thousand texts
+                del header.metadata[name]  # frees about a hundred thousand strings
             encoder = Encoder(tokenizer)
             encoder.encode("a")
             trial.passed()
@@ -61,18 +61,18 @@ def read(path: Path) -> File:
 
 
 def held(path: Path) -> tuple[int, int]:
-    """Bytes that a GGUF file's weights and a token's keys and values take here, by its header."""
+    """Bytes of a GGUF file's weights, and KV cache bytes of one token in llama.cpp; both from the header."""
     paths = parts(path)
     _, header = check_parts(paths)
     return sum(part.stat().st_size for part in paths), _token_bytes(_numbers(header.metadata))
 
 
 def parts(path: Path) -> list[Path]:
-    """The file, or all parts of the model that it is one of, in order."""
-    found = _PART.fullmatch(path.name)
-    if not found:
+    """The file, or all parts of the split model that it belongs to, in order."""
+    match = _PART.fullmatch(path.name)
+    if not match:
         return [path]
-    names = [f"{found[1]}-{at + 1:05d}-of-{found[3]}.gguf" for at in range(min(int(found[3]), 10_000))]
+    names = [f"{match[1]}-{at + 1:05d}-of-{match[3]}.gguf" for at in range(min(int(match[3]), 10_000))]
     for name in names:
         if not path.with_name(name).is_file():
             raise refused(f"model {str(path)!r}", f"it is in {len(names)} parts, and {name} is not beside it")
@@ -80,7 +80,8 @@ def parts(path: Path) -> list[Path]:
 
 
 def _numbers(metadata: Mapping[str, Any]) -> Any:
-    """Of a name, the architecture's number of that name: the largest, where layers differ; 0 where there is none."""
+    """A function from a metadata name to the architecture's number of that name: the maximum over the layers, or 0 if
+    the file has none."""
     architecture = metadata.get("general.architecture")
 
     def number(name: str) -> int:
@@ -91,14 +92,14 @@ def _numbers(metadata: Mapping[str, Any]) -> Any:
 
 
 def _token_bytes(number: Any) -> int:
-    """Keys and values of a token, in 16 bits each."""
+    """KV cache bytes of one token, at 16 bits a number."""
     heads = max(1, number("attention.head_count"))
     size = number("attention.key_length") or number("embedding_length") // heads
     return 2 * 2 * number("block_count") * size * (number("attention.head_count_kv") or heads)
 
 
 def _fingerprint(paths: list[Path]) -> str:
-    """Hash of each file's length, beginning and a sample of the rest."""
+    """Hash of each file's length, beginning and samples of the rest."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

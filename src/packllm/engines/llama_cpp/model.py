@@ -1,4 +1,4 @@
-"""The weights of a GGUF file in llama.cpp, memory-mapped, and adapters of them."""
+"""The weights of a GGUF file in llama.cpp, memory-mapped, and its adapters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from packllm.engines.llama_cpp.native import explained, library
 from packllm.errors import LoadError, refused
 
 SECONDS = 600
-"""For a file and a token, in another process."""
+"""Time limit in seconds of the trial process."""
 
 
 class Trial:
-    """Another process in which llama.cpp reads a file and one token, while this one goes on; see trial.py."""
+    """A second process in which llama.cpp loads a file and reads one token, while this process goes on; see
+    trial.py."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._what = f"model {str(paths[0])!r}"
@@ -41,35 +42,36 @@ class Trial:
         self._process.communicate()
 
     def passed(self) -> None:
-        """Wait for it.
+        """Wait for the trial to end.
 
         Raises:
-            LoadError: llama.cpp ended that process, and would have ended this one.
+            LoadError: llama.cpp aborted that process, as it would have aborted this one, or the trial took too long.
         """
         try:
-            _, told = self._process.communicate(timeout=SECONDS)
+            _, stderr = self._process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             raise refused(self._what, f"llama.cpp has not read it after {SECONDS} seconds") from None
         if not 0 <= self._process.returncode < 256:
-            lines = [line for line in told.decode("utf-8", "replace").splitlines() if "GGML_ASSERT" in line]
+            lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if "GGML_ASSERT" in line]
             reason = lines[0].rpartition("/")[2] if lines else f"exit status {self._process.returncode}"
-            raise refused(self._what, f"llama.cpp would end this process over it: {reason}")
+            raise refused(self._what, f"llama.cpp aborts the process that loads it: {reason}")
 
 
 class Model:
-    """A GGUF file as llama.cpp has it.
+    """A GGUF file in llama.cpp.
 
     Args:
-        paths: the file, or all parts of it in order.
+        paths: the file, or all its parts in order.
 
     Attributes:
         native: the low-level module.
-        pointer: what it knows the model by.
-        vocabulary_size: ids that it gives logits of.
-        on_gpu: whether llama.cpp was built for one.
+        pointer: llama.cpp's handle of the model.
+        vocabulary_size: V_model, the number of logits.
+        on_gpu: whether llama.cpp was built for a GPU.
+        rewinds: whether the last ids of a sequence can be removed from its KV cache.
 
     Raises:
-        LoadError: llama.cpp cannot read it; the reason is its own.
+        LoadError: llama.cpp cannot read the file; the message has its reason.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -78,12 +80,12 @@ class Model:
         params = native.llama_model_default_params()
         encoded = [str(path).encode() for path in paths]
         if len(paths) == 1:
-            self.pointer, said = explained(native.llama_model_load_from_file, encoded[0], params)
+            self.pointer, reason = explained(native.llama_model_load_from_file, encoded[0], params)
         else:
             array = (native.ctypes.c_char_p * len(paths))(*encoded)
-            self.pointer, said = explained(native.llama_model_load_from_splits, array, len(paths), params)
+            self.pointer, reason = explained(native.llama_model_load_from_splits, array, len(paths), params)
         if not self.pointer:
-            raise LoadError(f"cannot load {str(paths[0])!r}: llama.cpp refuses it: {said}")
+            raise LoadError(f"cannot load {str(paths[0])!r}: llama.cpp refuses it: {reason}")
         self.on_gpu: bool = native.llama_supports_gpu_offload()
         self.vocabulary = native.llama_model_get_vocab(self.pointer)
         self.vocabulary_size: int = native.llama_vocab_n_tokens(self.vocabulary)
@@ -95,13 +97,13 @@ class Model:
             self.native.llama_model_free(self.pointer)  # with its adapters
 
     def attach(self, path: Path, what: str) -> Any:
-        """An adapter's GGUF file, read; it stays as long as the model."""
-        adapter, said = explained(self.native.llama_adapter_lora_init, self.pointer, str(path).encode())
+        """Load an adapter's GGUF file. It lives as long as the model."""
+        adapter, reason = explained(self.native.llama_adapter_lora_init, self.pointer, str(path).encode())
         if not adapter:
-            raise LoadError(f"cannot load {what}: llama.cpp refuses it: {said}")
+            raise LoadError(f"cannot load {what}: llama.cpp refuses it: {reason}")
         return adapter
 
     def end_ids(self) -> frozenset[int]:
-        """Ids that the file says end a text or a turn."""
+        """Ids that end a text or a turn, according to the file."""
         ids = {self.native.llama_vocab_eos(self.vocabulary), self.native.llama_vocab_eot(self.vocabulary)}
         return frozenset(i for i in ids if i >= 0)

@@ -1,4 +1,4 @@
-"""llama.cpp itself, as llama-cpp-python brings it: one version, whose structures are as they are expected here."""
+"""The llama.cpp library of llama-cpp-python. One version is supported, whose C structures are checked."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from packllm.errors import ExtraError, LoadError
 log = logging.getLogger("packllm")
 
 VERSION = "0.3.36"
-"""Of llama-cpp-python. Fields of llama.cpp's structures come, go and move between versions, and a wrong one is no
-error but another number."""
+"""The supported version of llama-cpp-python. Fields of llama.cpp's structures are added, removed and moved between
+versions; with another version, a field would silently have a wrong value."""
 
 _MODEL = {"n_gpu_layers": -1, "load_mode": -1, "vocab_only": False, "use_extra_bufts": True, "no_alloc": False}
 _CONTEXT = {
@@ -36,14 +36,15 @@ _CONTEXT = {
     "swa_full": True,
     "kv_unified": False,
 }
-"""What the parameters are before anything is set: another value means that a structure is not what its fields say."""
+"""Defaults of llama.cpp's parameters. Another value means that the structures of the loaded library differ from these
+definitions."""
 
-_said: deque[str] = deque(maxlen=20)
+_errors: deque[str] = deque(maxlen=20)
 _lock = threading.Lock()
 
 
 def installed() -> str | None:
-    """Version of llama-cpp-python, None where it is not installed."""
+    """Version of the installed llama-cpp-python; None if it is not installed."""
     if util.find_spec("llama_cpp") is None:
         return None
     try:
@@ -58,20 +59,20 @@ def library() -> Any:
 
     Raises:
         ExtraError: llama-cpp-python is not installed.
-        LoadError: it is of another version, its library cannot be loaded, or its structures are not as expected.
+        LoadError: its version is not supported, its library cannot be loaded, or its structures differ.
     """
-    found = installed()
-    if found is None:
+    version = installed()
+    if version is None:
         raise ExtraError("the llama.cpp engine", "llama-cpp-python", "llama-cpp")
-    if found != VERSION:
+    if version != VERSION:
         raise LoadError(
-            f"llama-cpp-python {found} is installed, and the llama.cpp engine runs {VERSION} alone; "
+            f"llama-cpp-python {version} is installed, but the llama.cpp engine needs {VERSION}; "
             f"pip install llama-cpp-python=={VERSION}, or load with engine='transformers'"
         )
     try:
         from llama_cpp import llama_cpp as native
-    except Exception as error:  # a library that is missing or was built for another machine
-        raise LoadError(f"llama-cpp-python {found} cannot be imported: {type(error).__name__}: {error}") from error
+    except Exception as error:  # for example, the library is missing or was built for another machine
+        raise LoadError(f"llama-cpp-python {version} cannot be imported: {type(error).__name__}: {error}") from error
     _check(native.llama_model_default_params(), _MODEL)
     _check(native.llama_context_default_params(), _CONTEXT)
     native.llama_log_set(_callback(native), ctypes.c_void_p(0))
@@ -81,31 +82,30 @@ def library() -> Any:
 
 def _check(params: Any, expected: dict[str, Any]) -> None:
     for name, value in expected.items():
-        if (given := getattr(params, name, None)) != value:
+        if (actual := getattr(params, name, None)) != value:
             raise LoadError(
-                f"llama-cpp-python {VERSION} is installed, but the llama.cpp library that it loads is another: its "
-                f"default {name} is {given}, not {value}; install it anew, or unset LLAMA_CPP_LIB_PATH"
+                f"llama-cpp-python {VERSION} is installed, but it loads another llama.cpp library, whose "
+                f"default {name} is {actual}, not {value}; reinstall it, or unset LLAMA_CPP_LIB_PATH"
             )
 
 
 @cache
 def _callback(native: Any) -> Any:
-    """What llama.cpp calls to write its log; errors are remembered, for they tell why it returned
-    nothing."""
+    """The callback of llama.cpp's log. It keeps errors, which explain why a call returned nothing."""
 
     @native.llama_log_callback
     def callback(level: int, text: bytes, _: Any) -> None:
         if level >= 3 and (line := text.decode("utf-8", "replace").strip()):
             log.debug("llama.cpp: %s", line)
             if level == 4:
-                _said.append(line)
+                _errors.append(line)
 
     return callback
 
 
 def explained(function: Any, *arguments: Any) -> tuple[Any, str]:
-    """What a function returns, and what llama.cpp said meanwhile, in one line."""
+    """Call a function; return its result, and in one line the errors that llama.cpp logged during the call."""
     with _lock:
-        _said.clear()
+        _errors.clear()
         result = function(*arguments)
-        return result, "; ".join(dict.fromkeys(_said))[:500]
+        return result, "; ".join(dict.fromkeys(_errors))[:500]

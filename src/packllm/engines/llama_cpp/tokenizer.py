@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer, from its metadata alone, in transformers' form."""
+"""Build a transformers tokenizer from a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -16,54 +16,56 @@ _PARTS = {
     "add_space_prefix": "add_prefix_space",
     **{name: name for name in ("tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id")},
 }
-"""transformers' name of each value, by the file's."""
+"""transformers' name of each value, by the name in the file."""
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def tokenizer_of(metadata: Mapping[str, Any], what: str) -> Any:
-    """The tokenizer that a header describes, as AutoTokenizer reads it from the file, in a tenth of its time.
+    """The tokenizer that a GGUF header describes. The result equals AutoTokenizer's for the file, in a tenth of the
+    time.
 
     Raises:
-        LoadError: there is no vocabulary, or one that transformers cannot build.
+        LoadError: the header has no vocabulary, or one that transformers cannot convert.
     """
     from transformers import PreTrainedTokenizerFast
 
-    found = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
-    tokens, kind = found.get("tokens"), found.get("model")
+    values = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
+    tokens, kind = values.get("tokens"), values.get("model")
     if not isinstance(tokens, list) or not tokens or kind in (None, "none", "no_vocab"):
-        raise refused(what, "it holds no vocabulary, only weights; get a file that was converted with its tokenizer")
+        raise refused(what, "it has no vocabulary, only weights; use a file that was converted with its tokenizer")
     used = len(tokens)
-    while used and tokens[used - 1] == f"[PAD{used - 1}]":  # rows of the model without a token, as converters fill them
+    while used and tokens[used - 1] == f"[PAD{used - 1}]":  # converters' names for embedding rows without a token
         used -= 1
-    tokens = found["tokens"] = tokens[:used]
+    tokens = values["tokens"] = tokens[:used]
     if len(set(map(str, tokens))) < len(tokens):
-        raise refused(what, "its vocabulary names a token twice")
+        raise refused(what, "its vocabulary lists a token twice")
     with loading(f"the tokenizer of {what}"):
-        parts = {own: found[name] for name, own in _PARTS.items() if name in found}
+        parts = {own: values[name] for name, own in _PARTS.items() if name in values}
         backend, further = _converter()(str(metadata.get("general.architecture")), parts)
-        words: dict[str, Any] = {"add_bos_token": found.get("add_bos_token", kind == "llama"), **further}
-        if "add_eos_token" in found:
-            words["add_eos_token"] = found["add_eos_token"]
+        words: dict[str, Any] = {"add_bos_token": values.get("add_bos_token", kind == "llama"), **further}
+        if "add_eos_token" in values:
+            words["add_eos_token"] = values["add_eos_token"]
         if kind == "gemma4":  # its template writes <bos> itself
             words["add_bos_token"] = False
         for role, name in _ROLES.items():
-            token_id = found.get(f"{name}_token_id")
+            token_id = values.get(f"{name}_token_id")
             words[role] = tokens[token_id] if isinstance(token_id, int) and token_id < len(tokens) else None
         template = metadata.get("tokenizer.chat_template")
         return PreTrainedTokenizerFast(tokenizer_object=_Uncopied(backend), chat_template=template, **words)
 
 
 def _converter() -> Any:
-    """transformers' own way from such parts to a tokenizer."""
+    """transformers' function that converts GGUF metadata into a tokenizer."""
     try:
         module = import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
-    except ImportError:  # older ones have it here
+    except ImportError:  # older versions
         module = import_module("transformers.integrations.ggml")
     return module.convert_gguf_tokenizer
 
 
 class _Uncopied:
-    """What transformers would copy deeply, for a sixth of a second; nobody else has it."""
+    """A tokenizer backend that deepcopy does not copy. PreTrainedTokenizerFast copies its backend, which takes a sixth
+    of a second; here nothing else uses it."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend

@@ -1,5 +1,5 @@
-"""A program of its own: whether llama.cpp survives a GGUF file. It ends the process where an assertion of its own
-fails, so another process loads the file and reads a token first.
+"""A program that tests whether llama.cpp can load a GGUF file and read a token. A failed assertion in llama.cpp aborts
+the process, so the test runs in a process of its own.
 
 python -I -S trial.py FOLDER-OF-LLAMA_CPP FOLDER-OF-TYPING_EXTENSIONS FILE...
 """
@@ -9,13 +9,15 @@ import types
 
 package, library, *paths = sys.argv[1:]
 sys.path.append(library)
-sys.modules["llama_cpp"] = module = types.ModuleType("llama_cpp")  # its own imports half a second's more
+sys.modules["llama_cpp"] = module = types.ModuleType(
+    "llama_cpp"
+)  # skips the package's own __init__, which takes half a second
 module.__path__ = [package]
 
 from llama_cpp import llama_cpp as native  # noqa: E402
 
 params = native.llama_model_default_params()
-params.use_extra_bufts = False  # the file's own pages, which the other process needs next
+params.use_extra_bufts = False  # do not repack: map the file's pages, which the main process needs next
 files = (native.ctypes.c_char_p * len(paths))(*(path.encode() for path in paths))
 model = native.llama_model_load_from_splits(files, len(paths), params)
 settings = native.llama_context_default_params()

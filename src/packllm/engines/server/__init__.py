@@ -1,1 +1,1 @@
-"""Members that OpenAI-compatible servers run; everything that knows of HTTP is in here."""
+"""Members that run on OpenAI-compatible servers, and all code of the HTTP client."""

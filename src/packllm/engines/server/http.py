@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server: sent, tried again, and given up with a reason that holds no key."""
+"""HTTP requests to an OpenAI-compatible server: sending, retrying, and errors that never contain the API key."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from packllm.errors import ExtraError
 
 try:
     import httpx
-except ImportError:  # of the extra `server`
+except ImportError:  # installed with the extra `server`
     httpx = None  # type: ignore[assignment]
 
 ATTEMPTS = 5
-"""Times that a request is sent before it is given up."""
+"""How often a request is sent before it fails."""
 
 BACKOFF = 0.5
-"""Seconds before the second attempt; twice as many before each further one."""
+"""Seconds before the second attempt; the pause doubles with each further attempt."""
 
 LONGEST = 60.0
-"""Most seconds that are waited for a server that says when to come again."""
+"""Longest wait in seconds that a server may request with Retry-After."""
 
-_TICK = 0.05  # seconds between looks at whether anybody still waits
+_TICK = 0.05  # seconds between calls of the gate
 _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 Gate = Callable[[], object]
@@ -41,15 +41,15 @@ Gate = Callable[[], object]
 T = TypeVar("T")
 
 
-def unguarded() -> None:
-    """A gate that lets all pass."""
+def no_gate() -> None:
+    """A gate that never raises."""
 
 
 class ServerError(Exception):
-    """What a server refused, or why it is given up.
+    """A request failed.
 
     Attributes:
-        status: of its answer, None where there was none.
+        status: HTTP status of the answer; None if there was no answer.
     """
 
     def __init__(self, reason: str, status: int | None = None) -> None:
@@ -57,11 +57,11 @@ class ServerError(Exception):
         self.status = status
 
 
-class Again(ServerError):
-    """A failure that may pass: no connection, a busy server, half an answer.
+class TransientError(ServerError):
+    """A failure that another attempt may cure: no connection, a busy server, an incomplete answer.
 
     Attributes:
-        after: seconds after which the server asks to be asked again.
+        after: seconds that the server asks to wait.
     """
 
     def __init__(self, reason: str, status: int | None = None, after: float | None = None) -> None:
@@ -70,12 +70,12 @@ class Again(ServerError):
 
 
 class Endpoint:
-    """Where a server takes requests. Safe to use from several threads.
+    """The API of a server. Safe to use from several threads.
 
     Args:
-        url: up to and with /v1.
-        key: goes into the header Authorization, and nowhere else.
-        silence: seconds without a byte after which a request is given up.
+        url: base URL, including /v1.
+        key: sent in the header Authorization, and nowhere else.
+        silence: seconds without a byte from the server after which a request fails.
     """
 
     def __init__(self, url: str, key: SecretStr | None, silence: float) -> None:
@@ -90,33 +90,40 @@ class Endpoint:
         self,
         path: str,
         body: Any = None,
-        gate: Gate = unguarded,
+        gate: Gate = no_gate,
         attempts: int = ATTEMPTS,
         silence: float | None = None,
     ) -> Any:
-        """The JSON that answers a GET, or a POST of a body; `silence` where less of it is borne than elsewhere.
+        """Send a request and return the JSON object of its answer.
+
+        Args:
+            path: appended to the base URL.
+            body: JSON body of a POST; None for a GET.
+            gate: called regularly while waiting; it raises to stop the request.
+            attempts: how often the request is sent before it fails.
+            silence: a timeout shorter than the endpoint's.
 
         Raises:
-            ServerError: the server refuses, or fails at all attempts.
-            CancelledError, AnswerTimeout: the gate said so.
+            ServerError: the server refused the request, or all attempts failed.
+            CancelledError, AnswerTimeout: raised by the gate.
         """
-        tries = Tries(gate, attempts)
+        tries = Retries(gate, attempts)
         while True:
             try:
                 with contextlib.closing(self.send(path, body, gate, silence)) as call:
                     for answer in call:
                         return answer
-                raise Again(f"{self.url}{path} gave an empty answer")
-            except Again as error:
+                raise TransientError(f"{self.url}{path} returned an empty answer")
+            except TransientError as error:
                 failed = error
             tries.wait(failed)
 
-    def send(self, path: str, body: Any = None, gate: Gate = unguarded, silence: float | None = None) -> Call:
-        """One attempt: see Call."""
+    def send(self, path: str, body: Any = None, gate: Gate = no_gate, silence: float | None = None) -> Call:
+        """Start one attempt; see Call."""
         return Call(self, path, body, gate, min(silence or self.silence, self.silence))
 
     def safe(self, text: str) -> str:
-        """A text that may be shown: one line, cut, without the key."""
+        """A text for error messages: on one line, shortened, without the key."""
         if self._key is not None:
             text = text.replace(self._key.get_secret_value(), "***")
         text = " ".join(text.split())
@@ -124,43 +131,43 @@ class Endpoint:
 
 
 def together(works: Sequence[Callable[[], T]]) -> list[T]:
-    """What each of these gives, all at the same time. Where one fails, the others are not waited for."""
+    """Run functions at the same time; return their results. If one fails, the others are not awaited."""
     if len(works) == 1:
         return [works[0]()]
     pool = ThreadPoolExecutor(max(1, len(works)))
     try:
-        begun = [pool.submit(work) for work in works]
-        return [one.result() for one in begun]
+        futures = [pool.submit(work) for work in works]
+        return [one.result() for one in futures]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Tries:
-    """How often something was tried that may pass.
+class Retries:
+    """Counts failed attempts, and waits between them.
 
     Args:
-        gate: asked while waiting.
-        attempts: most of them in a row.
+        gate: called while waiting.
+        attempts: most failures in a row.
     """
 
     def __init__(self, gate: Gate, attempts: int = ATTEMPTS) -> None:
         self._gate, self._attempts, self._failed = gate, attempts, 0
 
     def reset(self) -> None:
-        """It went on: what failed before does not count any more."""
+        """An attempt made progress: earlier failures no longer count."""
         self._failed = 0
 
-    def wait(self, error: Again) -> None:
-        """Until the next attempt.
+    def wait(self, error: TransientError) -> None:
+        """Wait until the next attempt.
 
         Raises:
-            ServerError: there is none any more.
+            ServerError: no attempts are left, or the server asks for a longer wait than LONGEST.
         """
         self._failed += 1
         if self._failed >= self._attempts:
-            raise ServerError(f"{error}; given up after {self._failed} attempts", error.status) from None
+            raise ServerError(f"{error}; failed after {self._failed} attempts", error.status) from None
         if error.after is not None and error.after > LONGEST:
-            raise ServerError(f"{error}; it asks to come again in {error.after:.0f} seconds", error.status) from None
+            raise ServerError(f"{error}; it asks to retry after {error.after:.0f} seconds", error.status) from None
         pause = BACKOFF * 2 ** (self._failed - 1) * (0.5 + random.random())
         until = time.monotonic() + max(pause, error.after or 0.0)
         while (left := until - time.monotonic()) > 0:
@@ -170,8 +177,8 @@ class Tries:
 
 
 class Call:
-    """A request in a thread of its own, so that whoever waits for it can stop at any time: close() drops the
-    connection. Iterate to get each event of a stream, or the one JSON that is the answer."""
+    """A request that runs in its own thread, so that the caller can stop waiting at any time: close() drops the
+    connection. Iterating yields the events of a stream, or the one JSON object of another answer."""
 
     def __init__(self, endpoint: Endpoint, path: str, body: Any, gate: Gate, silence: float) -> None:
         self._endpoint, self._what, self._gate = endpoint, endpoint.url + path, gate
@@ -196,7 +203,7 @@ class Call:
             yield item
 
     def close(self) -> None:
-        """Let go of it, wherever it is."""
+        """Stop the request, in any state."""
         with self._lock:
             self._closed = True
             if self._socket is not None:
@@ -208,10 +215,10 @@ class Call:
         try:
             end = self._sent(body)
         except httpx.TimeoutException as error:
-            end = Again(f"{self._what}: no answer in time ({type(error).__name__})")
+            end = TransientError(f"{self._what}: no answer in time ({type(error).__name__})")
         except (httpx.HTTPError, httpx.StreamError) as error:
-            end = Again(self._endpoint.safe(f"{self._what}: {type(error).__name__}: {error}"))
-        except Exception as error:  # whatever it is, whoever waits must hear of it
+            end = TransientError(self._endpoint.safe(f"{self._what}: {type(error).__name__}: {error}"))
+        except Exception as error:  # the waiting thread must get any error
             end = ServerError(self._endpoint.safe(f"{self._what}: {type(error).__name__}: {error}"))
         self._items.put(end)
 
@@ -245,52 +252,52 @@ class Call:
         return None
 
     def _put(self, text: str) -> ServerError | None:
-        """Hand on what a text holds; an error, where it is none or tells of one."""
+        """Queue a JSON object for the caller. Returns an error if the text is not JSON, or reports an error."""
         try:
             item = json.loads(text)
         except ValueError:
-            return Again(f"{self._what} answered what is no JSON: {self._endpoint.safe(text)[:80]!r}")
+            return TransientError(f"{self._what} returned invalid JSON: {self._endpoint.safe(text)[:80]!r}")
         if isinstance(item, dict) and item.get("error"):
             error = item["error"]
-            said = self._endpoint.safe(str(error.get("message") if isinstance(error, dict) else error))
+            message = self._endpoint.safe(str(error.get("message") if isinstance(error, dict) else error))
             code = error.get("code") if isinstance(error, dict) else None
             fatal = isinstance(code, int) and 400 <= code < 500 and code not in _BUSY
-            return (ServerError if fatal else Again)(f"{self._what}: {said}")
+            return (ServerError if fatal else TransientError)(f"{self._what}: {message}")
         if not isinstance(item, dict):
-            return Again(f"{self._what} answered {type(item).__name__} where an object was expected")
+            return TransientError(f"{self._what} returned a JSON {type(item).__name__} instead of an object")
         self._items.put(item)
         return None
 
     def _refusal(self, response: httpx.Response) -> ServerError:
         status = response.status_code
         try:
-            said = response.json()
-            said = said.get("error", said) if isinstance(said, dict) else said
-            said = said.get("message", said) if isinstance(said, dict) else said
+            message = response.json()
+            message = message.get("error", message) if isinstance(message, dict) else message
+            message = message.get("message", message) if isinstance(message, dict) else message
         except ValueError:
-            said = response.text
-        reason = f"{self._what} answered {status}: {self._endpoint.safe(str(said))}"
+            message = response.text
+        reason = f"{self._what} returned status {status}: {self._endpoint.safe(str(message))}"
         if status in (401, 403):
-            reason += " (is the key right? the spec names its environment variable: URL#MODEL?key=VARIABLE)"
+            reason += " (check the API key; the spec names its environment variable: URL#MODEL?key=VARIABLE)"
         if status in _BUSY:
-            return Again(reason, status, _seconds(response.headers.get("retry-after")))
+            return TransientError(reason, status, _seconds(response.headers.get("retry-after")))
         return ServerError(reason, status)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
+    """Whether a host name means the local machine."""
     return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
 
 
-def _seconds(said: str | None) -> float | None:
-    """What the header Retry-After says: a number, or a date."""
-    if not said:
+def _seconds(header: str | None) -> float | None:
+    """Seconds in a Retry-After header, which has a number or a date."""
+    if not header:
         return None
     try:
-        return max(0.0, float(said))
+        return max(0.0, float(header))
     except ValueError:
         pass
     try:
-        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
     except (TypeError, ValueError):
         return None

@@ -1,5 +1,5 @@
-"""Members that an OpenAI-compatible server runs: authors through chat completions, judges where its log-probabilities
-of prompts are right (judge.py)."""
+"""Members that run on an OpenAI-compatible server. Each can be an author, through chat completions; it is a judge too
+if the server's log-probabilities of prompts are correct (judge.py)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from packllm.chat.formatted import Formatted
 from packllm.chat.prompt import Encoder, Prompt, places, scored_text
 from packllm.engines.member import Author
 from packllm.engines.server.address import Address
-from packllm.engines.server.answers import Given, first_choice
-from packllm.engines.server.http import Again, Endpoint, Gate, ServerError, Tries, unguarded
+from packllm.engines.server.answers import TextLogprobs, first_choice
+from packllm.engines.server.http import Endpoint, Gate, Retries, ServerError, TransientError, no_gate
 from packllm.engines.server.judge import Asked, Judge
 from packllm.engines.server.steps import MOST, Steps
 from packllm.engines.server.tops import Tops
@@ -30,20 +30,21 @@ from packllm.results import Bill
 log = logging.getLogger("packllm")
 
 _COUNTED = ({"include_usage": True, "continuous_usage_stats": True}, {"include_usage": True}, None)
-"""How a stream is to tell its usage: with each piece, since it may be dropped (vLLM); at its end; not at all."""
+"""Values of stream_options, tried in order. The first reports usage with each piece (vLLM), so that it is known for
+dropped streams too; the second reports it at the end; the last does not report it."""
 
 _DISPENSABLE = ("seed", "min_p", "top_k", "top_p", "temperature")
-_SOME = 8  # tokens of which one should be text
+_SOME = 8  # at least one of this many tokens should be visible text
 _NO_CHAT = (400, 404, 405, 422, 501)
 _CONTINUED: tuple[dict[str, Any], ...] = ({"continue_final_message": True, "add_generation_prompt": False}, {})
 _GO_ON = "Go on with your last answer exactly where it stops. Do not repeat any of it, and do not comment."
 
 
 def connect(spec: str) -> ServerMember:
-    """The member that a spec names, once its server has answered.
+    """Connect to a server and create the member of a spec.
 
     Raises:
-        LoadError: the spec is wrong, the server cannot be reached, refuses the key, or has no such model.
+        LoadError: the spec is invalid, the server cannot be reached, refuses the key, or does not have the model.
     """
     address = Address.of(spec)
     with loading(f"the model on {address.url}"):
@@ -59,13 +60,13 @@ def _tokenizer(source: str) -> Encoder:
 
 
 def _model(endpoint: Endpoint, address: Address) -> str:
-    """The model's name, which the server knows."""
+    """The model's name on the server, checked against the server's list of models."""
     try:
         answer = endpoint.ask("/models", attempts=3, silence=10.0)
     except ServerError as error:
         if not address.model or error.status in (None, 401, 403):
             raise
-        log.info("%s has no list of models (%s); %r is taken as given", endpoint.url, error, address.model)
+        log.info("%s does not list its models (%s); using %r unchecked", endpoint.url, error, address.model)
         return address.model
     listed = answer.get("data")
     listed = listed if isinstance(listed, list) else []
@@ -73,7 +74,7 @@ def _model(endpoint: Endpoint, address: Address) -> str:
     if address.model is None:
         if len(names) == 1:
             return names[0]
-        raise LoadError(f"{address.url} has {len(names)} models; name one: {address.url}#MODEL{_of(names)}")
+        raise LoadError(f"{address.url} has {len(names)} models; choose one: {address.url}#MODEL{_of(names)}")
     if not names or address.model in names:
         return address.model
     same = [name for name in names if name in (f"{address.model}:latest",) or os.path.basename(name) == address.model]
@@ -84,15 +85,15 @@ def _model(endpoint: Endpoint, address: Address) -> str:
 
 def _of(names: Sequence[str]) -> str:
     shown = ", ".join(names[:20])
-    return f" Its models: {shown}{', …' if len(names) > 20 else ''}" if names else " It lists none"
+    return f" Its models: {shown}{', …' if len(names) > 20 else ''}" if names else " It lists no models"
 
 
 class ServerEncoder(Encoder):
-    """From prompts to what a server is asked.
+    """Converts prompts into a server's requests.
 
     Args:
-        known: the encoder of the server's tokenizer, where that is known here. Else nobody here knows the tokens: a
-            word ends before white space, after line breaks, or between two scripts.
+        known: the encoder of the server's tokenizer, if known. Without it the tokens are unknown, and words end before
+            white space, after line breaks, and between two scripts.
     """
 
     end_of_turn = None
@@ -115,19 +116,21 @@ class ServerEncoder(Encoder):
         template_kwargs: Mapping[str, Any] | None = None,
         window: int | None = None,
     ) -> Asked:
-        """As Encoder.encode. Tools and the form of the answer are told in words: how a server writes calls, and
-        whether it knows any, differs too much."""
+        """As Encoder.encode. Tools and the JSON schema are described in the system message, because servers differ in
+        whether and how they support tool calls."""
         variables = dict(template_kwargs or {})
         if isinstance(prompt, str):
             words = prompt.words if isinstance(prompt, Formatted) else {0: prompt}
             contents, messages = {i: str.__str__(text) for i, text in words.items()}, None
         else:
-            said = [convention.tools_text(tools)] if tools else []
+            instructions = [convention.tools_text(tools)] if tools else []
             if documents := variables.pop("documents", None):
-                said.append(convention.documents_text(documents))
-            said += [] if json_schema is None else [convention.schema_text(json_schema)]
-            told = convention.with_system(convention.written_out(prompt), "\n\n".join(said))
-            messages = tuple({"role": _role(m["role"]), "content": str.__str__(m.get("content") or "")} for m in told)
+                instructions.append(convention.documents_text(documents))
+            instructions += [] if json_schema is None else [convention.schema_text(json_schema)]
+            conversation = convention.with_system(convention.written_out(prompt), "\n\n".join(instructions))
+            messages = tuple(
+                {"role": _role(m["role"]), "content": str.__str__(m.get("content") or "")} for m in conversation
+            )
             contents = {i: m.get("content") or "" for i, m in enumerate(prompt) if m["role"] == "user"}
         parts = places(contents, score_on)
         marked = tuple(
@@ -137,8 +140,8 @@ class ServerEncoder(Encoder):
         asked = Asked([], scored_text(contents, parts), [], [], [], messages, whole, marked, variables)
         if self._known is None:
             return asked
-        read = self._known.encode(prompt, score_on, tools, json_schema, template_kwargs, window)
-        return replace(asked, ids=read.ids, positions=read.positions, starts=read.starts, ends=read.ends)
+        encoded = self._known.encode(prompt, score_on, tools, json_schema, template_kwargs, window)
+        return replace(asked, ids=encoded.ids, positions=encoded.positions, starts=encoded.starts, ends=encoded.ends)
 
     def plain(self, text: str) -> list[int]:
         return [] if self._known is None else self._known.plain(text)
@@ -155,14 +158,14 @@ def _role(role: str) -> str:
 
 
 class ServerMember(Author):
-    """A model that an OpenAI-compatible server runs; `connect` makes it.
+    """A model on an OpenAI-compatible server; `connect` creates it.
 
     Attributes:
-        address: what it was connected by; the key is not in it.
-        endpoint: where requests go.
-        model: as the server calls it.
-        tops: what tells its likeliest next tokens, where the tokenizer is known and the server does.
-        why: why it is no more than it is.
+        address: the parsed spec; it does not contain the key.
+        endpoint: the server's API.
+        model: the model's name on the server.
+        tops: reads the most likely next tokens, if the tokenizer is known and the server reports them.
+        why: a sentence that says why the member is a judge or only an author.
     """
 
     def __init__(self, address: Address, endpoint: Endpoint) -> None:
@@ -179,15 +182,15 @@ class ServerMember(Author):
         self._counted = 0
         self._limit = "max_tokens"
         self._continued = self._how_continued()
-        self.tops, told = None, ""
+        self.tops, tops_reason = None, ""
         if known is not None:
-            self.tops, told = Tops.of(endpoint, self.model, known)
+            self.tops, tops_reason = Tops.of(endpoint, self.model, known)
         self._judge: Judge | Steps | None
         self._judge, self.why = Judge.of(endpoint, self.model, known if self.tops else None)
         if self._judge is None and self.tops is not None and self.tops.wide:
             self._judge = Steps(self.tops, self.encoder, self.end_ids)
-            self.why += f"; so it judges texts of at most {MOST} tokens, token by token"
-        self.why += f"; {told}" * bool(told)
+            self.why += f"; it judges texts of at most {MOST} tokens, one token per request"
+        self.why += f"; {tops_reason}" * bool(tops_reason)
         self.kind = "author" if self._judge is None else "judge"
         log.info("%r", self)
 
@@ -203,19 +206,20 @@ class ServerMember(Author):
         return copy.copy(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled is the address alone."""
+        """Only the address is pickled."""
         return connect, (replace(self.address, name=self.name).spec,)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the address and the model's name: what runs behind it may change unseen."""
+        """Hash of the URL and the model's name. It does not change when the server changes the weights."""
         return hashlib.sha256(f"{self.address.url} {self.address.model}".encode()).hexdigest()
 
     def _how_continued(self) -> dict[str, Any] | None:
-        """The fields with which the server goes on within an assistant's last message; None: it begins a new one, or
-        has no conversations.
+        """Fields of a request with which the server continues the last assistant message. None if it starts a new
+        message instead, or does not support conversations.
 
-        Told by counts: a message that was closed, with the opening of another one, is longer than its word."""
+        This is inferred from the number of prompt tokens: a closed message and the start of another one add more
+        tokens than the message's single word."""
         user = {"role": "user", "content": "Say a word."}
         try:
             alone = self._prompt_tokens([user], {})
@@ -254,19 +258,22 @@ class ServerMember(Author):
     # Writing
 
     def write(
-        self, asked: Asked, text: str, budget: int, options: Mapping[str, Any], bill: Bill, gate: Gate = unguarded
+        self, asked: Asked, text: str, budget: int, options: Mapping[str, Any], bill: Bill, gate: Gate = no_gate
     ) -> Iterator[str | None]:
-        """Pieces of the answer after `text`, which it begins with, of at most `budget` tokens; None at the end, where
-        the answer ends before that. A stream that breaks off is asked for once more, from there on.
+        """Generate the answer after `text`, its beginning. A stream that breaks off is requested again from there.
 
         Args:
-            options: of the request that is sent, such as temperature.
+            budget: most tokens to generate.
+            options: fields of the request, such as temperature.
             bill: counts tokens.
 
+        Yields:
+            Pieces of text; then None if the answer ends within the budget.
+
         Raises:
-            ServerError: the server refuses, or fails at all attempts.
+            ServerError: the server refused the request, or all attempts failed.
         """
-        tries, left = Tries(gate), budget
+        tries, left = Retries(gate), budget
         while left > 0:
             path, body = self._body(asked, text, left, options)
             joint = Joint(text) if "messages" in body and self._continued is None else None
@@ -289,8 +296,8 @@ class ServerMember(Author):
                 if reason == "length":
                     if not sent.pieces and left >= _SOME:
                         raise ServerError(
-                            f"{self.endpoint.url} wrote no text within {left} tokens: it may reason for longer than "
-                            f"that, or its context is full"
+                            f"{self.endpoint.url} generated no text within {left} tokens: it may reason for longer "
+                            f"than that, or its context is full; raise max_tokens"
                         )
                     return
                 if reason == "content_filter":
@@ -298,8 +305,8 @@ class ServerMember(Author):
                 if reason is not None:
                     yield None
                     return
-                raise Again(f"{self.endpoint.url}{path} broke off in the middle of an answer")
-            except Again as error:
+                raise TransientError(f"{self.endpoint.url}{path} ended in the middle of an answer")
+            except TransientError as error:
                 failed = error
             except ServerError as error:
                 if not self._adapted(error, body):
@@ -328,41 +335,41 @@ class ServerMember(Author):
         return "/chat/completions", {**body, "messages": messages}
 
     def _adapted(self, error: ServerError, body: Mapping[str, Any]) -> bool:
-        """Whether the server refused a field that it can be asked without; it is, from now on."""
+        """Whether the server refused a field that is not essential; later requests omit that field."""
         if error.status not in (400, 422):
             return False
-        said = str(error)
+        message = str(error)
         with self._lock:
-            if "max_completion_tokens" in said and "max_completion_tokens" not in body:
+            if "max_completion_tokens" in message and "max_completion_tokens" not in body:
                 self._limit = "max_completion_tokens"
                 return True
-            if "stream_options" in said and "stream_options" in body:
+            if "stream_options" in message and "stream_options" in body:
                 self._counted = min(self._counted + 1, len(_COUNTED) - 1)
                 return True
-            refused = [name for name in _DISPENSABLE if name in body and name in said]
+            refused = [name for name in _DISPENSABLE if name in body and name in message]
             self._dropped |= set(refused)
         if refused:
-            log.warning("member %r does without %s, which its server refuses: %s", self.name, refused, said)
+            log.warning("member %r: its server refuses %s, which later requests omit: %s", self.name, refused, message)
         return bool(refused)
 
     # Judging
 
-    def score(self, asked: Asked, bill: Bill, gate: Gate = unguarded) -> Given | None:
-        """What the model gives the scored text of a prompt; see Given."""
+    def score(self, asked: Asked, bill: Bill, gate: Gate = no_gate) -> TextLogprobs | None:
+        """Log-probabilities of the scored text of a prompt; None if they are not available."""
         return None if self._judge is None else self._judge.score(asked, bill, gate)
 
     def judge(
-        self, asked: Asked, text: str, ends: Sequence[str], bill: Bill, gate: Gate = unguarded
-    ) -> list[Given | None]:
-        """What the model gives each of several texts that may come after `text`; see Given."""
+        self, asked: Asked, text: str, ends: Sequence[str], bill: Bill, gate: Gate = no_gate
+    ) -> list[TextLogprobs | None]:
+        """Log-probabilities of each of several texts that may follow `text`; None where they are not available."""
         return [None] * len(ends) if self._judge is None else self._judge.judge(asked, text, ends, bill, gate)
 
 
 class Joint:
-    """Where an answer that begins anew meets the text it should go on with: what it repeats is left out.
+    """Joins a text and an answer of a server that cannot continue a message: text that the answer repeats is omitted.
 
     Args:
-        text: what is there already.
+        text: the text so far.
     """
 
     def __init__(self, text: str) -> None:
@@ -377,23 +384,23 @@ class Joint:
         return self.finish()
 
     def finish(self) -> str:
-        """What was still held back."""
+        """Text that was still withheld."""
         if self._met or not self._held:
             return ""
-        self._met, held = True, self._held
-        if held.startswith(self._text):
-            return held[len(self._text) :]
-        apart = self._text[-1].isspace() or not held[0].isalnum()
-        return held if apart else " " + held
+        self._met, withheld = True, self._held
+        if withheld.startswith(self._text):
+            return withheld[len(self._text) :]
+        apart = self._text[-1].isspace() or not withheld[0].isalnum()
+        return withheld if apart else " " + withheld
 
 
 def _piece(event: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The text of an event, of a stream or whole, and why the answer ends, if it does."""
+    """The text of an event or of a complete answer, and its finish reason."""
     choices = event.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else {}
     if not isinstance(choice, Mapping):
-        raise Again("an answer without choices")
-    said = choice.get("delta") or choice.get("message") or choice
-    text = said.get("content", said.get("text")) if isinstance(said, Mapping) else None
+        raise TransientError("the server's answer has no choices")
+    delta = choice.get("delta") or choice.get("message") or choice
+    text = delta.get("content", delta.get("text")) if isinstance(delta, Mapping) else None
     finish = choice.get("finish_reason")
     return text if isinstance(text, str) else "", finish if isinstance(finish, str) else None

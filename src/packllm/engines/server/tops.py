@@ -1,4 +1,4 @@
-"""The likeliest next tokens that a server names, by the ids of a vocabulary that is known here."""
+"""The most likely next tokens from a server, as token ids; this requires that the server's tokenizer is known."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from packllm.chat.prompt import Encoder
-from packllm.engines.server.answers import Wrong, first_choice
-from packllm.engines.server.http import ATTEMPTS, Endpoint, Gate, ServerError, unguarded
+from packllm.engines.server.answers import UnusableAnswer, first_choice
+from packllm.engines.server.http import ATTEMPTS, Endpoint, Gate, ServerError, no_gate
 from packllm.results import Bill
 
 COUNTS = (20, 5)
-"""How many tokens are asked for at first: vLLM gives at most 20, others 5."""
+"""Numbers of tokens to request, tried in order: vLLM returns at most 20, other servers 5."""
 
 WIDE = 1000
-"""How many are asked for where a server has no bound (llama-server); they cost no more than the step."""
+"""Number of tokens to request from a server without a limit (llama-server); more tokens cost no extra time."""
 
 NAMED = 128
-"""Most ids that vLLM takes as `logprob_token_ids`."""
+"""Most ids that vLLM accepts in `logprob_token_ids`."""
 
 _TRIED = "The capital of France is"
 _CLOSE = 0.2
@@ -27,19 +27,19 @@ _CLOSE = 0.2
 
 @dataclass(frozen=True)
 class Top:
-    """Log-probabilities of some next tokens, by id, and what no other one can be above."""
+    """Log-probabilities of some next tokens by id (known), and an upper bound for every other token (rest)."""
 
     known: Mapping[int, float]
     rest: float
 
 
 class Tops:
-    """Asks a server for them.
+    """Reads the most likely next tokens from a server.
 
     Args:
-        count: how many it gives.
-        wide: whether it gives any number of them.
-        named: whether it gives those of ids that are asked for.
+        count: number of tokens that the server returns.
+        wide: whether it returns any number of tokens.
+        named: whether it returns log-probabilities of requested ids.
     """
 
     def __init__(
@@ -53,7 +53,12 @@ class Tops:
 
     @classmethod
     def of(cls, endpoint: Endpoint, model: str, encoder: Encoder) -> tuple[Tops | None, str]:
-        """What a server gives, where its tokens are those of the encoder; what was found, in words."""
+        """Test which next tokens a server returns.
+
+        Returns:
+            The reader, or None if the server's token ids are not the encoder's; and a sentence that says what was
+            found.
+        """
         ids = encoder.encode(_TRIED).ids
         tops, reason = cls(endpoint, model, encoder), ""
         for count in COUNTS:
@@ -64,7 +69,7 @@ class Tops:
             except ServerError as error:
                 reason = reason or str(error)
         else:
-            return None, f"it does not name its likeliest next tokens by ids of the tokenizer: {reason}"
+            return None, f"it does not return its most likely next tokens as ids of the tokenizer: {reason}"
         try:
             tops.wide = len(tops._ask(ids, WIDE, (), Bill(), attempts=2)) >= min(WIDE, len(encoder.vocabulary))
         except ServerError:
@@ -76,33 +81,33 @@ class Tops:
                 tops.named = set(unlikely) <= set(tops._ask(ids, tops.count, unlikely, Bill(), attempts=2))
             except ServerError:
                 tops.named = False
-        further = "any number of them" if tops.wide else "those that are asked for" if tops.named else "no others"
-        return tops, f"it names its {tops.count} likeliest next tokens, and {further}"
+        further = "any number of them" if tops.wide else "requested ids" if tops.named else "no others"
+        return tops, f"it returns its {tops.count} most likely next tokens, and {further}"
 
     def _check(self, ids: Sequence[int]) -> None:
         by_id, by_text = (self._ask(prompt, self.count, (), Bill(), attempts=2) for prompt in (ids, _TRIED))
         best = max(by_id, key=by_id.__getitem__, default=None)
         if best is None or len(by_id) < self.count:
-            raise Wrong(f"{len(by_id)} of {self.count} tokens are named")
+            raise UnusableAnswer(f"{len(by_id)} of {self.count} tokens are returned")
         if best not in by_text or abs(by_id[best] - by_text[best]) > _CLOSE:
-            raise Wrong("a text and its ids have different next tokens; tokenizer= is not the server's")
+            raise UnusableAnswer("a text and its ids have different next tokens: tokenizer= is not the server's")
 
-    def top(self, ids: Sequence[int], bill: Bill, gate: Gate = unguarded, count: int | None = None) -> Top:
-        """The likeliest tokens after these ids, `count` or as many as are usual.
+    def top(self, ids: Sequence[int], bill: Bill, gate: Gate = no_gate, count: int | None = None) -> Top:
+        """The `count` most likely tokens after a prompt of these ids; by default as many as the server returns at once.
 
         Raises:
-            ServerError: the server failed, or names no tokens.
+            ServerError: the server failed, or returned no tokens.
         """
         known = self._ask(ids, count or self.count, (), bill, gate)
         if not known:
-            raise Wrong("the server names no next tokens")
+            raise UnusableAnswer("the server returned no next tokens")
         left = 1.0 - math.fsum(map(math.exp, known.values()))
         return Top(known, min(min(known.values()), math.log(max(left, 0.0) + 1e-6)))
 
     def further(
-        self, ids: Sequence[int], top: Top, wanted: Collection[int], bill: Bill, gate: Gate = unguarded
+        self, ids: Sequence[int], top: Top, wanted: Collection[int], bill: Bill, gate: Gate = no_gate
     ) -> Top | None:
-        """A top that knows these ids too, or more of the likeliest; None: there are no others to be had."""
+        """A Top extended by the wanted ids, or by more likely tokens; None if the server returns no others."""
         missing = [i for i in wanted if i not in top.known]
         if self.wide:
             if len(top.known) >= len(self._encoder.vocabulary):
@@ -110,8 +115,8 @@ class Tops:
             return self.top(ids, bill, gate, max(WIDE, 16 * len(top.known)))
         if not self.named or not missing:
             return None
-        found = self._ask(ids, self.count, missing[:NAMED], bill, gate)
-        return Top({**top.known, **found}, top.rest)
+        logprobs = self._ask(ids, self.count, missing[:NAMED], bill, gate)
+        return Top({**top.known, **logprobs}, top.rest)
 
     def _ask(
         self,
@@ -119,7 +124,7 @@ class Tops:
         count: int,
         named: Sequence[int],
         bill: Bill,
-        gate: Gate = unguarded,
+        gate: Gate = no_gate,
         attempts: int = ATTEMPTS,
     ) -> dict[int, float]:
         body: dict[str, Any] = {"model": self._model, "prompt": prompt if isinstance(prompt, str) else list(prompt)}
@@ -128,22 +133,22 @@ class Tops:
             body["logprob_token_ids"] = list(named)
         answer = self._endpoint.ask("/completions", body, gate, attempts)
         bill.add(answer.get("usage"))
-        told = first_choice(answer).get("logprobs") or {}
+        record = first_choice(answer).get("logprobs") or {}
         size = len(self._encoder.vocabulary)
-        found: dict[int, float] = {}
+        logprobs: dict[int, float] = {}
         try:
-            if told.get("content"):
-                first = told["content"][0]
+            if record.get("content"):
+                first = record["content"][0]
                 pairs = [(one.get("id", one.get("token")), one["logprob"]) for one in [first, *first["top_logprobs"]]]
             else:
-                pairs = list(told["top_logprobs"][0].items())
+                pairs = list(record["top_logprobs"][0].items())
             for token, logprob in pairs:
                 i = token if isinstance(token, int) else self._id(str(token))
                 if i is not None and 0 <= i < size:
-                    found[i] = float(logprob)
+                    logprobs[i] = float(logprob)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise Wrong("the next tokens come in a form that is not known") from None
-        return found
+            raise UnusableAnswer("the server returns the next tokens in an unknown form") from None
+        return logprobs
 
     def _id(self, token: str) -> int | None:
         number = token.removeprefix("token_id:")

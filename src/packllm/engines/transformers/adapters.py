@@ -1,4 +1,4 @@
-"""Several LoRA adapters on one copy of their base, each row of a batch with its own (arXiv 2106.09685)."""
+"""Several LoRA adapters on one copy of their base; each token of a pass uses its own adapter (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from packllm.engines.transformers.files import check_finite
 from packllm.engines.transformers.lora import Factors, add, check_fit
 
 _Part = tuple[slice, int, Tensor, Tensor]
-"""Rows, how many adapters they divide among, and those adapters' factors of one module."""
+"""Rows, the number of adapters that share them evenly, and these adapters' factors of one module."""
 
 
 class Adapters:
-    """Adapters attached to a base: one pass over the base's weights serves rows of all of them.
+    """The adapters of one base: a single pass over the base's weights serves rows of all of them.
 
-    A hook on each module that an adapter changes adds up · (down · x) to what the module gives, for neighbouring
-    adapters in one batched product. Outside use() the base is as it was.
+    A hook on each changed module adds up · (down · x) to its output, in one batched product for neighbouring adapters.
+    Outside use() the base computes as without adapters.
 
     Args:
         base: a loaded transformers model.
@@ -29,18 +29,19 @@ class Adapters:
     def __init__(self, base: Any) -> None:
         self._base, self._count = base, 0
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
-        self._cut: tuple[tuple[int | None, ...], dict[str, list[_Part]]] = (), {}  # as use() was last asked for
-        self._parts: dict[str, list[_Part]] = {}  # of the use() that is open
+        self._cut: tuple[tuple[int | None, ...], dict[str, list[_Part]]] = (), {}  # factors for the latest use()
+        self._parts: dict[str, list[_Part]] = {}  # for the active use()
 
     def attach(self, factors: Factors, what: str = "an adapter") -> int:
-        """Add an adapter; its index.
+        """Add an adapter and return its index.
 
         Args:
-            what: what errors call it.
+            factors: its update of each module.
+            what: its name in error messages.
 
         Raises:
-            LoadError: it changes modules that the base lacks, keeps elsewhere or has in another shape, or its numbers
-                are beyond the base's number format.
+            LoadError: it changes modules that the base lacks, has elsewhere or has in another shape, or its numbers
+                exceed the base's number format.
         """
         check_fit(self._base, factors, what)
         dtypes = {name: self._base.get_submodule(name).weight.dtype for name in factors}
@@ -56,8 +57,8 @@ class Adapters:
         return self._count - 1
 
     def _grown(self, name: str, added: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Factors of all adapters for one module with one more: (J, in, r) and (J, r, out), zeros where an
-        adapter leaves the module alone or has a lower rank."""
+        """The factors of all adapters for one module, including a new one: (J, in, r) and (J, r, out); zeros where an
+        adapter does not change the module or has a lower rank."""
         pairs = [*self._pairs(name), added]
         first = next(pair for pair in pairs if pair is not None)
         rank = max(pair[0].shape[0] for pair in pairs if pair is not None)
@@ -70,15 +71,15 @@ class Adapters:
         return downs, ups
 
     def _pairs(self, name: str) -> list[tuple[Tensor, Tensor] | None]:
-        """The (down, up) that each adapter so far has for a module."""
+        """The factors (down, up) of each adapter for a module; None for adapters that do not change it."""
         if name not in self._stacks:
             return [None] * self._count
         return [(down.T, up.T) for down, up in zip(*self._stacks[name], strict=True)]
 
     @contextmanager
     def use(self, chosen: Sequence[int | None]) -> Iterator[None]:
-        """While this is open, token i of a pass of one row runs with adapter chosen[i], or with none."""
-        if self._cut[0] != tuple(chosen):  # kept from step to step: slicing costs as much as a step's small products
+        """Within this context, token i of a pass with one row uses adapter chosen[i], or none."""
+        if self._cut[0] != tuple(chosen):  # kept between steps, because slicing takes as long as the products
             self._cut = tuple(chosen), self._cuts(_plan(chosen))
         self._parts = self._cut[1]
         try:
@@ -93,7 +94,7 @@ class Adapters:
         }
 
     def update(self, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """A module's outputs (1, n, out) for inputs (1, n, in), with each token's own update."""
+        """Add each token's own update to a module's outputs (1, n, out) for inputs (1, n, in)."""
         flat, added = inputs.view(-1, inputs.shape[-1]), outputs.view(-1, outputs.shape[-1])
         for tokens, count, down, up in self._parts.get(name, ()):
             part = flat[tokens].reshape(count, -1, flat.shape[-1])
@@ -101,16 +102,16 @@ class Adapters:
         return outputs
 
     def factors(self, index: int) -> Factors:
-        """An adapter's factors, as attach() took them up to zeros and the base's dtype."""
+        """An adapter's factors: those given to attach(), in the base's dtype and possibly padded with zeros."""
         return {name: (downs[index].T, ups[index].T) for name, (downs, ups) in self._stacks.items()}
 
     def merged(self, index: int) -> Any:
-        """A model of its own: a copy of the base with the adapter added to its weights."""
+        """A separate model: a copy of the base with the adapter added to its weights."""
         return add(self._base, {name: (down.float(), up.float()) for name, (down, up) in self.factors(index).items()})
 
 
 class _Hook:
-    """A module's forward hook. In a copy of the base it does nothing: there the adapter is in the weights."""
+    """A module's forward hook. In a copy of the base it does nothing, because its weights contain the adapter."""
 
     def __init__(self, adapters: Adapters | None, name: str) -> None:
         self._adapters, self._name = adapters, name
@@ -123,8 +124,8 @@ class _Hook:
 
 
 def _plan(chosen: Sequence[int | None]) -> list[tuple[slice, slice]]:
-    """Rows and the adapters that they divide among evenly, in order: neighbouring runs of equally many rows
-    whose adapters follow each other are one entry."""
+    """Group rows by adapters, in order: successive runs with equally many rows and successive adapters become one entry
+    (rows, adapters), in which the adapters share the rows evenly."""
     runs: list[list[int]] = []  # adapter, first row, stop
     for row, adapter in enumerate(chosen):
         if adapter is None:

@@ -1,5 +1,4 @@
-"""The engine of torch models from transformers: reads of all sequences in one pass, where the architecture allows
-it."""
+"""The engine of torch models from transformers: it reads all sequences in one pass if the architecture allows it."""
 
 from __future__ import annotations
 
@@ -32,14 +31,14 @@ from packllm.machine import settle_threads
 log = logging.getLogger("packllm")
 
 BLOCK_BYTES = 32 * 2**20
-"""Most bytes of float32 logits that scoring holds at once."""
+"""Upper bound of the float32 logits that scoring holds at once, in bytes."""
 
 PASS_TOKENS, PASS_TOKENS_ELSEWHERE = 256, 4096
-"""Most tokens of a pass on a CPU and on an accelerator; larger ones are not faster, and keep others waiting."""
+"""Maximum tokens of a pass on a CPU and on an accelerator; larger passes are not faster, and make others wait."""
 
 PACKING, PACKING_ELSEWHERE = 0.1, 0.01
-"""What each further token adds to a pass over one: decoding reads all weights to compute little (135M parameters,
-float32: a pass over eight tokens takes twice one over one)."""
+"""Cost of each further token of a pass, relative to a pass over one token: decoding reads all weights for little
+computation (135M parameters, float32: a pass over eight tokens takes twice as long as one over one)."""
 
 
 class Engine(Passes[Sequence]):
@@ -48,13 +47,13 @@ class Engine(Passes[Sequence]):
     Args:
         model: a transformers causal LM.
         vocabulary: its tokenizer's.
-        adapters: LoRA adapters attached to the model, if members choose among some.
+        adapters: LoRA adapters on the model, if members use some.
 
     Attributes:
         architecture: how the model can be run.
-        packs: whether several sequences run in one pass.
-        meeting: where reads wait.
-        forwards, tokens: passes over the model's weights and token positions put through them, for tests and
+        packs: whether several sequences can share a pass.
+        meeting: the queue of its reads.
+        forwards, tokens: number of passes over the model's weights, and of token positions in them, for tests and
             benchmarks.
     """
 
@@ -90,16 +89,16 @@ class Engine(Passes[Sequence]):
         on_cpu = self.device.type == "cpu"
         self.packing = PACKING if on_cpu else PACKING_ELSEWHERE
         self.most = PASS_TOKENS if on_cpu else PASS_TOKENS_ELSEWHERE
-        if not (self.architecture.steady and self.architecture.blocks):  # blocks after the first are read one by one
+        if not (self.architecture.steady and self.architecture.blocks):  # later tokens are read one by one
             self.most = 2**31
         self.meeting = Meeting.at(self.place)
         self._threads = Threads()
 
-    # What an engine does
+    # The interface of an engine
 
     @cached_property
     def token_bytes(self) -> int:  # type: ignore[override]
-        """Found when it is asked for: not every request has to know."""
+        """Bytes of cache per token; computed on first use."""
         if self.architecture.carrier is None:
             return 8  # the id
         return footprint.cache_of(type(self.model), self.model.config, self.model.dtype, self.packs).token_bytes
@@ -130,7 +129,7 @@ class Engine(Passes[Sequence]):
         tensors = [part for tensor in tensors for part in quantization.parts(tensor) if not part.is_meta]
         return {(tensor.device, tensor.data_ptr()): tensor.numel() * tensor.element_size() for tensor in tensors}
 
-    # What log-pool optimisers ask for (base.KeepsHidden)
+    # For log-pool optimisers (base.KeepsHidden)
 
     def keep_hidden(self, sequence: base.Sequence) -> bool:
         assert isinstance(sequence, Sequence)
@@ -189,8 +188,8 @@ class Engine(Passes[Sequence]):
         if not self.rewinds:
             sequence.remember()
 
-    def scores_again(self, kept: Sequence, places: List[int], targets: List[int]) -> list[float] | None:
-        hidden = kept.hidden
+    def scores_again(self, stored: Sequence, places: List[int], targets: List[int]) -> list[float] | None:
+        hidden = stored.hidden
         if hidden is None:
             return None
         with torch.inference_mode():
@@ -201,19 +200,24 @@ class Engine(Passes[Sequence]):
     def _forward(
         self, sequences: List[Sequence], ids: List[List[int]], wanted: List[int]
     ) -> tuple[Tensor | None, Callable[[List[int]], Tensor]]:
-        """Put ids through the model after what each sequence's cache holds, all in one row.
+        """Run ids through the model, each row after its sequence's cache, all as one row.
+
+        Args:
+            sequences: the sequences.
+            ids: the ids of each.
+            wanted: the places of which logits may be requested.
 
         Returns:
-            The body's output (n, d), where logits are the head of it, and float32 logits (m, V) at m of the places
-            wanted.
+            The body's output (n, d), if logits are the head applied to it, else None; and a function from m of the
+            wanted places to float32 logits (m, V).
         """
         ids_ = torch.tensor([[i for row in ids for i in row]], device=self.device)
-        chosen = [sequence.adapter for sequence, row in zip(sequences, ids, strict=True) for _ in row]
-        self.tokens += len(chosen)
+        adapters = [sequence.adapter for sequence, row in zip(sequences, ids, strict=True) for _ in row]
+        self.tokens += len(adapters)
         function = self.model if self._body is None else self._body
         with ExitStack() as stack:
             if self.adapters is not None:
-                stack.enter_context(self.adapters.use(chosen))
+                stack.enter_context(self.adapters.use(adapters))
             if self.packs:
                 cache = packed.PackedCache([sequence.cache for sequence in sequences], [len(row) for row in ids])
                 stack.enter_context(packed.attention(self._config, cache))
@@ -223,12 +227,12 @@ class Engine(Passes[Sequence]):
                 places = [start + at for start, row in zip(starts, ids, strict=True) for at in range(len(row))]
                 inputs = {"position_ids": torch.tensor([places], device=self.device), "use_cache": True}
                 if self._body is None and self._keeps:
-                    kept = list(wanted) or [len(places) - 1]
-                    inputs["logits_to_keep"] = torch.tensor(kept, device=self.device)
+                    logit_places = list(wanted) or [len(places) - 1]
+                    inputs["logits_to_keep"] = torch.tensor(logit_places, device=self.device)
                 output = self._call(function, input_ids=ids_, **{str(self.architecture.carrier): cache}, **inputs)
                 states = output.logits[0] if self._body is None else output.last_hidden_state[0]
                 if "logits_to_keep" in inputs:
-                    at = {place: index for index, place in enumerate(kept)}
+                    at = {place: index for index, place in enumerate(logit_places)}
                     return None, lambda wanted: self.real(states[[at[place] for place in wanted]])
             else:
                 (sequence,) = sequences
@@ -238,12 +242,12 @@ class Engine(Passes[Sequence]):
         return states, lambda wanted: self.real(self._head(states[list(wanted)]))
 
     def _call(self, function: Any, **inputs: Any) -> Any:
-        """One pass over the weights."""
+        """Run one pass over the weights."""
         self.forwards += 1
         return function(**inputs)
 
     def real(self, logits: Tensor) -> Tensor:
-        """float32 logits of the ids that tokenizer and model share."""
+        """float32 logits of the ids that tokenizer and model both have."""
         logits = logits[..., : self.vocabulary_size].float()
         return logits.index_fill(-1, self._unused, -torch.inf) if len(self._unused) else logits
 
@@ -252,11 +256,13 @@ class Engine(Passes[Sequence]):
         return logits - normaliser, normaliser.isfinite()[:, 0].tolist()
 
     def _scores(self, logits_of: Callable[[List[int]], Tensor], places: List[int], targets: List[int]) -> list[float]:
-        """log p of each target after its place."""
+        """The log-probability of each target after its place."""
         step = max(1, BLOCK_BYTES // (4 * self.vocabulary_size))
         scores: list[float] = []
         for at in range(0, len(places), step):
             logits = logits_of(places[at : at + step])
-            chosen = logits.gather(-1, torch.tensor(targets[at : at + step], device=logits.device)[:, None])[:, 0]
-            scores += (chosen - logits.logsumexp(-1)).tolist()
+            target_logits = logits.gather(-1, torch.tensor(targets[at : at + step], device=logits.device)[:, None])[
+                :, 0
+            ]
+            scores += (target_logits - logits.logsumexp(-1)).tolist()
         return scores

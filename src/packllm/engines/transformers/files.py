@@ -1,5 +1,5 @@
-"""Reading a transformers model from files that nobody vouches for: what lies there is said, code is never run, and
-what its config claims is held against its weights before anything is built."""
+"""Reads transformers models from untrusted files. Errors say what the files contain. Code is not run without consent,
+and the config's claims are checked against the weights before a model is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from packllm.engines.transformers.architecture import auto_class, text_part
 from packllm.errors import LoadError, OptionError, loading, refused
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Words of from_pretrained that say where the files are: they go to the tokenizer as well."""
+"""Arguments of from_pretrained about the location of files; the tokenizer gets them too."""
 
 OWN = {
     "dtype": "dtype=",
@@ -38,21 +38,21 @@ OWN = {
     "weights_only": "",
     "ignore_mismatched_sizes": "",
 }
-"""Words of from_pretrained that are not model_kwargs: an argument of Pack.load, or this package's own affair."""
+"""Arguments of from_pretrained that are refused in model_kwargs, with the argument of Pack.load to use instead."""
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of safetensors files that models are run in."""
+"""Floating-point types of safetensors files that models can be run in."""
 
 _LFS = b"version https://git-lfs"
 _DEPTH = re.compile(r"(^|_)(n_)?(layers?|depth|blocks?|experts)$")
-_MOST_LAYERS = 10_000  # where there are no weights to hold the config against
+_MOST_LAYERS = 10_000  # limit if there are no weights to check the config against
 
 
 def check_model_kwargs(words: Any) -> dict[str, Any]:
-    """`model_kwargs` as a dict of its own.
+    """Check `model_kwargs` and return a copy.
 
     Raises:
-        OptionError: it is no mapping of names, or holds a word that is an argument of Pack.load or fixed here.
+        OptionError: it is no mapping of names, or has an argument of Pack.load or one that packllm sets itself.
     """
     if words is None:
         return {}
@@ -66,13 +66,16 @@ def check_model_kwargs(words: Any) -> dict[str, Any]:
 
 
 def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder or hub id.
+    """Load (model, tokenizer) from a folder or hub id.
 
     Args:
+        source: folder or hub id.
+        dtype, device_map: as in from_pretrained.
+        trust: whether to run code that comes with the model.
         words: further arguments of from_pretrained.
 
     Raises:
-        LoadError: anything that stands in the way, with the folder and the reason.
+        LoadError: it cannot be loaded; the message has the folder and the reason.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -102,7 +105,7 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
             **words,
         )
         model, info = loaded
-        if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
+        if missing := sorted(info["missing_keys"]):  # transformers would initialize them randomly
             raise LoadError(f"{what} lacks {len(missing)} of its weights, such as {missing[0]!r}")
         check_decoder(model.config, what)
         model = text_part(model)
@@ -111,8 +114,8 @@ def read(source: str | Path, dtype: Any, device_map: Any, trust: bool, words: Ma
 
 
 def own_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any | None:
-    """The tokenizer that an adapter's folder brings, or its base's with the chat template that the folder brings; None
-    where it brings neither. `config` is the base's, where transformers has one."""
+    """The tokenizer in an adapter's folder, or the base's tokenizer with the chat template in that folder; None if the
+    folder has neither. `config` is the base's transformers config, if there is one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").is_file() and config is None:
@@ -126,39 +129,39 @@ def own_tokenizer(folder: Path, tokenizer: Any, config: Any = None) -> Any | Non
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not template:
         return None
-    if isinstance(template, list):  # named ones
+    if isinstance(template, list):  # several templates by name
         template = {one["name"]: one["template"] for one in template}
-    named = copy.copy(tokenizer)
-    named.chat_template = template
-    return named
+    with_template = copy.copy(tokenizer)
+    with_template.chat_template = template
+    return with_template
 
 
 def check_decoder(config: Any, what: str) -> None:
-    """Refuse an encoder-decoder. Of encoders a config does not tell: GPT-NeoX has is_decoder=False too; Architecture
-    tries them."""
+    """Refuse an encoder-decoder. A config cannot tell encoders from decoders (GPT-NeoX has is_decoder=False too);
+    Architecture recognises them by a trial."""
     if getattr(config, "is_encoder_decoder", False):
         raise LoadError(f"{what} is an encoder-decoder ({config.model_type}); members are decoders (causal models)")
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights that hold NaN or infinity, by name; one pass over them, without copies."""
+    """Refuse weights with NaN or infinity, by name; one pass over them, without copies."""
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
             continue
         values = tensor.detach()
-        if type(values) not in (Tensor, torch.nn.Parameter):  # quantised: of codes and scales
+        if type(values) not in (Tensor, torch.nn.Parameter):  # quantised weights: codes and scales
             continue
         if values.element_size() == 1:  # float8 has no minimum
             values = values.to(torch.bfloat16)
-        least, most = values.aminmax()  # NaN is the minimum and maximum of whatever holds it
-        if not (math.isfinite(least) and math.isfinite(most)):
-            raise LoadError(f"{what} is damaged: {name} holds NaN or infinity; get the file again")
+        low, high = values.aminmax()  # both are NaN if any value is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise LoadError(f"{what} is damaged: {name} has NaN or infinity; get the file again")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of weight files say: tensors, their elements, the type of the first of numbers in floating
-    point, as safetensors spells it, and the bytes of the files."""
+    """Facts from the headers of weight files: number of tensors and of their elements, the first floating-point type,
+    as safetensors names it, and the size of the files in bytes."""
 
     tensors: int
     elements: int
@@ -167,28 +170,28 @@ class Weights:
 
 
 def check_folder(folder: Path) -> Weights:
-    """What the weights of a model's folder amount to, from their headers.
+    """Facts about the weights in a model's folder, from their headers.
 
     Raises:
-        LoadError: it holds no model that can be read here; it says what it holds.
+        LoadError: the folder has no model that can be loaded; the message says what it has.
     """
     what, names = f"model {str(folder)!r}", sorted(os.listdir(folder))
     if not names:
         raise refused(what, "it is an empty folder; download the model into it")
     for name in names:
         if is_lfs_pointer(folder / name):
-            raise refused(what, f"it holds git-lfs pointers instead of files, such as {name}; run `git lfs pull` there")
+            raise refused(what, f"it has git-lfs pointers instead of files, such as {name}; run `git lfs pull` there")
     safe = [name for name in names if name.endswith(".safetensors")]
     if "config.json" not in names:
         ggufs = [name for name in names if name.endswith(".gguf")]
         remedy = f"; name the file: {os.path.join(folder, ggufs[0])}" if ggufs else ""
         raise refused(what, f"it has no config.json, but {list_names(names)}{remedy}")
     if not safe:
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
-        if pickled:
+        unsafe = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+        if unsafe:
             raise refused(
                 what,
-                f"it has its weights as {pickled[0]} only, a format that can run code; save them as safetensors "
+                f"it has its weights as {unsafe[0]} only, a format that can run code; save them as safetensors "
                 "(load the model in transformers where you trust it, then model.save_pretrained)",
             )
         raise refused(what, f"it has no .safetensors file, but {list_names(names)}")
@@ -198,27 +201,27 @@ def check_folder(folder: Path) -> Weights:
     for file in files:
         path = folder / file
         size += path.stat().st_size
-        with loading(f"model {str(path)!r}", "; the file is damaged or cut"), safe_open(path, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (no mapping)
+        with loading(f"model {str(path)!r}", "; the file is damaged or cut"), safe_open(path, "pt") as reader:
+            for key in reader.keys():  # noqa: SIM118  (it is no mapping)
                 tensors += 1
-                held = opened.get_slice(key)
-                elements += math.prod(held.get_shape())
-                if not floating and held.get_dtype() in FLOATING:
-                    floating = held.get_dtype()
+                tensor = reader.get_slice(key)
+                elements += math.prod(tensor.get_shape())
+                if not floating and tensor.get_dtype() in FLOATING:
+                    floating = tensor.get_dtype()
     return Weights(tensors, elements, floating, size)
 
 
 def _weight_files(folder: Path, safe: list[str]) -> list[str]:
-    """The files that transformers will read: those that an index names, where there is one."""
+    """The files that transformers will read: those in the index, if there is one."""
     if "model.safetensors" in safe:
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return safe
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-        raise refused(f"model {str(index.parent)!r}", "its index has no weight_map of names of files")
-    files = sorted(set(named.values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise refused(f"model {str(index.parent)!r}", "its index has no weight_map of file names; download it again")
+    files = sorted(set(weight_map.values()))
     for file in files:
         if not file.endswith(".safetensors") or os.path.basename(file) != file:
             raise LoadError(
@@ -244,24 +247,25 @@ def list_names(names: list[str]) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     with loading(f"model: {str(path)!r}", "; it is not a valid JSON file"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise LoadError(f"cannot load model: {str(path)!r} is not a JSON object but {type(found).__name__}")
-    return found
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise LoadError(f"cannot load model: {str(path)!r} is not a JSON object but {type(content).__name__}")
+    return content
 
 
-# A config may claim anything: what it claims is held against the weights before a model is built of it.
+# A config is untrusted: its claims are checked against the weights before a model is built from it.
 
 
 def check_claims(config: Mapping[str, Any], weights: Weights | None, what: str, at: str = "") -> None:
-    """Refuse counts of layers that the weights cannot bear: configs build lists of them before there is a model."""
-    most = _MOST_LAYERS if weights is None else 4 * weights.tensors + 1024
+    """Refuse numbers of layers that cannot fit the weights: configs make lists of this length before any model
+    exists."""
+    limit = _MOST_LAYERS if weights is None else 4 * weights.tensors + 1024
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_claims(value, weights, what, f"{at}{name}.")
-        elif isinstance(value, int) and value > most and _DEPTH.search(str(name)):
-            told = "" if weights is None else f"; its weights are {weights.tensors} tensors"
-            raise LoadError(f"{what} claims {at}{name}={value} in its config{told}")
+        elif isinstance(value, int) and value > limit and _DEPTH.search(str(name)):
+            suffix = "" if weights is None else f"; its weights are {weights.tensors} tensors"
+            raise LoadError(f"{what} claims {at}{name}={value} in its config{suffix}; the config is damaged")
 
 
 def check_size(config: Any, weights: Weights | None, what: str) -> None:
@@ -271,25 +275,28 @@ def check_size(config: Any, weights: Weights | None, what: str) -> None:
 
 
 def twin(config: Any, weights: Weights | None, what: str, trust: bool = False, **words: Any) -> Any:
-    """The model of a config without memory: names, shapes and types of its weights.
+    """The model of a config without memory: only names, shapes and types of its weights.
 
     Args:
-        weights: what there is of them, where that is known.
+        config: the config.
+        weights: facts about its weight files; None if unknown.
+        what: its name in error messages.
+        trust: whether to run code that comes with the model.
         words: further arguments of from_config, such as dtype.
 
     Raises:
         LoadError: it is larger than its weights.
     """
-    most = 20 * weights.tensors + 10_000 if weights else 20 * _MOST_LAYERS
-    with _few_modules(most, what), torch.device("meta"):
+    limit = 20 * weights.tensors + 10_000 if weights else 20 * _MOST_LAYERS
+    with _few_modules(limit, what), torch.device("meta"):
         model: Any = auto_class(config).from_config(config, trust_remote_code=trust, **words)
     if weights is None:
         return model
     claimed = sum(math.prod(parameter.shape) for parameter in model.parameters())
-    # A quantised weight is packed, up to 16 numbers in an int32; else a model is no larger than its file.
+    # Quantised weights are packed, up to 16 numbers in an int32; other models are no larger than their files.
     packed = getattr(config, "quantization_config", None) is not None
-    most = weights.elements * (32 if packed else 2) + 2**20
-    if claimed > most:
+    limit = weights.elements * (32 if packed else 2) + 2**20
+    if claimed > limit:
         raise LoadError(
             f"{what} does not fit its config: a model of {claimed:,} parameters from weights of {weights.elements:,}"
         )
@@ -298,7 +305,7 @@ def twin(config: Any, weights: Weights | None, what: str, trust: bool = False, *
 
 @contextmanager
 def _few_modules(most: int, what: str) -> Iterator[None]:
-    """Stop building a model, in this thread, once it has more modules than this."""
+    """Stop building a model, in this thread, once it has more than `most` modules."""
     thread, count = threading.get_ident(), 0
 
     def counted(*_: Any) -> None:
@@ -308,7 +315,7 @@ def _few_modules(most: int, what: str) -> Iterator[None]:
         count += 1
         if count > most:
             raise LoadError(
-                f"{what} does not fit its config: that builds over {most:,} modules, more than its weights bear"
+                f"{what} does not fit its config, which builds more than {most:,} modules, too many for its weights"
             )
 
     hook = register_module_module_registration_hook(counted)
@@ -320,7 +327,7 @@ def _few_modules(most: int, what: str) -> Iterator[None]:
 
 @contextmanager
 def _stating_code() -> Iterator[None]:
-    """Say how to run a model's own code where that is what is missing."""
+    """Add to an error that a model's own code is needed how to allow it."""
     try:
         yield
     except LoadError as error:

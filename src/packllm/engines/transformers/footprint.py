@@ -1,5 +1,5 @@
-"""What a torch model will hold in memory, found without its weights: a twin without memory is built of its config,
-and run on a few tokens to see what its cache keeps of them."""
+"""Predict the memory of a torch model without loading its weights: a copy of the model on the meta device is built from
+the config, and reads a few tokens to measure its KV cache."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from packllm.engines.transformers import files, kv, packed
 from packllm.engines.transformers.architecture import CARRIERS, text_part
 from packllm.engines.transformers.gguf_header import check_header
 from packllm.engines.transformers.quantization import bits_of
-from packllm.errors import LoadError, loading, told
+from packllm.errors import LoadError, first_line, loading
 from packllm.machine import free_memory
 
 LENGTHS = 128, 256
-"""Tokens that the twin reads, to tell what grows with them."""
+"""Lengths in tokens of the two runs that show how the cache grows."""
 
 _RUNS = {"experts_implementation": "batched_mm"}
-"""What lets a mixture of experts run without numbers."""
+"""Settings with which a mixture of experts runs on the meta device."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer's cache keeps: `fixed` bytes, and `each` of every token, of no more than the last `most`."""
+    """Size of one layer's cache in bytes: `fixed`, plus `each` per token, for at most the last `most` tokens."""
 
     fixed: int
     each: int
@@ -45,30 +45,30 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cache:
-    """What the caches of one sequence hold, in bytes."""
+    """Size of the caches of one sequence."""
 
     layers: tuple[Layer, ...]
 
     @property
     def token_bytes(self) -> int:
-        """Of each token, as long as no window is full."""
+        """Bytes per token, until a sliding window is full."""
         return sum(layer.each for layer in self.layers)
 
     def after(self, tokens: int) -> int:
-        """After so many tokens."""
+        """Bytes after a number of tokens."""
         return sum(layer.after(tokens) for layer in self.layers)
 
 
 _known: dict[str, Cache] = {}
-"""By class, configuration, type and whether sequences are packed."""
+"""Results by model class, config, dtype, and whether sequences are packed."""
 
 
 def cache_of(kind: Any, config: Any, dtype: torch.dtype, packs: bool | None = None) -> Cache:
-    """What a model's cache will hold.
+    """The size of a model's cache.
 
     Args:
-        kind: its class, of transformers.
-        packs: whether its sequences are packed: then windows keep all. None: as its twin tells.
+        kind: the model class of transformers.
+        packs: whether its sequences are packed, in which case sliding windows keep all tokens. None: test it.
     """
     key = f"{kind.__module__} {kind.__name__} {dtype} {packs} {config.to_json_string()}"
     if key not in _known:
@@ -77,7 +77,7 @@ def cache_of(kind: Any, config: Any, dtype: torch.dtype, packs: bool | None = No
             with torch.device("meta"):
                 twin = kind._from_config(config, dtype=dtype, **_RUNS).eval()
             _known[key] = _grown(twin, text, packs)
-        except Exception:  # what needs numbers to run
+        except Exception:  # models that cannot run on the meta device
             _known[key] = Cache((Layer(0, _by_names(text) * dtype.itemsize),))
     return _known[key]
 
@@ -87,16 +87,16 @@ def _grown(twin: Any, config: Any, packs: bool | None) -> Cache:
     carrier = next(name for name in CARRIERS if name in parameters)
     if packs is None:
         packs = packed.can_pack(twin, config.vocab_size, carrier)
-    found = []
+    sizes = []
     for count in LENGTHS:
         cache = kv.full(config) if packs else kv.new(config)
         with torch.inference_mode():
             ids = torch.ones(1, count, dtype=torch.long, device="meta")
             twin(input_ids=ids, use_cache=True, **{carrier: cache})
-        found.append([_bytes(layer) for layer in cache.layers])
+        sizes.append([_bytes(layer) for layer in cache.layers])
     few, many = LENGTHS
     layers = []
-    for layer, before, after in zip(cache.layers, *found, strict=True):
+    for layer, before, after in zip(cache.layers, *sizes, strict=True):
         window = getattr(layer, "sliding_window", None)
         if window and window > few:
             layers.append(Layer(0, before // few, window - 1))
@@ -107,39 +107,39 @@ def _grown(twin: Any, config: Any, packs: bool | None) -> Cache:
 
 
 def _bytes(layer: Any) -> int:
-    held = DynamicCache()
-    held.layers = [layer]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kv.tensors(held))
+    cache = DynamicCache()
+    cache.layers = [layer]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kv.tensors(cache))
 
 
 def _by_names(config: Any) -> int:
-    """Numbers of keys and values that all layers keep of a token, going by the usual names; where sizes differ between
-    layers as many as the hidden states have."""
+    """Numbers in the keys and values of one token, in all layers, from the usual fields of the config. Where layers
+    differ in size, each is counted with the hidden size."""
     try:
         heads = getattr(config, "num_attention_heads", 0)
         size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
         width = size * (getattr(config, "num_key_value_heads", None) or heads)
-    except Exception:  # transformers refuses to tell one number where there are several
+    except Exception:  # transformers raises if a field differs between layers
         width = getattr(config, "hidden_size", 0)
     return int(2 * getattr(config, "num_hidden_layers", 0) * width)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model will hold.
+    """The memory that a model will take.
 
     Attributes:
-        parameters: how many it has; tied ones once.
-        weights: bytes of its weights.
-        dtype: of the weights, or the method by which they are quantised.
-        cache: of one sequence.
-        window: most tokens that it reads, None if it has no limit.
-        config: transformers'.
-        tokenizer: None where it cannot be read.
-        ends: ids that the model says end an answer.
-        item: bytes of a number of what is added to it.
-        note: what is not sure; "" if all is.
-        engine: what runs it.
+        parameters: their number; tied parameters count once.
+        weights: bytes of the weights.
+        dtype: of the weights, or the quantization method.
+        cache: size of the cache of one sequence.
+        window: context window in tokens; None if it has no limit.
+        config: the config of transformers.
+        tokenizer: None if it cannot be loaded.
+        ends: ids that end an answer, according to the model.
+        item: bytes of a number of an adapter's weights.
+        note: what is uncertain in these figures; "" if nothing is.
+        engine: what runs the model.
     """
 
     parameters: int
@@ -156,14 +156,14 @@ class Footprint:
 
 
 def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, Any]) -> Footprint:
-    """What a folder, a hub id or a .gguf file will hold once it is loaded; no weights are read.
+    """The memory that a folder, a hub id or a .gguf file will take once it is loaded. No weights are read.
 
     Args:
-        dtype: as for Pack.load, but for "fastest".
+        dtype: as in Pack.load, without "fastest".
         words: further arguments of from_pretrained.
 
     Raises:
-        LoadError: its config cannot be had or read, or does not fit its weights.
+        LoadError: the config is not available, cannot be read, or does not fit the weights.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -175,7 +175,9 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
         where: str = source
         if os.path.isfile(source):
             weights = check_header(Path(source))
-            where = stack.enter_context(tempfile.TemporaryDirectory())  # what lies beside the file has no say
+            where = stack.enter_context(
+                tempfile.TemporaryDirectory()
+            )  # an empty folder: ignore all files beside this one
             hub = {"gguf_file": os.path.abspath(source)}
         elif (folder := _folder(source, hub)) is not None:
             try:
@@ -183,21 +185,21 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
             except LoadError as error:
                 if not (folder / "config.json").is_file():
                     raise
-                note = f"by its config alone: {error}"
+                note = f"from its config alone: {error}"
             files.check_claims(files.read_json(folder / "config.json"), weights, what)
         config: Any = AutoConfig.from_pretrained(where, trust_remote_code=trust, **hub)
         files.check_decoder(config, what)
         chosen = _dtype(dtype, config, weights, "gguf_file" in hub)
-        if "gguf_file" in hub and hasattr(config, "quantization_config"):  # how the file is; it is converted
+        if "gguf_file" in hub and hasattr(config, "quantization_config"):  # describes the file, which is converted
             del config.quantization_config
         twin = text_part(files.twin(config, weights, what, trust, dtype=chosen, **_RUNS).eval())
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **hub)
         except Exception as error:
-            tokenizer, note = None, note or f"its tokenizer cannot be read: {told(error)}"
+            tokenizer, note = None, note or f"its tokenizer cannot be read: {first_line(error)}"
         try:
             ends = GenerationConfig.from_pretrained(where, **hub).eos_token_id
-        except Exception:  # there need not be one
+        except Exception:  # the file is optional
             ends = getattr(twin.generation_config, "eos_token_id", None)
         size, kind, problem = _held(twin, chosen, weights, words.get("quantization_config"))
         text = config.get_text_config(decoder=True)
@@ -216,7 +218,7 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
 
 
 def free_where(device_map: Any) -> tuple[int, str]:
-    """Bytes that are free where models go by this device_map, and where that is."""
+    """Free bytes on the devices of a device_map, and the name of these devices."""
     places = [device_map] if isinstance(device_map, str | int | torch.device) else []
     if not torch.cuda.is_available() or str(device_map) == "cpu":
         return free_memory(), "cpu"
@@ -228,21 +230,22 @@ def free_where(device_map: Any) -> tuple[int, str]:
 
 
 def _folder(source: str, hub: Mapping[str, Any]) -> Path | None:
-    """Where the files of a model are: its own folder, or that of the hub's cache with at least the config."""
+    """The folder of a model's files: its own, or the hub's cache if that has at least the config. None: the hub has no
+    config."""
     if os.path.isdir(source):
         return Path(source, str(hub.get("subfolder") or ""))
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(source, "config.json", **hub)
+        config_path = cached_file(source, "config.json", **hub)
     except Exception as error:
-        reason = f"it is not here, and so nothing is known of its size ({told(error)})"
-        raise LoadError(f"model {source!r}: {reason}; download it, or name a folder") from error
-    return Path(found).parent if found else None
+        reason = f"it is not downloaded, so its size is unknown ({first_line(error)})"
+        raise LoadError(f"model {source!r}: {reason}; download it first, or give a folder") from error
+    return Path(config_path).parent if config_path else None
 
 
 def _dtype(dtype: str | torch.dtype, config: Any, weights: files.Weights | None, gguf: bool) -> torch.dtype:
-    """The type that weights will be held in."""
+    """The dtype of the loaded weights."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -255,39 +258,43 @@ def _dtype(dtype: str | torch.dtype, config: Any, weights: files.Weights | None,
 
 
 def _held(twin: Any, dtype: torch.dtype, weights: files.Weights | None, wanted: Any) -> tuple[int, str, str]:
-    """(bytes of the weights of a model, their type or the method that quantises them, what stands in the way)."""
-    whole = _bytes_of(twin, dtype)
+    """(bytes of a model's weights, their dtype or quantization method, a problem or "")."""
+    full_size = _bytes_of(twin, dtype)
     name = str(dtype).removeprefix("torch.")
     stored = getattr(twin.config, "quantization_config", None)
     if stored is not None:
-        said = stored if isinstance(stored, Mapping) else vars(stored)
-        name = str(getattr(said.get("quant_method"), "value", said.get("quant_method")))
+        settings = stored if isinstance(stored, Mapping) else vars(stored)
+        name = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
         try:
             quantiser: Any = AutoHfQuantizer.from_config(stored, pre_quantized=True)
             quantiser.validate_environment(device_map=None)
         except Exception as error:
-            return weights.size if weights else whole, name, f"it cannot be loaded here: {told(error)}"
+            return weights.size if weights else full_size, name, f"it cannot be loaded here: {first_line(error)}"
         if getattr(quantiser.quantization_config, "dequantize", False):
-            return whole, str(dtype).removeprefix("torch."), f"it is {name}, and held in full here"
-        return (weights.size, name, "") if weights else (whole, name, f"it is {name}, and smaller than told here")
+            return full_size, str(dtype).removeprefix("torch."), f"it is stored as {name}, and dequantized here"
+        return (
+            (weights.size, name, "")
+            if weights
+            else (full_size, name, f"it is stored as {name}, and smaller than this figure")
+        )
     if wanted is None:
-        return whole, name, ""
+        return full_size, name, ""
     bits = bits_of(wanted)
     if bits is None:
-        return whole, name, "it will be quantised, and smaller than told here"
+        return full_size, name, "it will be quantized, and smaller than this figure"
     head = twin.get_output_embeddings()
     linear = [module.weight for module in twin.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     saved = sum(weight.numel() for weight in linear) * (dtype.itemsize - bits / 8)
-    return int(whole - saved), f"{bits:.0f} bits", ""
+    return int(full_size - saved), f"{bits:.0f} bits", ""
 
 
 def _bytes_of(twin: Any, dtype: torch.dtype) -> int:
-    """Bytes that a model's weights take once it is loaded in this type; tied ones once."""
+    """Bytes of a model's weights when loaded in this dtype; tied ones count once."""
     plan = twin._get_dtype_plan(dtype) if hasattr(twin, "_get_dtype_plan") else {}  # modules that stay in float32
-    kept = [re.compile(re.escape(name).replace(r"\*", ".*")) for name in plan]
+    float32_patterns = [re.compile(re.escape(name).replace(r"\*", ".*")) for name in plan]
     total = 0
     for name, tensor in _tensors(twin):
-        single = tensor.is_floating_point() and any(pattern.search(name) for pattern in kept)
+        single = tensor.is_floating_point() and any(pattern.search(name) for pattern in float32_patterns)
         total += tensor.numel() * (4 if single else tensor.element_size())
     return total
 

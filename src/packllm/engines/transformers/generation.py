@@ -1,4 +1,4 @@
-"""What a model's own generation_config asks for, in this package's words."""
+"""The settings of a model's generation_config as options of this package."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _RULED_OUT = -100.0
 
 
 def asks_for(model: Any) -> dict[str, Any]:
-    """Options (see packllm.Options) that stand for a transformers model's own way of generating: how it samples, where
-    it samples, its repetition penalty, and tokens that it suppresses, as logit_bias."""
+    """Options (see packllm.Options) for a transformers model's own generation settings: sampling, if do_sample is set,
+    repetition penalty, and suppressed tokens, as logit_bias."""
     config = getattr(model, "generation_config", None)
-    given = config.to_diff_dict() if config is not None else {}
-    asked = {}
-    if given.get("do_sample"):
-        asked = {"temperature": 1.0, **{name: given[name] for name in _SAMPLING if given.get(name) is not None}}
-    if given.get("repetition_penalty") is not None:
-        asked["repetition_penalty"] = given["repetition_penalty"]
-    if given.get("suppress_tokens"):
-        asked["logit_bias"] = dict.fromkeys(given["suppress_tokens"], _RULED_OUT)
-    return {name: value for name, value in asked.items() if value != _OFF.get(name)}
+    settings = config.to_diff_dict() if config is not None else {}
+    options = {}
+    if settings.get("do_sample"):
+        options = {"temperature": 1.0, **{name: settings[name] for name in _SAMPLING if settings.get(name) is not None}}
+    if settings.get("repetition_penalty") is not None:
+        options["repetition_penalty"] = settings["repetition_penalty"]
+    if settings.get("suppress_tokens"):
+        options["logit_bias"] = dict.fromkeys(settings["suppress_tokens"], _RULED_OUT)
+    return {name: value for name, value in options.items() if value != _OFF.get(name)}

@@ -1,5 +1,5 @@
-"""A .gguf file as a folder of float32 safetensors, made once, tensor by tensor. Only the file itself is read: what
-lies beside it never is."""
+"""Convert a .gguf file into a folder of float32 safetensors, once, tensor by tensor. Only the file itself is read,
+never the files beside it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ log = logging.getLogger("packllm")
 
 _MANIFEST = "packllm.json"
 _CHUNK = 2**22
-_RACY = 2.0  # seconds: a file changed this lately may change again without its times telling
+_RACY = 2.0  # seconds; a file changed more recently may change again without new timestamps
 _without_cache: dict[str, tempfile.TemporaryDirectory] = {}
-"""Conversions that no cache could take, by key; gone when the process ends."""
+"""Conversions that could not be cached, by key; deleted when the process ends."""
 
 
 def converted(path: Path) -> Path:
-    """Folder with the model of a .gguf file as float32 safetensors, made on the first call.
+    """The folder of a .gguf file's model as float32 safetensors, which the first call writes.
 
-    It stays in the cache folder under a hash of the whole file, and is made again where it is damaged. Where the cache
-    cannot be written it is made for this process alone.
+    It is kept in the cache folder under a hash of the whole file, and converted again if it is damaged. If the cache
+    cannot be written, the conversion lasts for this process only.
 
     Raises:
-        LoadError: no GGUF file, a damaged one, a model that cannot be read; no room for the conversion.
+        LoadError: the file is not a GGUF file, is damaged, or has an unsupported model; or there is no space for the
+            conversion.
     """
     with loading(f"{str(path)!r}"):
         key = _key(path)
@@ -53,7 +54,9 @@ def converted(path: Path) -> Path:
     try:
         return _cached(path, folder)
     except OSError as error:
-        log.warning("%s is converted for this process alone: the cache %s fails: %s", path.name, folder.parent, error)
+        log.warning(
+            "%s is converted for this process only: cannot write the cache %s: %s", path.name, folder.parent, error
+        )
     try:
         draft = tempfile.TemporaryDirectory(prefix="packllm-")
         _convert(path, Path(draft.name))
@@ -61,7 +64,7 @@ def converted(path: Path) -> Path:
         size = 4 * check_header(path).elements
         raise LoadError(
             f"cannot convert {str(path)!r}: {error}; it takes {size / 2**20:,.0f} MiB in {str(folder.parent)!r} or "
-            "the folder for temporary files; make room, or let PACKLLM_CACHE name another folder"
+            "the folder for temporary files; free some space, or set PACKLLM_CACHE to another folder"
         ) from error
     _without_cache[key] = draft
     return Path(draft.name)
@@ -73,34 +76,34 @@ def _cached(path: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     try:
-        whole = draft / "whole"
-        whole.mkdir()
-        _convert(path, whole)
-        _seal(whole)
-        with suppress(OSError):  # what was damaged
+        complete = draft / "whole"
+        complete.mkdir()
+        _convert(path, complete)
+        _seal(complete)
+        with suppress(OSError):  # a damaged conversion
             os.rename(folder, draft / "damaged")
-        # Renaming is atomic: another process sees the whole folder or none.
-        os.rename(whole, folder)
+        # Renaming is atomic: another process never sees an incomplete folder.
+        os.rename(complete, folder)
     except OSError:
-        if not _is_whole(folder):  # else another process was faster
+        if not _is_whole(folder):  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-# The cache: what a file is, and whether a conversion is whole
+# The cache: keys of files, and complete conversions
 
 
 def _key(path: Path) -> str:
-    """Hash of the whole file. It is remembered for a path whose times and size have not changed."""
+    """Hash of the whole file. It is cached for the path until the file's times or size change."""
     stat = path.stat()
-    told = f"{path.resolve()} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    note = cache_folder() / "gguf-keys" / hashlib.sha256(told.encode()).hexdigest()
+    identity = f"{path.resolve()} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    note = cache_folder() / "gguf-keys" / hashlib.sha256(identity.encode()).hexdigest()
     with suppress(OSError, ValueError):
-        known = note.read_text()
-        if len(known) == 64 and int(known, 16) >= 0:
-            return known
+        cached = note.read_text()
+        if len(cached) == 64 and int(cached, 16) >= 0:
+            return cached
     key = _digest(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _RACY:
         with suppress(OSError):
@@ -120,13 +123,13 @@ def _digest(path: Path) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """Write down what a whole conversion holds; last, so that a half-written one has no manifest."""
+    """Write the manifest of a complete conversion. It is written last, so that an incomplete one has none."""
     files = {file.name: [*_stat(file), _digest(file)] for file in folder.iterdir()}
     (folder / _MANIFEST).write_text(json.dumps(files))
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a conversion is as it was sealed: by size and time of each file, else by its content."""
+    """Whether a conversion matches its manifest: by each file's size and time, or else by its content."""
     try:
         files = json.loads((folder / _MANIFEST).read_text())
         for name, (size, time_ns, digest) in files.items():
@@ -147,12 +150,13 @@ def _stat(file: Path) -> tuple[int, int]:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Write the model of a .gguf file into a folder. OSError with an errno: the folder cannot take it."""
+    """Write the model of a .gguf file into a folder. An OSError with an errno means that the folder cannot be
+    written."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     weights = check_header(path)
     what = f"cannot read {str(path)!r}"
-    # From an empty folder, so that no config, template or code that lies beside the file has a say.
+    # transformers reads from an empty folder, so that no config, template or code beside the file has an effect.
     with tempfile.TemporaryDirectory() as empty, _reading(path):
         words: dict[str, Any] = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
         config = AutoConfig.from_pretrained(empty, **words)
@@ -168,8 +172,10 @@ def _convert(path: Path, folder: Path) -> None:
                 empty, dtype=torch.float32, output_loading_info=True, **words
             )
             if missing := sorted(loaded[1]["missing_keys"]):
-                raise LoadError(f"{what}: it lacks the tensor of {missing[0]}") from None
-            model.load_state_dict(loaded[0].state_dict(), assign=True)  # the loaded one counts as quantised
+                raise LoadError(f"{what}: it has no tensor for {missing[0]}") from None
+            model.load_state_dict(
+                loaded[0].state_dict(), assign=True
+            )  # transformers regards the loaded model as quantized
             model.save_pretrained(folder)
         settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
         clean = type(model.config).from_dict({**settings, "architectures": [type(model).__name__], "dtype": "float32"})
@@ -180,7 +186,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Errors as LoadErrors that name the file, but for those of the disk that is written to."""
+    """Turn errors into LoadErrors that name the file, except those of writing to the disk."""
     try:
         yield
     except PackError:
@@ -199,10 +205,11 @@ class _UnknownNames(Exception):
 
 
 def _write_each(path: Path, model: Any, file: Path) -> None:
-    """The tensors of a .gguf file under transformers' names in one safetensors file, each read, written, dropped.
+    """Write the tensors of a .gguf file into one safetensors file under transformers' names. One tensor is in memory at
+    a time.
 
     Args:
-        model: the model without memory, which tells names and shapes.
+        model: the model on the meta device, which has the names and shapes.
     """
     table = _table(path, model)
     places, header = _layout(model)
@@ -214,20 +221,22 @@ def _write_each(path: Path, model: Any, file: Path) -> None:
                 continue
             shape, offset = places[name]
             if tuple(tensor.shape) != shape:
-                raise LoadError(f"cannot read {str(path)!r}: {name} is {tuple(tensor.shape)}, by its header {shape}")
+                raise LoadError(
+                    f"cannot read {str(path)!r}: {name} has shape {tuple(tensor.shape)}, but its header implies {shape}"
+                )
             out.seek(len(header) + offset)
             out.write(tensor.float().contiguous().numpy().data.cast("B"))
             written.add(name)
     if missing := sorted(places.keys() - written):
         if missing[0] in table.names.values():
-            raise LoadError(f"cannot read {str(path)!r}: it lacks the tensor of {missing[0]}")
+            raise LoadError(f"cannot read {str(path)!r}: it has no tensor for {missing[0]}")
         raise _UnknownNames(f"no tensor for {missing[0]}")
 
 
 def _layout(model: Any) -> tuple[dict[str, tuple[tuple[int, ...], int]], bytes]:
     """(shape and offset of each parameter, the header of a safetensors file of them in float32)."""
     places, entries, offset = {}, {}, 0
-    for name, parameter in model.named_parameters():  # tied ones once
+    for name, parameter in model.named_parameters():  # tied parameters appear once
         shape, end = tuple(parameter.shape), offset + 4 * parameter.numel()
         places[name] = shape, offset
         entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
@@ -242,10 +251,10 @@ class _Table:
     """How transformers reads the tensors of one file.
 
     Attributes:
-        reader: of the gguf package, over the mapped file.
-        names: transformers' name by the file's.
-        processor: turns a tensor into transformers' form.
-        parsed: what transformers reads of the header; processors put experts together in its "tensors".
+        reader: GGUFReader of the memory-mapped file.
+        names: transformers' name of each tensor, by its name in the file.
+        processor: converts a tensor to transformers' layout.
+        parsed: transformers' reading of the header; processors collect the experts' tensors in its "tensors".
     """
 
     reader: Any
@@ -273,32 +282,32 @@ def _table(path: Path, model: Any) -> _Table:
         raise _UnknownNames(f"architecture {architecture!r}")
     parsed = {**load_gguf_checkpoint(path, return_tensors=False), "tensors": {}}
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
-    told = get_tensor_name_map(kinds[0], model.config.num_hidden_layers)
+    name_map = get_tensor_name_map(kinds[0], model.config.num_hidden_layers)
     names: dict[str, str] = {}
     for full in model.state_dict():
         full = processor.preprocess_name(full)
         name, dot, last = full.rpartition(".")
         stem, suffix = (name, dot + last) if last in ("weight", "bias") else (full, "")
-        # Some files are of the body alone, whose names lack the first part.
+        # Some files have only the body of a model, whose names lack the first part.
         parts = stem.split(".")
-        found = next((own for at in range(len(parts)) if (own := told.get_name(".".join(parts[at:])))), None)
-        if found:
-            names.setdefault(found + suffix, full)
+        own_name = next((own for at in range(len(parts)) if (own := name_map.get_name(".".join(parts[at:])))), None)
+        if own_name:
+            names.setdefault(own_name + suffix, full)
         else:
             processor.perform_fallback_tensor_mapping(names, suffix, "", full)
     return _Table(reader, names, processor, parsed)
 
 
 def _tensors(path: Path, table: _Table) -> Iterator[tuple[str, Tensor]]:
-    """(transformers' name, float32 tensor) of each tensor of a file."""
+    """(transformers' name, float32 tensor) of all tensors of a file."""
     from gguf import dequantize
 
-    made = table.parsed["tensors"]
+    merged = table.parsed["tensors"]
     ordered = sorted(table.reader.tensors, key=lambda tensor: _block(tensor.name))
     block: list[str] = []
     for tensor in tqdm(ordered, desc=f"Converting {path.name} (once)", unit="tensor", disable=None, delay=1):
-        if _block(tensor.name) != block:  # experts are put together by the processor, within their block
-            yield from _emptied(made)
+        if _block(tensor.name) != block:  # the processor merges experts within their block
+            yield from _emptied(merged)
             block = _block(tensor.name)
         result = table.processor.process(
             weights=dequantize(tensor.data, tensor.tensor_type),
@@ -308,7 +317,7 @@ def _tensors(path: Path, table: _Table) -> Iterator[tuple[str, Tensor]]:
         )
         if result.name in table.names:
             yield table.names[result.name], torch.from_numpy(numpy.require(result.weights, numpy.float32, ["C", "W"]))
-    yield from _emptied(made)
+    yield from _emptied(merged)
 
 
 def _block(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a GGUF file's header says, checked against the file: counts, sizes and types are a stranger's claims."""
+"""Read a GGUF file's header, and check it against the file: counts, sizes and types in it cannot be trusted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says before its tensors.
+    """The header of a GGUF file.
 
     Attributes:
-        metadata: values by name: numbers, texts, lists of these.
+        metadata: values by name: numbers, texts, and lists of these.
         tensors: (name, shape, type, offset) of each.
-        elements: of all tensors.
+        elements: total number of elements.
     """
 
     metadata: dict[str, Any]
@@ -31,10 +31,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file, held against the file.
+    """The header of a GGUF file, checked against the file's size.
 
     Raises:
-        LoadError: no GGUF file, one that is cut or damaged, or with tensors of an unknown type.
+        LoadError: the file is not a GGUF file, is cut off or damaged, or has tensors of an unknown type.
     """
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -44,9 +44,9 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(4) != MAGIC:
-            raise LoadError(f"{what}: it is no GGUF file")
+            raise LoadError(f"{what}: it is not a GGUF file")
         if size < 24:
-            raise LoadError(f"{what}: it is cut off or damaged: its header is not whole")
+            raise LoadError(f"{what}: it is cut off or damaged: its header is incomplete")
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             try:
                 metadata, infos, start = _header(data)
@@ -55,7 +55,7 @@ def read_header(path: Path) -> Header:
     elements = 0
     for name, shape, kind, offset in infos:
         if kind not in set(GGMLQuantizationType):
-            raise LoadError(f"{what}: tensor {name!r} is of the unknown quantisation type {kind}")
+            raise LoadError(f"{what}: tensor {name!r} has the unknown quantization type {kind}")
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         count = math.prod(shape)
         end = start + offset + -(-count // block) * width
@@ -66,16 +66,19 @@ def read_header(path: Path) -> Header:
 
 
 def check_header(path: Path) -> Weights:
-    """What a GGUF file's header says of its tensors.
+    """Read a GGUF file's header, and check its claims about the tensors.
 
     Raises:
-        LoadError: as read_header; it holds no tensors, or claims what these cannot bear.
+        LoadError: as read_header; or the file has no tensors, or claims sizes that its tensors cannot have.
     """
     return check_parts([path])[0]
 
 
 def check_parts(paths: list[Path]) -> tuple[Weights, Header]:
-    """What the headers of a model's file, or of all its parts, say of its tensors; and the first header.
+    """As check_header, for a model in one or several files.
+
+    Returns:
+        The weights of all parts, and the header of the first.
 
     Raises:
         LoadError: as check_header.
@@ -85,7 +88,7 @@ def check_parts(paths: list[Path]) -> tuple[Weights, Header]:
     size = sum(path.stat().st_size for path in paths)
     weights = Weights(sum(len(one.tensors) for one in headers), sum(one.elements for one in headers), size=size)
     if not weights.tensors:
-        raise LoadError(f"cannot read {name!r}: it holds no tensors")
+        raise LoadError(f"cannot read {name!r}: it has no tensors")
     numbers = {key: n for key, n in first.metadata.items() if isinstance(n, int)}
     layers = {"num_hidden_layers" if key.endswith(".block_count") else key: n for key, n in numbers.items()}
     check_claims(layers, weights, repr(name))
@@ -96,7 +99,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 
 
 def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]], int]:
-    """(the metadata, (name, shape, type, offset) of each tensor, where the tensors begin)."""
+    """(metadata, (name, shape, type, offset) of each tensor, offset of the tensor data)."""
     at = 4
 
     def take(form: str, whole: bool = False) -> Any:
@@ -109,7 +112,7 @@ def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]
 
     def text() -> str:
         nonlocal at
-        (length,) = size_at(data, at)  # a vocabulary is some hundred thousand of these
+        (length,) = size_at(data, at)  # the fast path: a vocabulary has a hundred thousand of these
         start, at = at + 8, at + 8 + length
         if at > len(data):
             raise ValueError("a text in its header is longer than the file")
@@ -122,7 +125,7 @@ def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]
         if kind == 8:
             return text()
         if kind != 9 or depth > 4:
-            raise ValueError(f"its header holds a value of the unknown type {kind}")
+            raise ValueError(f"its header has a value of unknown type {kind}")
         inner, count = take("<I"), take("<Q")
         if inner not in _SCALARS:
             return [value(inner, depth + 1) for _ in range(count)]
@@ -132,11 +135,11 @@ def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]
 
     version, tensors, entries = take("<I"), take("<Q"), take("<Q")
     if version not in (2, 3):
-        raise ValueError(f"it is of version {version}; 2 and 3 can be read")
-    found: dict[str, Any] = {}
+        raise ValueError(f"it has GGUF version {version}; supported are 2 and 3")
+    metadata: dict[str, Any] = {}
     for _ in range(entries):
         name = text()
-        found[name] = value(take("<I"))
+        metadata[name] = value(take("<I"))
     infos = []
     for _ in range(tensors):
         name, dimensions = text(), take("<I")
@@ -144,7 +147,7 @@ def _header(data: mmap) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]
             raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
         shape = tuple(take("<Q") for _ in range(dimensions))
         infos.append((name, shape, take("<I"), take("<Q")))
-    alignment = found.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
         raise ValueError(f"its alignment is {alignment}")
-    return found, infos, -(-at // alignment) * alignment
+    return metadata, infos, -(-at // alignment) * alignment

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685): read, held against their base, and merged into it, W + (alpha / r) B A."""
+"""LoRA adapters (arXiv 2106.09685): reading, checking against their base, and merging into it, W + (alpha / r) B A."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from packllm.engines.transformers.files import FLOATING, check_finite, is_lfs_po
 from packllm.errors import LoadError, loading, refused
 
 Factors = dict[str, tuple[Tensor, Tensor]]
-"""An adapter's update of each module it changes: float32 (down (r, in), up (out, r)), to add up @ down to the
-weight as nn.Linear holds it, (out, in)."""
+"""An adapter's update of each module that it changes: float32 (down (r, in), up (out, r)). up @ down is added to the
+weight in nn.Linear's layout, (out, in)."""
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _WANTED = [
@@ -38,10 +38,10 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),  # the others change the base's weights too
+    "init_lora_weights": (True, False, "gaussian"),  # other values also change the base's weights
 }
 _BY_PEFT = {"modules_to_save", "target_parameters", "trainable_token_indices", "use_dora", "lora_bias", *_PLAIN}
-"""Settings of LoRA beyond the plain form that peft merges."""
+"""LoRA settings beyond the plain form; peft merges such adapters."""
 _NO_MATTER = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha"),
@@ -49,18 +49,18 @@ _NO_MATTER = {
     *("qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type"),
     *("use_rslora",),
 }
-"""Settings of LoRA that are read here, or say how an adapter was trained and not what it computes."""
+"""LoRA settings that are read here, or that only describe the training and not the result."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its files have it.
+    """The contents of an adapter's files.
 
     Attributes:
-        name: as the user named it.
-        folder: where its files are.
+        name: the user's name of it.
+        folder: folder of its files.
         config: its adapter_config.json.
-        tensors: its weights by name, checked to be finite.
+        tensors: its weights by name, all finite.
     """
 
     name: str
@@ -73,10 +73,10 @@ class Adapter:
         return f"adapter {self.name!r}"
 
     def factors(self) -> Factors | None:
-        """The update of a plain LoRA adapter; None for one of another kind, which peft can merge.
+        """The update of a plain LoRA adapter; None for any other kind, which peft can merge.
 
         Raises:
-            LoadError: a setting that cannot be followed, or tensors that do not fit the settings.
+            LoadError: an unsupported setting, or tensors that do not fit the settings.
         """
         with loading(self.what):
             if self.config.get("peft_type") != "LORA":
@@ -84,7 +84,7 @@ class Adapter:
             _check_settings(self.config, self.what)
             keys = {name: _KEY.fullmatch(name) for name in self.tensors}
             if not self.tensors:
-                raise refused(self.what, "it holds no weights")
+                raise refused(self.what, "it has no weights; download it again")
             if not all(keys.values()) or not _is_plain(self.config):
                 return None
             parts = {(key[1], key[2]): self.tensors[name] for name, key in keys.items() if key}
@@ -107,27 +107,27 @@ class Adapter:
 
 
 def open_adapter(adapter: str, hub: Mapping[str, Any] | None = None, weights: bool = True) -> Adapter:
-    """The files of an adapter, read.
+    """Read the files of an adapter.
 
     Args:
         adapter: folder or hub id of an adapter in safetensors format.
-        hub: words about the hub, as from_pretrained takes them.
-        weights: whether its weights are read; else they are shapes and types without memory, and nothing is
+        hub: arguments of from_pretrained about the hub.
+        weights: whether to read its weights; otherwise they are shapes and types without memory, and nothing is
             downloaded.
 
     Raises:
-        LoadError: no such adapter, another format than safetensors, damaged files, NaN or infinity in its weights.
+        LoadError: no such adapter, another format than safetensors, damaged files, or weights with NaN or infinity.
     """
     what = f"adapter {adapter!r}"
     with loading(what):
-        words = {**(hub or {}), **({} if weights else {"local_files_only": True})}
-        folder = Path(adapter) if Path(adapter).is_dir() else _download(adapter, words)
+        arguments = {**(hub or {}), **({} if weights else {"local_files_only": True})}
+        folder = Path(adapter) if Path(adapter).is_dir() else _download(adapter, arguments)
         for name in (WEIGHTS, CONFIG):
             if is_lfs_pointer(folder / name):
-                raise refused(what, f"it holds a git-lfs pointer instead of {name}; run `git lfs pull` there")
+                raise refused(what, f"it has a git-lfs pointer instead of {name}; run `git lfs pull` there")
         if not (folder / WEIGHTS).exists():
-            held = list_names(sorted(path.name for path in folder.iterdir()))
-            raise refused(what, f"it has no {WEIGHTS}; other formats can run code; it has {held}")
+            names_ = list_names(sorted(path.name for path in folder.iterdir()))
+            raise refused(what, f"it has no {WEIGHTS}; other formats can run code; it has {names_}")
         config = read_config(folder)
         tensors = load_file(folder / WEIGHTS) if weights else _shapes(folder / WEIGHTS)
         check_finite(tensors, what)
@@ -135,17 +135,17 @@ def open_adapter(adapter: str, hub: Mapping[str, Any] | None = None, weights: bo
 
 
 def _shapes(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file without memory, by its header."""
-    with safe_open(file, "pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    """The tensors of a safetensors file without memory, from its header."""
+    with safe_open(file, "pt") as reader:
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (it is no mapping)
         return {
-            name: torch.empty(held.get_shape(), dtype=FLOATING.get(held.get_dtype(), torch.uint8), device="meta")
-            for name, held in slices.items()
+            name: torch.empty(tensor.get_shape(), dtype=FLOATING.get(tensor.get_dtype(), torch.uint8), device="meta")
+            for name, tensor in slices.items()
         }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """An adapter's adapter_config.json."""
+    """The content of an adapter's adapter_config.json."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise LoadError(f"{str(folder / CONFIG)!r} is not a JSON object but {type(config).__name__}")
@@ -153,8 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_fit(base: Any, factors: Factors, what: str) -> None:
-    """Refuse factors of modules that the base lacks, keeps elsewhere or has in another shape: products would
-    broadcast, and change what they should not."""
+    """Refuse factors of modules that the base lacks, has elsewhere or has in another shape. Otherwise products would
+    broadcast, and change other weights."""
     for name, (down, up) in factors.items():
         try:
             module = base.get_submodule(name)
@@ -162,7 +162,7 @@ def check_fit(base: Any, factors: Factors, what: str) -> None:
             raise refused(what, f"it changes {name}, which its base lacks; is it of another model?") from None
         weight = getattr(module, "weight", None)
         if not isinstance(module, torch.nn.Linear | Conv1D) or not isinstance(weight, Tensor):
-            raise refused(what, f"it changes {name}, a {type(module).__name__}; only linear layers can be")
+            raise refused(what, f"it changes {name}, a {type(module).__name__}; only linear layers are supported")
         if weight.is_meta:
             raise refused(what, f"{name} of the base is offloaded; adapters need the base in memory")
         if not weight.is_floating_point():
@@ -177,14 +177,14 @@ def check_fit(base: Any, factors: Factors, what: str) -> None:
 
 
 def add(base: Any, factors: Factors) -> Any:
-    """A copy of the base with the update added; it shares all tensors that do not change."""
+    """A copy of the base with the update added; unchanged tensors are shared."""
     shared = [*base.parameters(), *base.buffers()]
     model = copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
     for name, (down, up) in factors.items():
         module = model.get_submodule(name)
         weight = module.weight
         update = up.to(weight.device) @ down.to(weight.device)
-        if isinstance(module, Conv1D):  # keeps its weight transposed
+        if isinstance(module, Conv1D):  # its weight is transposed
             update = update.T
         merged = (weight.detach().float() + update).to(weight.dtype)
         module.weight = torch.nn.Parameter(merged, requires_grad=False)
@@ -194,17 +194,17 @@ def add(base: Any, factors: Factors) -> Any:
 def _download(adapter: str, hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
-    words = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
-    return Path(snapshot_download(adapter, allow_patterns=_WANTED, **words))
+    arguments = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+    return Path(snapshot_download(adapter, allow_patterns=_WANTED, **arguments))
 
 
 def _check_settings(config: Mapping[str, Any], what: str) -> None:
-    """Refuse a setting that would be ignored: what it asks for would be missing without a word."""
+    """Refuse settings that would be ignored: their effect would be missing silently."""
     for name, value in config.items():
         if value and name not in _NO_MATTER and name not in _BY_PEFT:
             raise refused(
                 what,
-                f"it sets {name}={str(value)[:200]!r}, which packllm does not follow; merge it where it was made",
+                f"it sets {name}={str(value)[:200]!r}, which packllm does not support; merge it where it was trained",
             )
 
 
@@ -214,28 +214,28 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def setting_of(config: Mapping[str, Any], patterns: str, setting: str, name: str) -> Any:
-    """A setting of one module: that of the first pattern that matches its name's end, as peft has it."""
+    """A setting of one module: the value of the first pattern that matches the end of its name, as in peft."""
     value = config[setting]
-    for pattern, own in (config.get(patterns) or {}).items():
+    for pattern, matched in (config.get(patterns) or {}).items():
         check_pattern(patterns, pattern)
         if re.match(rf"(.*\.)?({pattern})$", name):
-            value = own
+            value = matched
             break
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise LoadError(f"{setting}={value!r} of {name} is no number")
+        raise LoadError(f"{setting}={value!r} of {name} must be a number")
     if setting == "r" and not (isinstance(value, int) and value > 0):
         raise LoadError(f"the rank of {name} is {value!r}; it must be 1 or more")
     return value
 
 
 def check_pattern(setting: str, pattern: str) -> None:
-    """Refuse a pattern that might take for ever: a stranger's adapter has them matched as regular expressions.
+    """Refuse patterns that could take forever: untrusted adapters have their patterns matched as regular expressions.
 
-    Names, alternatives and a few wildcards pass; what repeats a group, looks around or refers back does not.
+    Names, alternatives and a few wildcards are allowed; repeated groups, lookaround and backreferences are not.
     """
     bare = re.sub(r"\\[.dwbsDWBS]|\[[\w.\-]*\]", "x", pattern)
     special = sum(map(bare.count, "*+?{(")) - bare.count("(?:")
     if len(pattern) > 500 or special > 3 or re.search(r"\)[*+?{]|\\|\(\?(?!:)", bare):
         raise LoadError(
-            f"{setting} holds the pattern {pattern[:200]!r}, too intricate to be matched safely; name the modules"
+            f"{setting} has the pattern {pattern[:200]!r}, which is too complex to be matched safely; name the modules"
         )

@@ -1,5 +1,5 @@
-"""Weight merging: several members of one shape averaged into a single one (Wortsman et al. 2022, arXiv 2203.05482;
-the baseline of PackLLM §6, Table 3C). One forward a token, whatever the number of members."""
+"""Weight merging: the mean of several members with equal shapes (Wortsman et al. 2022, arXiv 2203.05482; the baseline
+of PackLLM §6, Table 3C). One forward pass per token, whatever the number of members."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from packllm.errors import LoadError
 
 
 def average(members: Sequence[Member], name: str = "average") -> Member:
-    """A member whose weights are the mean of the given members' weights; they stay as they are.
+    """A member whose weights are the mean of those of the given members, which are not changed.
 
-    LoRA experts of one base merge like any others: the mean of W + B_k A_k.
+    This includes LoRA experts of one base: the mean of W + B_k A_k.
 
     Raises:
-        LoadError: fewer than two members, other vocabularies, or weights that differ in name or shape.
+        LoadError: fewer than two members, different vocabularies, or weights that differ in name or shape.
     """
     if len(members) < 2:
-        raise LoadError("merging takes at least two members")
+        raise LoadError(f"merging takes at least two members, not {len(members)}; give more")
     first = members[0]
     for member in members[1:]:
         if not member.vocabulary.same_as(first.vocabulary):
             raise LoadError(
                 f"members {first.name!r} and {member.name!r} have different vocabularies; fuse them instead"
             )
-    own = first.merged().state_dict()
-    mean = {key: weight.float() / len(members) for key, weight in own.items()}
+    reference = first.merged().state_dict()
+    mean = {key: weight.float() / len(members) for key, weight in reference.items()}
     for member in members[1:]:
         weights = member.merged().state_dict()
-        _require_one_shape(first, own, member, weights)
+        _require_one_shape(first, reference, member, weights)
         for key, weight in weights.items():
             mean[key] += weight.to(mean[key].device).float() / len(members)
     model = copy.deepcopy(first.merged())
@@ -42,9 +42,9 @@ def average(members: Sequence[Member], name: str = "average") -> Member:
     return Member(model, first.tokenizer, name, first.encoder)
 
 
-def _require_one_shape(first: Member, own: dict[str, Any], other: Member, weights: dict[str, Any]) -> None:
-    for key in {**own, **weights}:
-        shapes = [tuple(w[key].shape) if key in w else "absent" for w in (own, weights)]
+def _require_one_shape(first: Member, reference: dict[str, Any], other: Member, weights: dict[str, Any]) -> None:
+    for key in {**reference, **weights}:
+        shapes = [tuple(w[key].shape) if key in w else "absent" for w in (reference, weights)]
         if shapes[0] != shapes[1]:
             raise LoadError(
                 f"members {first.name!r} and {other.name!r} cannot be merged: {key} is {shapes[0]} in one and "

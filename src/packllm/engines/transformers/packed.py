@@ -1,10 +1,9 @@
-"""Rows of different lengths in one pass: all tokens as one row of a batch of one, each attending to its own cache.
+"""Rows of different lengths in one pass: all tokens form one row of a batch of one; each attends to its own cache.
 
-Every matrix product of the model runs once over the tokens of all sequences. Only attention goes sequence by
-sequence, each
-over its own keys and values, so no cache is padded, copied or moved when sequences come and go. transformers lets a
-model's attention be replaced by name (its attention interface); a name without a mask function gets no mask, and the
-function here knows what each token may look at.
+Every matrix product of the model runs once over the tokens of all sequences. Only attention runs sequence by sequence,
+over each one's keys and values. So no cache is padded, copied or moved when sequences start or end. transformers lets a
+model's attention be replaced by name (its attention interface). Without a mask function of that name there is no mask;
+the function here knows which positions each token may attend to.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from packllm.engines.transformers.architecture import device_of
 NAME = "packllm"
 
 KERNELS = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-"""Not cuDNN's: it builds a plan for each length of keys, in each thread anew."""
+"""cuDNN's kernel is left out: it makes a new plan for each length of keys and each thread."""
 
 _here = threading.local()
 
 
 class PackedCache(DynamicCache):
-    """The caches of several sequences, as one model sees them in one pass.
+    """The caches of several sequences as one cache for one pass.
 
     Args:
-        caches: one a sequence.
-        counts: tokens of each in this pass.
+        caches: one per sequence.
+        counts: tokens of each sequence in this pass.
     """
 
     def __init__(self, caches: Sequence[DynamicCache], counts: Sequence[int]) -> None:
@@ -47,12 +46,12 @@ class PackedCache(DynamicCache):
         self._keys: Tensor | None = None
         self._layer = 0
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        self.windows: dict[int, int | None] = {}  # by layer, what the attention was told
+        self.windows: dict[int, int | None] = {}  # by layer, as passed to the attention
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Give each sequence its part of keys and values (1, heads, n, d)."""
+        """Append each sequence's part of keys and values (1, heads, n, d) to its cache."""
         start = 0
         for cache, count in zip(self._caches, self._counts, strict=True):
             part = slice(start, start + count)
@@ -62,7 +61,7 @@ class PackedCache(DynamicCache):
         return key_states, value_states
 
     def rows(self, keys: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each sequence: its tokens of the pass, and all its keys and values of the layer that was just updated."""
+        """For each sequence: its tokens of the pass, and all its keys and values of the last updated layer."""
         if keys is not self._keys:
             raise ValueError("this architecture changes keys after they are cached")
         start = 0
@@ -72,7 +71,8 @@ class PackedCache(DynamicCache):
             start += count
 
     def mask(self, tokens: int, length: int, window: int | None, device: torch.device) -> Tensor:
-        """bool (tokens, length): what each of the last `tokens` of `length` may look at; one for all layers."""
+        """The positions that each of the last `tokens` of `length` tokens may attend to: bool (tokens, length). Shared
+        by all layers."""
         key = tokens, length, window
         if key not in self._masks:
             ahead = torch.arange(length, device=device) - torch.arange(length - tokens, length, device=device)[:, None]
@@ -93,14 +93,14 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of (1, heads, n, d) queries, as transformers calls it; each sequence's tokens look at its own cache."""
+    """Attention with queries (1, heads, n, d), as called by transformers; each sequence attends to its own cache."""
     cache: PackedCache = _here.cache
     cache.windows[getattr(module, "layer_idx", len(cache.windows))] = sliding_window
     parts = []
     for tokens, keys, values in cache.rows(key):
         part = query[:, :, tokens]
         count, length = part.shape[2], keys.shape[2]
-        if sliding_window is not None and length > sliding_window + count - 1:  # no token looks further back
+        if sliding_window is not None and length > sliding_window + count - 1:  # no token attends further back
             start = length - (sliding_window + count - 1)
             keys, values, length = keys[:, :, start:], values[:, :, start:], length - start
         window = sliding_window if sliding_window is not None and sliding_window < length else None
@@ -109,7 +109,7 @@ def attend(
         if softcap is not None or s_aux is not None:
             mask = None if count == 1 else cache.mask(count, length, window, part.device)
             parts.append(_by_hand(part, keys, values, mask, scaling, softcap, s_aux))
-        elif count == 1:  # the heads that share keys are its rows: nothing is repeated
+        elif count == 1:  # heads that share keys become rows, so no keys are repeated
             shape = (1, keys.shape[1], -1, part.shape[-1])
             out = scaled_dot_product_attention(part.reshape(shape), keys, values, scale=scaling)
             parts.append(out.reshape(1, -1, 1, values.shape[-1]))
@@ -119,8 +119,8 @@ def attend(
                 part, keys, values, attn_mask=mask, scale=scaling, is_causal=mask is None, enable_gqa=grouped
             )
             parts.append(out)
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return whole.transpose(1, 2).contiguous(), None
+    outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return outputs.transpose(1, 2).contiguous(), None
 
 
 def _by_hand(
@@ -132,7 +132,7 @@ def _by_hand(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """With what fused kernels do not know: capped scores (Gemma 2), attention sinks (gpt-oss)."""
+    """Attention with features that fused kernels lack: capped scores (Gemma 2), attention sinks (gpt-oss)."""
     repeat = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
     scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -148,15 +148,15 @@ def _by_hand(
 
 @once
 def _register() -> None:
-    from transformers import AttentionInterface  # 120 MB of libraries, which packs of llama.cpp do without
+    from transformers import AttentionInterface  # loads 120 MB of libraries, which llama.cpp does not need
 
     AttentionInterface.register(NAME, attend)
 
 
 @contextmanager
 def attention(config: Any, cache: PackedCache) -> Iterator[None]:
-    """While this is open, models of this configuration attend in this thread as `attend` does, over the given caches.
-    Outside, the user's own model is as it was."""
+    """Within this context, in this thread, models with this configuration use `attend` over the given caches. Outside
+    of it the user's model is unchanged."""
     _register()
     before = config._attn_implementation
     config._attn_implementation, _here.cache = NAME, cache
@@ -168,12 +168,12 @@ def attention(config: Any, cache: PackedCache) -> Iterator[None]:
 
 
 _packable: dict[str, bool] = {}
-"""By class and configuration: models of one kind are tried once."""
+"""Results by class and configuration: each kind of model is tried once."""
 
 
 def can_pack(model: Any, vocabulary_size: int, carrier: str | None) -> bool:
-    """Whether sequences of a model can be packed: its attention goes through transformers' interface, tells its
-    windows, and two packed sequences, in two passes, give what fresh passes give."""
+    """Whether sequences of a model can be packed: its attention uses transformers' interface and passes its windows,
+    and two packed sequences, read in two passes, give the results of fresh passes."""
     kind = f"{type(model).__module__} {type(model).__name__} {model.dtype} {model.config.to_json_string()}"
     kind += " without memory" if device_of(model).type == "meta" else ""
     if kind not in _packable:
@@ -184,8 +184,10 @@ def can_pack(model: Any, vocabulary_size: int, carrier: str | None) -> bool:
 def _tried(model: Any, vocabulary_size: int, carrier: str) -> bool:
     config = model.config.get_text_config(decoder=True)
     accepted = inspect.signature(model.forward).parameters
-    known = type(model).__module__.startswith("transformers.")  # a class of others may do more with its cache
-    if not known or not {"position_ids", carrier} <= accepted.keys():
+    is_transformers_class = type(model).__module__.startswith(
+        "transformers."
+    )  # other classes may use the cache in other ways
+    if not is_transformers_class or not {"position_ids", carrier} <= accepted.keys():
         return False
     if getattr(config, "attention_chunk_size", None):
         return False
@@ -203,25 +205,27 @@ def _tried(model: Any, vocabulary_size: int, carrier: str) -> bool:
                 at = torch.tensor([places], device=device)
                 with attention(config, cache):
                     logits = model(input_ids=ids, position_ids=at, use_cache=True, **{carrier: cache}).logits[0]
-                for found, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
-                    found.append(part)
+                for row_logits, part in zip(ours, logits.split([len(part) for part in parts]), strict=True):
+                    row_logits.append(part)
             if device.type != "meta":
-                own = [model(input_ids=torch.tensor([row]).to(device), use_cache=False).logits[0] for row in rows]
-        except Exception:  # attention that goes another way
+                fresh = [model(input_ids=torch.tensor([row]).to(device), use_cache=False).logits[0] for row in rows]
+        except Exception:  # its attention does not use the interface
             return False
     if sum(window is not None for window in cache.windows.values()) != _windows(config):
         return False
-    if device.type == "meta":  # there are no numbers to compare
+    if device.type == "meta":  # there is no data to compare
         return True
     scale = 1e-3 if model.dtype == torch.float32 else 0.2
     return all(
-        bool((torch.cat(found).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std())))
-        for found, right in zip(ours, own, strict=True)
+        bool(
+            (torch.cat(row_logits).float() - right.float()).abs().max() <= scale * max(1.0, float(right.float().std()))
+        )
+        for row_logits, right in zip(ours, fresh, strict=True)
     )
 
 
 def _windows(config: Any) -> int:
-    """Layers that look back a few tokens only."""
+    """Number of layers with a sliding window."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return sum(kind == "sliding_attention" for kind in kinds)

@@ -1,4 +1,4 @@
-"""Weights in fewer bits, for accelerators: what `quantization` of Pack.load stands for."""
+"""Quantised weights for accelerators: the argument `quantization` of Pack.load."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ON_CPU = (
 
 
 def config_of(quantization: Any, device_map: Any) -> Any | None:
-    """The quantisation config of transformers that a user means.
+    """The transformers config for a value of `quantization`.
 
     Args:
-        quantization: such a config, the same as a dict, "int8" or "int4": by torchao or bitsandbytes, whichever is
-            installed; None for none.
+        quantization: such a config, the same as a dict, "int8" or "int4" (by torchao or bitsandbytes, whichever is
+            installed), or None for no quantisation.
         device_map: where models will go.
 
     Raises:
-        OptionError: it is none of these.
-        LoadError: models go to a CPU, or what it needs is not installed.
+        OptionError: any other value.
+        LoadError: models go to a CPU, or the necessary package is not installed.
     """
     if quantization is None:
         return None
@@ -50,7 +50,7 @@ def _by_installed(name: str) -> Any:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     first, second = ("torchao", "bitsandbytes") if name == "int8" else ("bitsandbytes", "torchao")
-    # In int8 torchao rounds weights alone; bitsandbytes rounds tokens too, by what else is in their pass.
+    # For int8, torchao rounds only weights; bitsandbytes also rounds activations, depending on the rest of the pass.
     package = first if find_spec(first) else second
     if package == "bitsandbytes" and find_spec(package):
         if name == "int8":
@@ -68,18 +68,18 @@ def _short(quantization: Any) -> str:
 
 
 def bits_of(quantization: Any) -> float | None:
-    """Bits that a weight of a linear layer takes with its scales, as far as the config tells."""
-    told = quantization if isinstance(quantization, Mapping) else vars(quantization)
-    if told.get("load_in_4bit") or told.get("_load_in_4bit"):
+    """Bits per weight of a linear layer, scales included, as far as the config tells; else None."""
+    settings = quantization if isinstance(quantization, Mapping) else vars(quantization)
+    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
         return 4.5  # a float32 scale for 64 weights
-    if told.get("load_in_8bit") or told.get("_load_in_8bit"):
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
         return 8
-    kind = type(told.get("quant_type")).__name__
+    kind = type(settings.get("quant_type")).__name__
     return 4.25 if "Int4" in kind else 8 if "Int8" in kind else None
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """What a weight holds: itself, or codes and scales."""
+    """The tensors of a weight: itself, or codes and scales."""
     if hasattr(tensor, "__tensor_flatten__"):  # torchao's
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts(getattr(tensor, name))
@@ -87,5 +87,5 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     yield tensor
     for holder in (getattr(tensor, "quant_state", None), tensor):  # bitsandbytes'
         for name in ("absmax", "code", "SCB"):
-            if isinstance(held := getattr(holder, name, None), Tensor):
-                yield held
+            if isinstance(scale := getattr(holder, name, None), Tensor):
+                yield scale

@@ -1,4 +1,4 @@
-"""What a torch model has read for one request, and what it keeps for that."""
+"""The ids that a torch model has read for one request, and their cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from packllm.engines.transformers import kv
 
 
 class Sequence(Cached):
-    """See Cached.
+    """A Cached sequence of a torch model.
 
     Attributes:
-        cache: transformers' own.
-        hidden: (n, d), what the head reads after the first n ids; None where that is not kept.
+        cache: transformers' cache.
+        hidden: (n, d), the head's input after each of the first n ids; None if it is not kept.
     """
 
     hidden: Tensor | None = None
@@ -42,16 +42,18 @@ class Sequence(Cached):
         if self.hidden is not None and states is not None:
             self.hidden = torch.cat([self.hidden, states])
 
-    def start_from(self, kept: Self, count: int, known: Tensor) -> None:
-        super().start_from(kept, count, known)
-        self.hidden = kept.hidden
+    def start_from(self, source: Self, count: int, known: Tensor) -> None:
+        super().start_from(source, count, known)
+        self.hidden = source.hidden
 
     def close(self) -> None:
         super().close()
         self.hidden = None
 
     def nbytes(self) -> int:
-        """Memory held, in whole allocations."""
-        held = [self.known, *(kv.tensors(self.cache) if self.cache is not None else ())]
-        storages = [tensor.untyped_storage() for tensor in (held if self.hidden is None else [*held, self.hidden])]
+        """Memory of the cache in bytes, in whole allocations."""
+        tensors = [self.known, *(kv.tensors(self.cache) if self.cache is not None else ())]
+        storages = [
+            tensor.untyped_storage() for tensor in (tensors if self.hidden is None else [*tensors, self.hidden])
+        ]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,4 +1,4 @@
-"""How many threads a pass over few tokens runs with on a CPU."""
+"""The number of threads of passes over few tokens on a CPU."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from contextlib import contextmanager
 import torch
 
 FEW = 31
-"""Tokens of a pass for which the number of threads is tried; passes over more run with all."""
+"""Passes over at most so many tokens try how many threads are best; larger ones use all threads."""
 
 TRIALS = 4
-"""Passes of one size with each number of threads, before the quicker is kept."""
+"""Passes of each size and number of threads that are timed before the faster number is used."""
 
 
 class Threads:
-    """Runs the first passes of each size with all threads and with one in turn, and the later ones with what was
-    quicker.
+    """Runs the first passes of each size with all threads and with one thread in turn, and later ones with the faster
+    of the two.
 
-    A pass over few tokens is hundreds of small matrix products. Threads that sleep between them have to be woken for
-    each. With a small model that costs more time than they save; with a large one it does not. The model, the machine
-    and the number of tokens decide, so it is measured. The passes of all models on a CPU run one after the other (see
-    Meeting), so nobody else's number of threads is changed.
+    A pass over few tokens has hundreds of small matrix products. Threads that sleep between them must be woken for
+    each. With a small model this costs more time than the threads save, with a large one it does not. So it is
+    measured. The passes of all models on a CPU run one after the other (see Meeting), so no other pass's threads are
+    changed.
 
     Args:
-        clock: seconds.
+        clock: a function that returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -37,7 +37,7 @@ class Threads:
 
     @contextmanager
     def of_pass(self, tokens: int) -> Iterator[None]:
-        """While this is open, this thread computes with the number of threads for a pass over so many tokens."""
+        """Within this context, this thread computes with the number of threads for a pass over so many tokens."""
         current = torch.get_num_threads()
         if current > 1 or threading.current_thread() is threading.main_thread():
             self._all = current  # a thread that first used torch during a pass of one thread has 1 by accident
