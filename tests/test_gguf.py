@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import struct
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
-from packllm import LoadError, Member
+from packllm import LoadError, Member, Pack, VocabularyError, estimate
 from packllm.cache import cache_folder
+from packllm.engines.base import Read
+from packllm.engines.llama_cpp.native import VERSION, installed
 from packllm.engines.load import Loader
 from packllm.engines.transformers import gguf as conversion
 from packllm.engines.transformers.gguf import converted
@@ -43,14 +50,21 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def write_gguf(member: Member, path: Path, **words) -> None:
-    """A tiny Llama in llama.cpp's format, float32; `words` are of GGUFWriter."""
+def write_gguf(member: Member, path: Path, filler: str = "[PAD{}]", **words) -> None:
+    """A tiny Llama in llama.cpp's format, float32.
+
+    Args:
+        filler: the name of rows that the tokenizer lacks, of a row's id.
+        words: of GGUFWriter.
+    """
     config, weights = member.model.config, member.model.state_dict()
     tokenizer = json.loads(member.tokenizer.backend_tokenizer.to_str())
     pieces = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
     special = {t["content"] for t in tokenizer["added_tokens"]}
-    tokens = sorted(pieces, key=pieces.get)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), config.vocab_size)]
+    tokens = [filler.format(i) for i in range(config.vocab_size)]
+    for piece, i in pieces.items():
+        tokens[i] = piece
+    kinds = {piece: gguf.TokenType.CONTROL if piece in special else gguf.TokenType.NORMAL for piece in pieces}
     writer = gguf.GGUFWriter(path, "llama", **words)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -58,13 +72,18 @@ def write_gguf(member: Member, path: Path, **words) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_types([kinds.get(token, gguf.TokenType.UNUSED) for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    if member.encoder.template is not None:
+        writer.add_chat_template(member.encoder.template)
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -91,6 +110,59 @@ def test_a_gguf_file(make_member, tmp_path, cache):
     (folder,) = (cache / "gguf").iterdir()  # one folder, no drafts
     assert (folder / "model.safetensors").exists()
     assert converted(path) == folder
+
+
+def with_a_hole(member: Member) -> Member:
+    """The same without the piece before the last, whose id nothing has then."""
+    data = json.loads(member.tokenizer.backend_tokenizer.to_str())
+    _, hole = sorted((i, piece) for piece, i in data["model"]["vocab"].items())[-2]
+    del data["model"]["vocab"][hole]
+    data["model"]["merges"] = [pair for pair in data["model"]["merges"] if "".join(pair) != hole]
+    tokenizer = copy.deepcopy(member.tokenizer)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    return Member(member.model, tokenizer, "holed")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+@pytest.mark.parametrize("filler", ["[PAD{}]", "<dummy{:05}>", "[PAD1{}]"])
+@pytest.mark.parametrize("holed", [False, True])
+def test_rows_without_a_token_do_not_part_a_family(make_member, tmp_path, engine, filler, holed):
+    """As converters name them, behind the tokens and between them: a file and its twin have one vocabulary, and the
+    same greedy text beside a third."""
+    if engine == "llama.cpp" and installed() != VERSION:
+        pytest.skip(f"needs llama-cpp-python=={VERSION} (extra llama-cpp)")
+    member, other = make_member("llama", 3), make_member("llama", 0)
+    twin = with_a_hole(member) if holed else member
+    write_gguf(twin, tmp_path / "tiny.gguf", filler)
+    (ours,) = Loader(engine=engine).members([tmp_path / "tiny.gguf"])
+    if engine == "llama.cpp":
+        ours.engine._context(None).kind = 0  # keys and values in 32 bits
+    assert ours.vocabulary.akin(twin.vocabulary)
+    assert ours.vocabulary.unused == twin.vocabulary.unused
+    assert len(ours.vocabulary.unused) == holed
+    assert ours.vocabulary_size == twin.vocabulary_size == len(twin.vocabulary) < twin.model.config.vocab_size
+    answers = []
+    for first in (twin, ours):
+        pack = Pack([first, other] if not holed else [first, twin], weighting="uniform", decoding="tokens")
+        found = pack.generate("Once upon a time", chat_template=False, max_tokens=16)
+        assert found.weights.unit == "token"
+        answers.append(found.text)
+    assert answers[0] == answers[1] != ""
+
+
+def test_a_model_in_parts(make_member, tmp_path):
+    """All of them are read, whichever is named; its own head is in a later one."""
+    own = make_member("llama", 3)
+    write_gguf(own, tmp_path / "tiny.gguf", split_max_tensors=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 3
+    for named in (parts[0], parts[-1]):
+        (member,) = Loader(engine="transformers").members([named])
+        assert (logits(member.model) - logits(own.model)).abs().max() < 1e-4
+        size = sum(weight.nbytes for weight in own.model.state_dict().values())
+        assert estimate([named], engine="transformers").weights == pytest.approx(size, rel=0.02)
+    parts[1].unlink()
+    assert f"it is in 3 parts, and {parts[1].name} is not beside it" in refused(parts[0])
 
 
 @pytest.mark.parametrize("content", [b"no model at all", b"GGUF", b"GGUF\x03\x00\x00\x00", b""])
@@ -150,6 +222,82 @@ def test_a_header_that_lies_is_refused(tiny, tmp_path, old, new, said):
         assert Loader(engine="transformers").members([path])[0].model.config.vocab_size
         return
     assert said in refused(path)
+
+
+def fields(content: bytes) -> list[tuple[str, int, int]]:
+    """(what it is, where, bytes) of every number in a header that says how the rest is to be read."""
+    found, at = [], 4
+
+    def take(what: str, size: int) -> int:
+        nonlocal at
+        found.append((what, at, size))
+        at += size
+        return int.from_bytes(content[at - size : at], "little")
+
+    def text() -> None:
+        nonlocal at
+        size = take("length", 8)
+        at += size
+
+    def value(kind: int) -> None:
+        nonlocal at
+        if kind == 8:
+            text()
+        elif kind == 9:
+            inner, count = take("type", 4), take("count", 8)
+            for _ in range(count):
+                value(inner)
+        else:
+            at += {0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind, 4)
+
+    take("version", 4)
+    tensors, entries = take("count", 8), take("count", 8)
+    for _ in range(entries):
+        text()
+        value(take("type", 4))
+    for _ in range(tensors):
+        text()
+        for _ in range(take("dimensions", 4)):
+            take("size", 8)
+        take("type", 4)
+        take("offset", 8)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+def test_spoilt_headers_are_refused_or_read(tiny, tmp_path, engine):
+    """Any count, length, type, size or offset of a header changed, or the file cut after it: an error of ours, or a
+    model that runs."""
+    if engine == "llama.cpp" and installed() != VERSION:
+        pytest.skip(f"needs llama-cpp-python=={VERSION} (extra llama-cpp)")
+    content, outcomes = tiny.read_bytes(), []
+    by_kind: dict[str, list[tuple[int, int]]] = {}
+    for what, at, size in fields(content):
+        by_kind.setdefault(what, []).append((at, size))
+    assert set(by_kind) == {"version", "count", "length", "type", "dimensions", "size", "offset"}
+    places = st.sampled_from(sorted(by_kind)).flatmap(lambda what: st.sampled_from(by_kind[what][-40:]))
+    changes = st.sampled_from([lambda n: 0, lambda n: n + 1, lambda n: n - 1, lambda n: 2 * n, lambda n: 2**31 - n,
+                               lambda n: 2**62 + n, lambda n: -1, lambda n: n ^ 8, lambda n: n])  # fmt: skip
+    path = tmp_path / "x.gguf"
+
+    @settings(max_examples=50, derandomize=True, deadline=None)
+    @given(places, changes, st.booleans())
+    def run(place: tuple[int, int], change: Callable[[int], int], cut: bool) -> None:
+        at, size = place
+        number = change(int.from_bytes(content[at : at + size], "little")) % 256**size
+        spoilt = content[:at] + number.to_bytes(size, "little") + content[at + size :]
+        path.write_bytes(spoilt[: at + size + 8] if cut else spoilt)
+        try:
+            (member,) = Loader(engine=engine).members([path])
+        except (LoadError, VocabularyError) as error:
+            outcomes.append(type(error))
+        else:
+            (answer,) = member.engine.read([Read(member.open(), [1, 2, 3], "last")])
+            outcomes.append(type(answer) if isinstance(answer, Exception) else tuple(answer.shape))
+
+    run()
+    assert outcomes.count(LoadError) > 20
+    assert (1, 400) in outcomes
 
 
 def test_nothing_beside_the_file_is_read(tiny, tmp_path, monkeypatch):
@@ -242,7 +390,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
         converted(path)
     assert list((cache / "gguf").iterdir()) == []
     monkeypatch.setattr(conversion, "_convert", lambda path, folder: (folder / "whole").write_text("whole"))
-    assert sorted(os.listdir(converted(path))) == ["packllm.json", "whole"]
+    assert sorted(os.listdir(converted(path))) == ["packllm-2.json", "whole"]
 
 
 def test_another_process_that_was_faster_wins(tmp_path, cache, monkeypatch):
@@ -259,7 +407,7 @@ def test_another_process_that_was_faster_wins(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(conversion, "_convert", convert)
     monkeypatch.setattr(os, "rename", _rename_onto_nothing)
     assert converted(path) == theirs
-    assert sorted(os.listdir(theirs)) == ["packllm.json", "theirs"]
+    assert sorted(os.listdir(theirs)) == ["packllm-2.json", "theirs"]
     assert list(theirs.parent.iterdir()) == [theirs]
 
 
@@ -290,8 +438,8 @@ def test_a_file_is_hashed_once_while_it_stays_as_it_is(tmp_path, conversions, mo
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda folder: (folder / "packllm.json").unlink(),
-        lambda folder: (folder / "packllm.json").write_text("[1]"),
+        lambda folder: (folder / "packllm-2.json").unlink(),
+        lambda folder: (folder / "packllm-2.json").write_text("[1]"),
         lambda folder: (folder / "model.safetensors").unlink(),
         lambda folder: (folder / "config.json").write_text("{}"),
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import packllm
 from packllm import LoadError, OptionError, Pack
@@ -88,6 +92,81 @@ def test_with_an_accelerator_the_names_stand_for_what_is_installed(monkeypatch):
         quantization.config_of("int8", "auto")
     with pytest.raises(LoadError, match="for accelerators"):
         quantization.config_of("int8", "cpu")
+
+
+def by_transformers(settings: Callable[[], Any]) -> Callable[[Path, Path], None]:
+    """Writes a model as transformers quantises it."""
+
+    def write(full: Path, folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(full, quantization_config=settings(), device_map="cpu")
+        model.save_pretrained(folder)
+
+    return write
+
+
+def eight_bits() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def packed(full: Path, folder: Path) -> None:
+    """As llm-compressor writes it: weights of linear layers in 8 bits, a scale a row."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    written = {}
+    for name, weight in load_file(full / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            written[name] = weight
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        written[f"{name}_packed"] = pack_to_int32((weight / scale).round().to(torch.int8), 8)
+        written |= {f"{name}_scale": scale, f"{name}_shape": torch.tensor(weight.shape)}
+    folder.mkdir()
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((full / "config.json").read_text())
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+WRITTEN = {
+    "torchao": ("torchao", by_transformers(eight_bits), 0.6),
+    "bitsandbytes in 8 bits": ("bitsandbytes", by_transformers(lambda: BitsAndBytesConfig(load_in_8bit=True)), 0.6),
+    "bitsandbytes in 4 bits": ("bitsandbytes", by_transformers(lambda: BitsAndBytesConfig(load_in_4bit=True)), 0.5),
+    "compressed-tensors": ("compressed_tensors", packed, 1.01),  # held in full
+}
+
+
+@pytest.mark.parametrize("method", WRITTEN)
+def test_a_quantised_checkpoint_runs_beside_the_full_one(method, tmp_path):
+    """Token by token, near its numbers, in the memory that was told."""
+    module, write, most = WRITTEN[method]
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1,
+        vocab_size=len(byte_tokenizer()), bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    full, folder = tmp_path / "full", tmp_path / "less"
+    LlamaForCausalLM(config).save_pretrained(full)
+    write(full, folder)
+    for path in (full, folder):
+        byte_tokenizer().save_pretrained(path)
+    pack = Pack.load([full, folder], weighting="uniform", max_tokens=6)
+    answer = pack.generate("Once upon a time")
+    assert (answer.decoding, answer.usage.completion_tokens) == ("tokens", 6)
+    right, found = pack.weigh("Once upon a time there was a dog").nll
+    assert 0 < abs(found - right) < 0.2
+    (_, whole, _), (_, held, _) = pack.memory()
+    assert held < most * whole
+    assert packllm.estimate(folder).weights == pytest.approx(held, rel=0.1)
 
 
 def test_eight_bit_floats_are_held_in_full_where_they_cannot_be_run(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ from engines.contract import Subject, read
 from test_engines import byte_subject, torch_subject
 
 from packllm import LoadError, Member, estimate
+from packllm.decode import tokens
+from packllm.decode.line import Line
 from packllm.engines import ray as workers
 from packllm.engines.base import Read
 from packllm.engines.load import Loader
@@ -37,6 +40,7 @@ class Direct:
 
     Attributes:
         calls: the tasks of each read.
+        bytes: of their answers.
         kill: calls before which the worker is lost, and a new one begins.
     """
 
@@ -44,6 +48,7 @@ class Direct:
         self._load = load
         self.worker = Worker(load)
         self.calls: list[list[Any]] = []
+        self.bytes: list[int] = []
         self.kill: set[int] = set()
 
     def call(self, gate, stop, name: str, *args: Any) -> Any:
@@ -51,7 +56,9 @@ class Direct:
         if len(self.calls) in self.kill:
             self.lose()
         self.calls.append(args[1])
-        return getattr(self.worker, name)(*args)
+        answer = getattr(self.worker, name)(*args)
+        self.bytes.append(len(pickle.dumps(answer)))
+        return answer
 
     def tell(self, name: str, *args: Any) -> None:
         getattr(self.worker, name)(*args)
@@ -123,6 +130,48 @@ def test_a_pack_answers_as_it_does_in_one_process(make_member, options):
         pack = Pack(members, **words)
         assert [answer.text for answer in pack.generate_batch(PROMPTS)] == expected
         assert pack.score(PROMPTS[0], [" by law"]) == pytest.approx(score, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 8, 400])
+@pytest.mark.parametrize("options", [{}, {"pool": "log"}, {"pool": "log", "draft_tokens": 4}, {"draft_tokens": 1}])
+def test_the_likeliest_tokens_are_enough_for_greedy_answers(make_member, monkeypatch, options, count):
+    """However few cross: where they do not prove the choice, whole rows do."""
+    asked, whole = [], Line.whole
+    monkeypatch.setattr(tokens, "LIKELIEST", count)
+    monkeypatch.setattr(Line, "whole", lambda line, back: asked.append(back) or whole(line, back))
+    local = [make_member("llama", 0, name="a"), make_member("gpt2", 1, name="b"), make_member("qwen", 2, name="c")]
+    options = {"weighting": "uniform", "max_tokens": 16, **options}
+    expected = [g.text for g in Pack(local, **options).generate_batch(PROMPTS)]
+    assert not asked
+    pairs = [remote(one) for one in local]
+    for members in ([member for member, _ in pairs], [local[0], *(member for member, _ in pairs[1:])]):
+        assert [g.text for g in Pack(members, **options).generate_batch(PROMPTS)] == expected
+    assert bool(asked) == (count < 400)
+
+
+@pytest.mark.parametrize(
+    ("options", "spares"),
+    [
+        ({}, True),
+        ({"adapt": False, "pool": "log"}, True),
+        ({"temperature": 1.0}, False),
+        ({"logprobs": True}, False),
+        ({"sleep": 0.1}, False),
+        ({"logit_bias": {" the": 1.0}}, False),
+    ],
+    ids=str,
+)
+def test_a_step_brings_the_likeliest_tokens_alone(make_member, monkeypatch, options, spares):
+    """Not where the answer needs all of them: draws, log-probabilities, members that sleep. Members agree here."""
+    monkeypatch.setattr(tokens, "LIKELIEST", 8)
+    pairs = [remote(make_member("llama", 0, name=name)) for name in "ab"]
+    words = {"max_tokens": 6, "draft_tokens": 1, **options}
+    assert Pack([member for member, _ in pairs], **words).generate(PROMPTS[0]).usage.completion_tokens == 6
+    row = 2 * pairs[0][0].vocabulary_size
+    for _, wire in pairs:
+        steps = wire.bytes[1:]
+        assert len(steps) == 5
+        assert max(steps) < row if spares else min(steps) > row
 
 
 def test_an_answer_survives_the_loss_of_workers_at_any_call(make_member):
@@ -199,6 +248,11 @@ def test_a_worker_takes_no_memory_here():
     found = estimate(["law=ray[GPU=1]:./law-7b", "ray:./medicine"])
     assert list(found) == [("law", 0, None), ("medicine", 0, None)]
     assert "runs in a worker" in str(found)
+
+
+def test_loaded_workers_take_no_memory_here_either(make_member):
+    pack = Pack([remote(make_member("llama"))[0]])
+    assert [held for _, held, _ in pack.memory()] == [0]
 
 
 def test_resources_are_numbers():

@@ -13,10 +13,12 @@ from itertools import count
 import pytest
 import serving
 from serving import CORPUS, Broken, Served, english
+from test_gguf import write_gguf
 
 import packllm
 from packllm import AnswerTimeout, CancelledError, LoadError, MemberError, OptionError, Pack, PackError, VocabularyError
 from packllm.decode.relevance import asked, asking
+from packllm.engines.llama_cpp.native import VERSION, installed
 from packllm.engines.server import http
 from packllm.engines.server.address import Address
 from packllm.engines.server.answers import aligned
@@ -536,6 +538,22 @@ def test_greedy_tokens_are_proved(serve, minds, tokenizer_folder, pool, few):
         assert proved.as_dict()["usage"]["rounds"] == proved.usage.rounds >= count
     assert at_once <= tokens <= rounds
     print(f"{pool}, top {member.tops.count}: {rounds / tokens:.2f} rounds a token, {at_once / tokens:.0%} at once")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+def test_a_gguf_file_beside_a_server_writes_what_one_engine_writes(serve, minds, tokenizer_folder, tmp_path, engine):
+    """Token by token, and segment by segment."""
+    if engine == "llama.cpp" and installed() != VERSION:
+        pytest.skip(f"needs llama-cpp-python=={VERSION} (extra llama-cpp)")
+    write_gguf(minds[0], tmp_path / "near.gguf")
+    far = Pack.load([str(tmp_path / "near.gguf"), serve().spec(words=tokenizer_folder)], engine=engine, max_tokens=20)
+    if engine == "llama.cpp":
+        far.members[0].engine._context(None).kind = 0  # keys and values in 32 bits: numbers are equal
+    here = Pack.load(list(minds), max_tokens=20)
+    for decoding in ("tokens", "cool"):
+        options = {"weighting": {"near": 0.5, "far": 0.5}, "decoding": decoding}
+        proved, plain = (pack.generate(QUESTION, **options) for pack in (far, here))
+        assert (proved.text, proved.decoding) == (plain.text, decoding)
 
 
 def test_a_server_whose_tokenizer_is_known_is_judged_in_ids(serve, minds, tokenizer_folder):

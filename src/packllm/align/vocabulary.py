@@ -179,7 +179,12 @@ def _checked_ids(data: Any) -> dict[str, int]:
         ids = {pair[0]: i for i, pair in enumerate(pieces)}
     else:
         raise VocabularyError("this is no tokenizer.json: it has no model with a vocabulary (model.vocab)")
-    wrong = next((piece for piece, i in ids.items() if not isinstance(piece, str) or not _is_id(i)), None)
+    plain = {*map(type, ids)} <= {str} and {*map(type, ids.values())} <= {int} and min(ids.values(), default=0) >= 0
+    wrong = (
+        None
+        if plain
+        else next((piece for piece, i in ids.items() if not isinstance(piece, str) or not _is_id(i)), None)
+    )
     if wrong is not None:
         raise VocabularyError(f"piece {str(wrong)[:40]!r} has the id {str(ids[wrong])[:40]}; an id is a number from 0")
     return ids

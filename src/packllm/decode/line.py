@@ -60,6 +60,28 @@ class Line:
             raise answer
         return answer
 
+    def bound(self, back: int) -> float:
+        """See base.Sequence.bound, for the row `back` tokens ago."""
+        return self.sequence.bound(len(self) - back)
+
+    def whole(self, back: int) -> Tensor:
+        """Read the row `back` tokens ago again, with all its entries: float32 (V,).
+
+        Raises:
+            MemberError: the member failed.
+        """
+        length = len(self) - back
+        fork = self.sequence.fork()
+        try:
+            fork.crop(length - 1)
+            fork.top = self.member.vocabulary_size
+            (answer,) = read_together([Read(fork, self.sequence.ids[length - 1 : length], "last")])
+        finally:
+            fork.close()
+        if isinstance(answer, Exception):
+            raise self.member.failed(answer)
+        return self.in_line_ids(answer)[0]
+
     def crop(self, length: int, next_logprobs: Tensor) -> None:
         """Go back to the first `length` tokens; `next_logprobs` is the member's prediction after them."""
         self.sequence.crop(length)

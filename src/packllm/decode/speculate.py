@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from packllm.decode.sampling import Greedy, Random
-from packllm.decode.tokens import Ensemble, Row, Slot, fused_row, generate_ids
+from packllm.decode.tokens import Ensemble, Row, Slot, generate_ids
 from packllm.engines.base import Engine
 
 log = logging.getLogger("packllm")
@@ -59,6 +59,7 @@ def speculative_ids(ensemble: Ensemble, rows: Sequence[Row], fixed: int | None =
         fixed: γ, places per round; None: the γ that costs least by the acceptance rate so far.
     """
     live = [r for r, row in enumerate(rows) if not row.done]
+    ensemble.spare()
     pace = Pace(ensemble, fixed)
     if not pace.can_pay(live) or _hindered(ensemble, [rows[r] for r in live]):
         yield from generate_ids(ensemble, rows)
@@ -111,7 +112,7 @@ def _verified(
             row = rows[r]
             assert isinstance(row.sample, Greedy | Random)
             parts = {k: p[place] for k, p in block.parts[r].items()}
-            fused = fused_row(parts, row.weights)
+            fused = ensemble.fused(r, parts, len(next(iter(block.parts[r].values()))) - 1 - place)
             target = row.sample.distribution(fused)
             if place < len(block.drafted[r]):
                 drafted, draft = block.drafted[r][place], block.drawn_from[r][place]

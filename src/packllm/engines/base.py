@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as List
@@ -32,12 +33,20 @@ class Sequence(ABC):
         ids: the ids read so far; a lost cache is computed again from them.
         cached_tokens: how many of them were not read, because an earlier sequence had the same prefix.
         gate: called before every forward pass; an exception from it ends the read.
+        top: how many of the likeliest tokens the next rows must contain; other entries may be bounds, see bound().
+            None: all entries.
     """
 
     engine: Engine
     ids: list[int]
     cached_tokens: int = 0
     gate: Callable[[], object] = staticmethod(lambda: None)
+    top: int | None = None
+
+    def bound(self, length: int) -> float:
+        """In the row after the first `length` ids, entries up to this value may be upper bounds of log-probabilities.
+        -inf: all entries are exact."""
+        return -math.inf
 
     @abstractmethod
     def crop(self, length: int) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from packllm.engines.server.member import connect
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
-from packllm.engines.transformers.footprint import Cache, Footprint, Layer
+from packllm.engines.transformers.footprint import Footprint
 from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
 from packllm.engines.transformers.gguf_header import MAGIC, check_header
@@ -190,16 +190,16 @@ class Loader:
 
     def footprint(self, spec: Spec) -> Footprint:
         """The memory that the base of a spec will need; no weights are read."""
-        estimate = footprint(spec.base, self._dtype, self._trust, self._words)
-        if not (os.path.isfile(spec.base) and self._as_it_is()):
-            return estimate
-        weights, token = llama_cpp.held(_gguf(spec.base))
-        return replace(
-            estimate, engine="llama.cpp", weights=weights, dtype="as stored", cache=Cache((Layer(0, token),))
-        )
+        if os.path.isfile(spec.base) and self._as_it_is():
+            with loading(f"model {spec.base!r}"):
+                return llama_cpp.footprint(_gguf(spec.base))
+        return footprint(spec.base, self._dtype, self._trust, self._words)
 
     def adapter(self, name: str, weights: bool = True) -> lora.Adapter:
         """The files of an adapter, see lora.open_adapter."""
+        if os.path.isfile(name) and _gguf(name):
+            told = "GGUF adapters run in llama.cpp alone (packllm[llama-cpp]), on a .gguf base; or give its folder"
+            raise refused(f"adapter {name!r}", told)
         return lora.open_adapter(name, self._hub, weights)
 
     def _member(self, spec: Spec, shared: bool) -> Member:
@@ -240,9 +240,9 @@ class Loader:
         file = self._files[spec.key]
         tokenizer, encoder, index = file.tokenizer, file.encoder, None
         if spec.adapter is not None and os.path.isfile(spec.adapter):
-            index = llama_cpp_adapters.attach(file, Path(spec.adapter))
+            index = llama_cpp_adapters.attach(file, _gguf(spec.adapter))
         elif spec.adapter is not None:
-            adapter = lora.open_adapter(spec.adapter, self._hub)
+            adapter = self.adapter(spec.adapter)
             with loading(f"the tokenizer of {adapter.what}"):
                 adapter_tokenizer = files.own_tokenizer(adapter.folder, file.tokenizer)
                 if adapter_tokenizer is not None:

@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from packllm.chat.prompt import Encoder
+from packllm.engines.llama_cpp.adapters import read_adapter
 from packllm.engines.load import Loader, Spec, as_list, is_spec, of_worker
 from packllm.engines.member import Author, Member
 from packllm.engines.server.address import Address, is_address
@@ -318,34 +320,17 @@ class _Looks:
             if spec.key not in self._bases:
                 self._bases[spec.key] = self._loader.footprint(spec)
             base = self._bases[spec.key]
-            adapter = None if spec.adapter is None else self._loader.adapter(spec.adapter, weights=False)
+            encoder = None if base.tokenizer is None else Encoder(base.tokenizer)
+            parameters, bytes_, shares = base.parameters, 0, True
+            if spec.adapter is not None and base.engine == "llama.cpp" and os.path.isfile(spec.adapter):
+                header = read_adapter(Path(spec.adapter))
+                parameters, bytes_ = header.elements, header.nbytes
+            elif spec.adapter is not None:
+                parameters, bytes_, shares, encoder = self._adapter(spec, base, encoder)
         except LoadError as error:
             if os.path.exists(spec.base) and (spec.adapter is None or os.path.exists(spec.adapter)):
                 raise
             return MemberEstimate(spec.name, note=str(error)), None
-        encoder = None if base.tokenizer is None else Encoder(base.tokenizer)
-        bytes_, shares, parameters = 0, True, base.parameters
-        if adapter is not None:
-            parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
-            base_encoder = encoder
-            if (
-                base.tokenizer is not None
-                and (adapter_tokenizer := own_tokenizer(adapter.folder, base.tokenizer, base.config)) is not None
-            ):
-                encoder = Encoder(adapter_tokenizer)
-            factors = adapter.factors()
-            if factors is None:  # peft makes a copy of the base
-                bytes_, shares = base.weights, False
-            elif self._uses[spec.key] > 1:
-                merged = (
-                    base_encoder is not None
-                    and encoder is not None
-                    and not encoder.vocabulary.same_as(base_encoder.vocabulary)
-                )
-                bytes_ = base.item * sum(
-                    up.shape[0] * down.shape[1] if merged else up.numel() + down.numel()
-                    for down, up in factors.values()
-                )
         if shares and spec.key not in self._counted:
             self._counted.add(spec.key)
             bytes_ += base.weights
@@ -361,3 +346,25 @@ class _Looks:
             base.note,
         )
         return row, None if encoder is None else _Speech.of(encoder, base.ends)
+
+    def _adapter(self, spec: Spec, base: Footprint, encoder: Encoder | None) -> tuple[int, int, bool, Encoder | None]:
+        """(parameters, bytes, whether it shares its base, encoder) of a member with an adapter folder."""
+        assert spec.adapter is not None
+        adapter = self._loader.adapter(spec.adapter, weights=False)
+        parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
+        base_encoder = encoder
+        if base.tokenizer is not None:
+            tokenizer = own_tokenizer(adapter.folder, base.tokenizer, base.config)
+            encoder = encoder if tokenizer is None else Encoder(tokenizer)
+        factors = adapter.factors()
+        if factors is None:  # peft makes a copy of the base
+            return parameters, base.weights, False, encoder
+        if self._uses[spec.key] == 1 and base.engine != "llama.cpp":  # merged into it
+            return parameters, 0, True, encoder
+        merged = (
+            base_encoder is not None and encoder is not None and not encoder.vocabulary.same_as(base_encoder.vocabulary)
+        )
+        bytes_ = base.item * sum(
+            up.shape[0] * down.shape[1] if merged else up.numel() + down.numel() for down, up in factors.values()
+        )
+        return parameters, bytes_, True, encoder

@@ -2,12 +2,14 @@
 
 A worker may be killed at any time. So every read states which ids precede it, by their number and a hash. If the worker
 lacks them, it says so, and the complete ids are sent. The local ids are therefore authoritative, and crops and forks
-need no message. Results are only the wanted rows, in float16.
+need no message. Results are only the wanted rows, in float16; or, if that is enough, the likeliest tokens of
+each row and a bound for all others.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import weakref
@@ -39,6 +41,7 @@ class Task:
         before: the preceding ids; only set after the worker has said that it lacks them.
         prompt: name under which to cache the prompt; None: do not cache it.
         prefix: name of a cached prompt with a common prefix, and the length of that prefix.
+        top: how many of the likeliest tokens a row must contain; None: all tokens.
     """
 
     key: str
@@ -49,6 +52,7 @@ class Task:
     before: List[int] | None = None
     prompt: str | None = None
     prefix: tuple[str, int] | None = None
+    top: int | None = None
 
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -57,17 +61,35 @@ smallest error."""
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """The likeliest tokens of n rows.
+
+    Attributes:
+        ids: int32 (n, m), the likeliest tokens, and the end tokens.
+        logprobs: float32 (n, m), their log-probabilities.
+        rest: float32 (n, 1), an upper bound for all other tokens.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    rest: np.ndarray
+
+
+Found = Rows | Likeliest | np.ndarray | Exception
+
+
+@dataclass(frozen=True)
 class Answer:
     """The results of a task.
 
     Attributes:
-        found: for each read its rows, float64 (n,) for targets, or an error.
+        found: for each read its rows or their likeliest tokens, float64 (n,) for targets, or an error.
         cached: ids that did not have to be read.
         noted: the same, if the prompt has just started; else None.
         kept: number of ids and bytes of the prompt that is now cached; else None.
     """
 
-    found: list[Rows | np.ndarray | Exception]
+    found: list[Found]
     cached: int = 0
     noted: int | None = None
     kept: tuple[int, int] | None = None
@@ -130,9 +152,17 @@ class Worker:
         finally:
             self._stopped.discard(call)
         for task in ready:
-            parts = [_packed(next(answers_)) for _ in task.reads]
+            parts = [self._told(next(answers_), task.top) for _ in task.reads]
             answers[task.key] = self._answer(task, parts)
         return [answers[task.key] for task in tasks]
+
+    def _told(self, answer: Tensor | Exception, top: int | None) -> Found:
+        if top is None or isinstance(answer, Exception) or answer.dtype == torch.float64:
+            return _packed(answer)
+        best = answer.topk(min(top, answer.shape[-1]))
+        ends = torch.tensor(sorted(i for i in self.member.end_ids if i < answer.shape[-1]), dtype=torch.long)
+        ids = torch.cat([best.indices.cpu(), ends.expand(len(answer), -1)], -1)
+        return Likeliest(ids.int().numpy(), answer.cpu().gather(-1, ids).numpy(), best.values[:, -1:].cpu().numpy())
 
     def _sequence_of(self, task: Task, gate: Callable[[], object]) -> base.Sequence | None:
         """A task's sequence at the end of its preceding ids; None if these must be sent."""
@@ -157,7 +187,7 @@ class Worker:
                 raise answer
         return sequence
 
-    def _answer(self, task: Task, parts: list[Rows | np.ndarray | Exception]) -> Answer:
+    def _answer(self, task: Task, parts: list[Found]) -> Answer:
         cached, prompt = self.held[task.key].cached_tokens, self._prompts.get(task.key)
         if prompt is None:
             return Answer(parts, cached)
@@ -204,7 +234,7 @@ class _Prompt:
         self.sequence, self.nbytes = sequence, nbytes
 
 
-def _packed(answer: Tensor | Exception) -> Rows | np.ndarray | Exception:
+def _packed(answer: Tensor | Exception) -> Found:
     if isinstance(answer, Exception):
         plain = type(answer).__module__ == "builtins"  # other classes may not exist in the other process
         return answer if plain else RuntimeError(f"{type(answer).__name__}: {answer}")
@@ -214,10 +244,13 @@ def _packed(answer: Tensor | Exception) -> Rows | np.ndarray | Exception:
     return (answer - peaks).half().cpu().numpy(), peaks.cpu().numpy()
 
 
-def _unpacked(answer: Rows | np.ndarray | Exception) -> Tensor | Exception:
-    if isinstance(answer, tuple):
-        return torch.from_numpy(answer[0].astype(np.float32) + answer[1])
-    return torch.from_numpy(answer.copy()) if isinstance(answer, np.ndarray) else answer
+def _unpacked(found: Found, size: int) -> Tensor | Exception:
+    if isinstance(found, Likeliest):
+        rows = torch.from_numpy(found.rest).expand(-1, size).clone()
+        return rows.scatter_(-1, torch.from_numpy(found.ids).long(), torch.from_numpy(found.logprobs))
+    if isinstance(found, tuple):
+        return torch.from_numpy(found[0].astype(np.float32) + found[1])
+    return torch.from_numpy(found.copy()) if isinstance(found, np.ndarray) else found
 
 
 class Wire(Protocol):
@@ -243,15 +276,27 @@ class RemoteSequence(base.Sequence):
         self.key = key or engine.new_key()
         self.origins: tuple[str, ...] = ()
         self.closed = False
+        self._bounds: dict[int, float] = {}
         self._free = weakref.finalize(self, engine.wire.tell, "forget", self.key)
         self._free.atexit = False
 
+    def bound(self, length: int) -> float:
+        return self._bounds.get(length, -math.inf)
+
+    def note(self, found: Found) -> None:
+        """Record the bounds of new rows, the last of which is after all ids."""
+        rest = found.rest[:, 0].tolist() if isinstance(found, Likeliest) else []
+        self._bounds |= {len(self.ids) - at: bound for at, bound in enumerate(reversed(rest))}
+
     def crop(self, length: int) -> None:
+        for at in range(length + 1, len(self.ids) + 1):
+            self._bounds.pop(at, None)
         del self.ids[length:]
 
     def fork(self) -> RemoteSequence:
         twin = RemoteSequence(self.engine)
         twin.ids, twin.gate, twin.origins = list(self.ids), self.gate, (self.key, *self.origins)
+        twin._bounds = dict(self._bounds)
         return twin
 
     def close(self) -> None:
@@ -278,6 +323,9 @@ class RemoteEngine(base.Engine):
 
     def fingerprint(self, adapter: int | None = None) -> str:
         return self._fingerprint
+
+    def held(self, adapter: int | None = None) -> dict[Hashable, int]:
+        return {}  # nothing here
 
     def open(self, adapter: int | None = None, prefixes: Prefixes | None = None) -> RemoteSequence:
         return RemoteSequence(self, prefixes)
@@ -336,15 +384,17 @@ class _Group:
             list(sequence.ids) if with_ids else None,
             prompt,
             prefix,
+            sequence.top,
         )
 
     def take(self, answer: Answer, results: dict[int, Tensor | Exception]) -> None:
         """Store the answers by index, and record the ids that were read."""
         sequence = self.sequence
         for (at, read), part in zip(self.reads.items(), answer.found, strict=True):
-            results[at] = _unpacked(part)
+            results[at] = _unpacked(part, sequence.engine.vocabulary_size)
             if not isinstance(part, Exception):
                 sequence.ids += read.ids
+                sequence.note(part)
         sequence.cached_tokens = answer.cached
         if sequence.prefixes is not None and answer.noted is not None:
             sequence.prefixes.note(answer.noted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -60,7 +61,7 @@ class Engine(Passes[Sequence]):
     ) -> None:
         settle_threads()
         self._model, self._fingerprint = model, fingerprint
-        self._adapters: list[tuple[Any, str]] = []
+        self._adapters: list[tuple[Any, str, int]] = []
         self._contexts: dict[int | None, Context] = {}
         self.vocabulary_size = min(len(vocabulary), model.vocabulary_size)
         self.context_window, self.token_bytes = window, token_bytes
@@ -72,9 +73,9 @@ class Engine(Passes[Sequence]):
         self.meeting = Meeting.at(self.place)
         self._unused = torch.tensor(sorted(i for i in vocabulary.unused if i < self.vocabulary_size))
 
-    def attach(self, adapter: Any, fingerprint: str) -> int:
+    def attach(self, adapter: Any, fingerprint: str, nbytes: int) -> int:
         """Register an adapter, which Model.attach returned, and return its index."""
-        self._adapters.append((adapter, fingerprint))
+        self._adapters.append((adapter, fingerprint, nbytes))
         return len(self._adapters) - 1
 
     @property
@@ -91,6 +92,12 @@ class Engine(Passes[Sequence]):
     def fingerprint(self, adapter: int | None = None) -> str:
         suffix = "" if adapter is None else self._adapters[adapter][1]
         return hashlib.sha256(f"{self._fingerprint} {suffix}".encode()).hexdigest()
+
+    def held(self, adapter: int | None = None) -> dict[Hashable, int]:
+        held: dict[Hashable, int] = {id(self): self.size}
+        if adapter is not None:
+            held[id(self), adapter] = self._adapters[adapter][2]
+        return held
 
     # One pass (see passes.py)
 

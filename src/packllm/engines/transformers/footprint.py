@@ -6,9 +6,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from packllm.engines.transformers import files, kv, packed
 from packllm.engines.transformers.architecture import CARRIERS, text_part
-from packllm.engines.transformers.gguf_header import check_header
+from packllm.engines.transformers.gguf import config_of
+from packllm.engines.transformers.gguf_header import check_parts, parts
+from packllm.engines.transformers.gguf_tokenizer import tokenizer_of
 from packllm.engines.transformers.quantization import bits_of
 from packllm.errors import LoadError, first_line, loading
 from packllm.machine import free_memory
@@ -169,16 +170,12 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
 
     what = f"model {source!r}"
     hub = {name: words[name] for name in files.HUB if name in words}
-    weights, note = None, ""
-    with ExitStack() as stack:
-        stack.enter_context(loading(what))
-        where: str = source
-        if os.path.isfile(source):
-            weights = check_header(Path(source))
-            where = stack.enter_context(
-                tempfile.TemporaryDirectory()
-            )  # an empty folder: ignore all files beside this one
-            hub = {"gguf_file": os.path.abspath(source)}
+    weights, note, config = None, "", None
+    with loading(what):
+        if gguf := os.path.isfile(source):
+            paths = parts(Path(source))
+            weights, header = check_parts(paths)
+            config = config_of(paths, header)
         elif (folder := _folder(source, hub)) is not None:
             try:
                 weights = files.check_folder(folder)
@@ -187,20 +184,24 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
                     raise
                 note = f"from its config alone: {error}"
             files.check_claims(files.read_json(folder / "config.json"), weights, what)
-        config: Any = AutoConfig.from_pretrained(where, trust_remote_code=trust, **hub)
+        if config is None:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **hub)
         files.check_decoder(config, what)
-        chosen = _dtype(dtype, config, weights, "gguf_file" in hub)
-        if "gguf_file" in hub and hasattr(config, "quantization_config"):  # describes the file, which is converted
+        chosen = _dtype(dtype, config, weights, gguf)
+        if gguf and hasattr(config, "quantization_config"):  # describes the file, which is converted
             del config.quantization_config
         twin = text_part(files.twin(config, weights, what, trust, dtype=chosen, **_RUNS).eval())
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **hub)
+            if gguf:
+                tokenizer: Any = tokenizer_of(header.metadata, what)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **hub)
         except Exception as error:
             tokenizer, note = None, note or f"its tokenizer cannot be read: {first_line(error)}"
-        try:
-            ends = GenerationConfig.from_pretrained(where, **hub).eos_token_id
-        except Exception:  # the file is optional
-            ends = getattr(twin.generation_config, "eos_token_id", None)
+        ends = getattr(twin.generation_config, "eos_token_id", None)
+        if not gguf:
+            with suppress(Exception):  # the file is optional
+                ends = GenerationConfig.from_pretrained(source, **hub).eos_token_id
         size, kind, problem = _held(twin, chosen, weights, words.get("quantization_config"))
         text = config.get_text_config(decoder=True)
         return Footprint(
@@ -270,7 +271,9 @@ def _held(twin: Any, dtype: torch.dtype, weights: files.Weights | None, wanted: 
             quantiser.validate_environment(device_map=None)
         except Exception as error:
             return weights.size if weights else full_size, name, f"it cannot be loaded here: {first_line(error)}"
-        if getattr(quantiser.quantization_config, "dequantize", False):
+        # compressed-tensors are decompressed at the first pass, unless FP8 kernels are asked for.
+        unpacked = name == "compressed-tensors" and not getattr(quantiser, "use_fp8_kernel", False)
+        if unpacked or getattr(quantiser.quantization_config, "dequantize", False):
             return full_size, str(dtype).removeprefix("torch."), f"it is stored as {name}, and dequantized here"
         return (
             (weights.size, name, "")

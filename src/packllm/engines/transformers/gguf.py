@@ -11,7 +11,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from packllm.cache import cache_folder
 from packllm.engines.transformers.files import check_size
-from packllm.engines.transformers.gguf_header import check_header
+from packllm.engines.transformers.gguf_header import Header, check_parts, parts
+from packllm.engines.transformers.gguf_tokenizer import tokenizer_of
 from packllm.errors import LoadError, PackError, loading
 
 log = logging.getLogger("packllm")
 
-_MANIFEST = "packllm.json"
+_MANIFEST = "packllm-2.json"
+"""The number counts what conversions hold: older ones are made again."""
 _CHUNK = 2**22
 _RACY = 2.0  # seconds; a file changed more recently may change again without new timestamps
 _without_cache: dict[str, tempfile.TemporaryDirectory] = {}
@@ -47,7 +49,10 @@ def converted(path: Path) -> Path:
             conversion.
     """
     with loading(f"{str(path)!r}"):
+        path, *others = parts(path)
         key = _key(path)
+        if others:
+            key = hashlib.sha256(" ".join([key, *map(_key, others)]).encode()).hexdigest()
     folder = cache_folder() / "gguf" / f"{path.stem[:80]}-{key[:16]}"
     if key in _without_cache:
         return Path(_without_cache[key].name)
@@ -61,7 +66,7 @@ def converted(path: Path) -> Path:
         draft = tempfile.TemporaryDirectory(prefix="packllm-")
         _convert(path, Path(draft.name))
     except OSError as error:
-        size = 4 * check_header(path).elements
+        size = 4 * check_parts(parts(path))[0].elements
         raise LoadError(
             f"cannot convert {str(path)!r}: {error}; it takes {size / 2**20:,.0f} MiB in {str(folder.parent)!r} or "
             "the folder for temporary files; free some space, or set PACKLLM_CACHE to another folder"
@@ -152,21 +157,25 @@ def _stat(file: Path) -> tuple[int, int]:
 def _convert(path: Path, folder: Path) -> None:
     """Write the model of a .gguf file into a folder. An OSError with an errno means that the folder cannot be
     written."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    weights = check_header(path)
-    what = f"cannot read {str(path)!r}"
+    paths, what = parts(path), f"cannot read {str(path)!r}"
+    weights, header = check_parts(paths)
     # transformers reads from an empty folder, so that no config, template or code beside the file has an effect.
     with tempfile.TemporaryDirectory() as empty, _reading(path):
         words: dict[str, Any] = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(empty, **words)
+        config = config_of(paths, header)
         check_size(config, weights, what)
-        AutoTokenizer.from_pretrained(empty, **words).save_pretrained(folder)
+        tokenizer_of(header.metadata, f"model {str(path)!r}").save_pretrained(folder)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         try:
-            _write_each(path, model, folder / "model.safetensors")
+            _write_each(paths, model, folder / "model.safetensors")
         except _UnknownNames as error:
+            if len(paths) > 1:
+                raise LoadError(
+                    f"{what}: {error}, and it is in parts; merge them (llama-gguf-split --merge)"
+                ) from error
             log.info("%s is converted in memory, not tensor by tensor: %s", path.name, error)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 empty, dtype=torch.float32, output_loading_info=True, **words
@@ -182,6 +191,22 @@ def _convert(path: Path, folder: Path) -> None:
         clean.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
+
+
+def config_of(paths: Sequence[Path], header: Header) -> Any:
+    """The config that a model's header describes.
+
+    Args:
+        paths: its file, or all parts of it.
+        header: of all of them.
+    """
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as empty:
+        config = AutoConfig.from_pretrained(empty, gguf_file=str(paths[0].absolute()), trust_remote_code=False)
+    if len(paths) > 1:  # transformers has looked for a head in the first part alone
+        config.tie_word_embeddings = "output.weight" not in header.shapes
+    return config
 
 
 @contextmanager
@@ -204,14 +229,14 @@ class _UnknownNames(Exception):
     """The table of tensor names does not cover this model."""
 
 
-def _write_each(path: Path, model: Any, file: Path) -> None:
-    """Write the tensors of a .gguf file into one safetensors file under transformers' names. One tensor is in memory at
-    a time.
+def _write_each(paths: Sequence[Path], model: Any, file: Path) -> None:
+    """Write the tensors of a model's parts into one safetensors file under transformers' names. One tensor is in memory
+    at a time.
 
     Args:
         model: the model on the meta device, which has the names and shapes.
     """
-    table = _table(path, model)
+    path, table = paths[0], _table(paths, model)
     places, header = _layout(model)
     written: set[str] = set()
     with open(file, "wb") as out:
@@ -251,19 +276,19 @@ class _Table:
     """How transformers reads the tensors of one file.
 
     Attributes:
-        reader: GGUFReader of the memory-mapped file.
+        tensors: GGUFReader's, of all memory-mapped parts.
         names: transformers' name of each tensor, by its name in the file.
         processor: converts a tensor to transformers' layout.
         parsed: transformers' reading of the header; processors collect the experts' tensors in its "tensors".
     """
 
-    reader: Any
+    tensors: list[Any]
     names: dict[str, str]
     processor: Any
     parsed: dict[str, Any]
 
 
-def _table(path: Path, model: Any) -> _Table:
+def _table(paths: Sequence[Path], model: Any) -> _Table:
     try:
         from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
         from transformers.modeling_gguf_pytorch_utils import (
@@ -275,8 +300,8 @@ def _table(path: Path, model: Any) -> _Table:
         )
     except ImportError as error:
         raise _UnknownNames(str(error)) from error
-    reader = GGUFReader(path)
-    architecture = read_field(reader, "general.architecture")[0]
+    path, readers = paths[0], [GGUFReader(path) for path in paths]
+    architecture = read_field(readers[0], "general.architecture")[0]
     kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
     if architecture not in GGUF_SUPPORTED_ARCHITECTURES or not kinds:
         raise _UnknownNames(f"architecture {architecture!r}")
@@ -295,7 +320,7 @@ def _table(path: Path, model: Any) -> _Table:
             names.setdefault(own_name + suffix, full)
         else:
             processor.perform_fallback_tensor_mapping(names, suffix, "", full)
-    return _Table(reader, names, processor, parsed)
+    return _Table([tensor for reader in readers for tensor in reader.tensors], names, processor, parsed)
 
 
 def _tensors(path: Path, table: _Table) -> Iterator[tuple[str, Tensor]]:
@@ -303,7 +328,7 @@ def _tensors(path: Path, table: _Table) -> Iterator[tuple[str, Tensor]]:
     from gguf import dequantize
 
     merged = table.parsed["tensors"]
-    ordered = sorted(table.reader.tensors, key=lambda tensor: _block(tensor.name))
+    ordered = sorted(table.tensors, key=lambda tensor: _block(tensor.name))
     block: list[str] = []
     for tensor in tqdm(ordered, desc=f"Converting {path.name} (once)", unit="tensor", disable=None, delay=1):
         if _block(tensor.name) != block:  # the processor merges experts within their block

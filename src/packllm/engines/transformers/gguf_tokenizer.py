@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -17,6 +19,8 @@ _PARTS = {
     **{name: name for name in ("tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id")},
 }
 """transformers' name of each value, by the name in the file."""
+_UNUSED = 5
+_FILLER = re.compile(r"\[PAD\d+\]|<dummy\d+>")
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -33,8 +37,9 @@ def tokenizer_of(metadata: Mapping[str, Any], what: str) -> Any:
     tokens, kind = values.get("tokens"), values.get("model")
     if not isinstance(tokens, list) or not tokens or kind in (None, "none", "no_vocab"):
         raise refused(what, "it has no vocabulary, only weights; use a file that was converted with its tokenizer")
+    fillers = _fillers(tokens, values.get("token_type"))
     used = len(tokens)
-    while used and tokens[used - 1] == f"[PAD{used - 1}]":  # converters' names for embedding rows without a token
+    while used - 1 in fillers:
         used -= 1
     tokens = values["tokens"] = tokens[:used]
     if len(set(map(str, tokens))) < len(tokens):
@@ -42,6 +47,8 @@ def tokenizer_of(metadata: Mapping[str, Any], what: str) -> Any:
     with loading(f"the tokenizer of {what}"):
         parts = {own: values[name] for name, own in _PARTS.items() if name in values}
         backend, further = _converter()(str(metadata.get("general.architecture")), parts)
+        if between := {tokens[i] for i in fillers if i < used}:
+            backend = _without(backend, between)
         words: dict[str, Any] = {"add_bos_token": values.get("add_bos_token", kind == "llama"), **further}
         if "add_eos_token" in values:
             words["add_eos_token"] = values["add_eos_token"]
@@ -52,6 +59,28 @@ def tokenizer_of(metadata: Mapping[str, Any], what: str) -> Any:
             words[role] = tokens[token_id] if isinstance(token_id, int) and token_id < len(tokens) else None
         template = metadata.get("tokenizer.chat_template")
         return PreTrainedTokenizerFast(tokenizer_object=_Uncopied(backend), chat_template=template, **words)
+
+
+def _fillers(tokens: list[Any], types: Any) -> set[int]:
+    """Ids of embedding rows without a token, which converters give a name. They may follow the tokens, or lie between
+    them and tokens that were added later."""
+    unused = types if isinstance(types, list) and len(types) == len(tokens) else [None] * len(tokens)
+    return {
+        i
+        for i, (token, kind) in enumerate(zip(tokens, unused, strict=True))
+        if token == f"[PAD{i}]" or (kind == _UNUSED and _FILLER.fullmatch(str(token)))
+    }
+
+
+def _without(backend: Any, pieces: set[str]) -> Any:
+    """A copy of a tokenizer without these pieces; the others keep their ids."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(backend.to_str())
+    if isinstance(data["model"]["vocab"], dict):  # else an id is a place in the list
+        data["model"]["vocab"] = {piece: i for piece, i in data["model"]["vocab"].items() if piece not in pieces}
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in pieces]
+    return Tokenizer.from_str(json.dumps(data))
 
 
 def _converter() -> Any:
