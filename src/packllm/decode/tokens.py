@@ -78,7 +78,7 @@ class Row:
 
 
 LIKELIEST = 64
-"""Entries of a row that greedy decoding asks for. In 2,387 tokens of SmolLM2 and an expert, 6 rows had to be read again."""
+"""Entries of a row that greedy decoding asks for. Of 2,387 tokens of SmolLM2 and an expert, 6 rows were read again."""
 
 Slot = tuple[int, int]
 """(member, row of the batch)."""
@@ -135,8 +135,8 @@ class Ensemble:
             line.sequence.top = LIKELIEST if plain and min(row.weights.values) >= 0 else None
 
     def fused(self, row: int, parts: dict[int, Tensor], back: int = 0) -> Tensor:
-        """Fuse the members' log-probabilities (V_k,) of `back` tokens ago: float32 (V,). If bounds leave the argmax open,
-        rows with all entries are read, and replace those in `parts`."""
+        """Fuse the members' log-probabilities (V_k,) of `back` tokens ago: float32 (V,). If bounds leave the argmax
+        open, rows with all entries are read, and replace those in `parts`."""
         asked: set[int] = set()
         while True:
             fused = fused_row(parts, self._rows[row].weights)
