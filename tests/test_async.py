@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -56,3 +57,23 @@ async def test_a_task_that_is_cancelled_stops_before_the_next_pass(members):
 async def test_errors_reach_the_task(members):
     with pytest.raises(OptionError, match="top_p"):
         await Pack(members).agenerate("a", top_p=7)
+
+
+async def test_a_decision_leaves_the_loop_free_and_ends_with_its_task(members):
+    pack = Pack(members, prefix_cache_mb=0)
+    found = await pack.adecide(PROMPTS[0], ["unless", "under"])
+    assert found.probabilities == pack.decide(PROMPTS[0], ["unless", "under"]).probabilities
+    reading, go = threading.Event(), threading.Event()
+    hook = members[0].model.base_model.register_forward_pre_hook(lambda *args: reading.set() or (go.wait(30) and None))
+    cancel = threading.Event()
+    try:
+        task = asyncio.create_task(pack.adecide(PROMPTS[1], ["unless", "under"], cancel=cancel))
+        while not reading.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert cancel.is_set()
+    finally:
+        go.set()
+        hook.remove()

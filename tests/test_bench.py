@@ -26,6 +26,7 @@ UNMEASURED = {f"start.{name}" for name in ("load", "process", "import", "import_
         "growth.4096",
         "growth.8000",
     )
+    * (f"serve.{name}" for name in ("batch", "llama_cpp_1", "llama_cpp_8", "first_p50", "first_p95")),
 }
 """What a quick run leaves out, or small models have no room for."""
 CAN_RESET_PEAK = Path("/proc/self/clear_refs").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import pickle
@@ -23,6 +24,7 @@ from engines.contract import *  # noqa: F403
 from engines.contract import Subject, read
 from test_engines import byte_subject, torch_subject
 
+import packllm
 from packllm import LoadError, Member, estimate
 from packllm.decode import tokens
 from packllm.decode.line import Line
@@ -362,6 +364,32 @@ def test_an_answer_survives_kill_9(trio, make_member, passes, killed):
     prompt = PROMPTS[passes % 3]
     assert pack.generate(prompt).text == local.generate(prompt).text
     assert not {wire.ask("process") for wire in wires} & {*before}
+
+
+async def test_a_server_answers_through_kill_9(trio, make_member):
+    """Whole and streamed, at once; the worker ends in the middle of both."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    from served import CHAT, client, events
+
+    from packllm.serve.app import create_app
+
+    local, pack = (
+        packllm.Pack(members, max_tokens=16, draft_tokens=1)
+        for members in ([make_member("llama", seed) for seed in range(3)], [member for member, _ in trio])
+    )
+    asked = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS[:2]]
+    expected = [local.generate(body["messages"]).text for body in asked]
+    _, wire = trio[0]
+    before = wire.ask("process")
+    wire.ask("watch", None, 6)
+    async with client(create_app(pack)) as http:
+        whole, streamed = await asyncio.gather(
+            http.post(CHAT, json=asked[0]), http.post(CHAT, json={**asked[1], "stream": True})
+        )
+    assert whole.json()["choices"][0]["message"]["content"] == expected[0]
+    texts = [one["choices"][0]["delta"].get("content", "") for one in events(streamed.text)]
+    assert "".join(texts) == expected[1]
+    assert wire.ask("process") != before
 
 
 def test_ray_specs(trio, tmp_path, make_member):

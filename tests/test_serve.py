@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
 from typing import Any
 
+import naive
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -73,7 +76,7 @@ async def test_chat_is_the_packs_answer_whole_and_streamed(app, pack, asked, opt
     body = {"model": "pack", "messages": QUESTION, **asked}
     answer = await post(app, CHAT, body)
     (choice,) = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": expected.text}
+    assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None, "annotations": []}
     assert choice["finish_reason"] == expected.finish_reason
     assert answer["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
     assert answer["usage"]["completion_tokens"] == expected.usage.completion_tokens
@@ -121,6 +124,27 @@ async def test_several_answers_and_log_probabilities(app, pack):
         for choice in one["choices"]:
             pieces[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
     assert list(pieces.values()) == told
+
+
+@pytest.mark.parametrize("pool", ["linear", "log"])
+async def test_tokens_that_are_named_are_told_at_each_place(app, pack, pool):
+    """As vLLM has them, instead of the likeliest: what the whole distribution gives them."""
+    named = [7, 70, 311]
+    asked = {"packllm": {"pool": pool, "weighting": {"general": 0.4, "law": 0.6}}, "max_tokens": 3}
+    body = {"prompt": TEXT, "logprobs": 2, "logprob_token_ids": named, "return_tokens_as_token_ids": True, **asked}
+    told = (await post(app, "/v1/completions", body))["choices"][0]["logprobs"]
+    ids = pack.tokenize(TEXT)
+    for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        rows = [naive.next_logprobs(member, ids) for member in pack.members]
+        row = naive.fused(rows, [0.4, 0.6], pool).log()
+        assert top == {f"token_id:{i}": pytest.approx(float(row[i]), abs=1e-4) for i in named} | {token: logprob}
+        ids.append(int(token.removeprefix("token_id:")))
+    chat = {"messages": QUESTION, "logprobs": True, "top_logprobs": 1, "logprob_token_ids": named, **asked}
+    (choice,) = (await post(app, CHAT, chat))["choices"]
+    assert [[one["id"] for one in place["top_logprobs"]] for place in choice["logprobs"]["content"]] == [named] * 3
+    for wrong in ({"logprobs": None}, {"logprob_token_ids": [10**6]}, {"logprob_token_ids": list(range(129))}):
+        error = (await post(app, "/v1/completions", {**body, **wrong}, 400))["error"]
+        assert "logprob_token_ids" in error["message"]
 
 
 async def test_forms_are_guaranteed(app):
@@ -314,23 +338,122 @@ RIGHT: dict[str, dict[str, Any]] = {
 }
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    path=st.sampled_from(sorted(RIGHT)),
-    fields=st.dictionaries(st.sampled_from(FIELDS.split()), json_values, max_size=4),
-    whole=st.booleans(),
+SCHEMA = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+SAMPLED = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 1, "stop": ["a", "b"], "logit_bias": {"70": 1}, "n": 2}
+SAMPLED |= {"stream_options": {"include_usage": True}, "logprob_token_ids": [7], "cache_salt": "a", "timeout": 9.0}
+SAMPLED |= {"packllm": {"weighting": "em", "tau": 1.0}, "model": "pack", "presence_penalty": 1}
+CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"sure": true}'}}
+SAID = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+SAID += [{"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "yes"}]}]
+FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+FULL: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": SAID, "tools": [TOOL], "tool_choice": "auto", "logprobs": True, "top_logprobs": 2, **SAMPLED},
+    "/v1/completions": {
+        "prompt": [[70, 71], [72]],
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 24,
+        **SAMPLED,
+        "response_format": FORM,
+    },
+    "/v1/responses": {
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "function_call", "call_id": "1", "name": "look_up", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "yes"},
+        ],
+        "tools": [{"type": "function", **TOOL["function"]}],
+        "text": {"format": {"type": "json_schema", "name": "answer", "schema": SCHEMA}},
+        "max_output_tokens": 24,
+        "reasoning": {"effort": "low"},
+        "instructions": "a",
+        "include": ["message.output_text.logprobs"],
+    },
+    "/v1/score": {"text_1": ["a b"], "text_2": ["c", "d"], "packllm": {"pool": "log"}},
+    "/v1/rerank": {"query": "a b", "documents": ["c", {"text": "d"}], "top_n": 1, "return_documents": False},
+    "/v1/decisions": {"messages": QUESTION, "choices": ["yes", "no"], "calibrated": True},
+    "/tokenize": {"messages": QUESTION, "tools": [TOOL], "chat_template_kwargs": {"a": 1}, "return_token_strs": True},
+    "/detokenize": {"tokens": [70, 71]},
+}
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    10**400,
+    0.5,
+    -1e308,
+    "",
+    "a",
+    "\ud800",
+    "\x00",
+    "<|im_end|>",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": 1},
+]
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """A value in which something, at any depth, is missing, doubled, odd or nested once more."""
+    inside = value if isinstance(value, dict | list) and value else None
+    if inside is not None and draw.random() < 0.75:
+        inside = dict(value) if isinstance(value, dict) else list(value)
+        at = draw.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        if draw.random() < 0.2:
+            del inside[at]
+        else:
+            inside[at] = mutated(inside[at], draw)
+        return inside
+    return draw.choice([*ODD, [value], {"a": value}, [value, value], str(value), draw.choice(ODD)])
+
+
+BODIES = st.one_of(
+    st.builds(
+        lambda path, fields, whole: (path, {**RIGHT[path], **fields} if whole else fields, whole and not fields),
+        st.sampled_from(sorted(RIGHT)),
+        st.dictionaries(st.sampled_from(FIELDS.split()), json_values, max_size=4),
+        st.booleans(),
+    ),
+    st.builds(
+        lambda path, seed, brief: (path, mutated({**FULL[path], **brief}, random.Random(seed)), False),
+        st.sampled_from(sorted(FULL)),
+        st.integers(0, 2**32),
+        st.sampled_from([{}, {"stream": True}]),
+    ),
 )
-async def test_any_body_has_an_answer(fuzzed, path, fields, whole):
-    """Never a 500, never a hang: bodies of OpenAI's fields with values of any kind."""
-    body = {**RIGHT[path], **fields} if whole else fields
+
+
+@settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(BODIES)
+async def test_any_body_has_an_answer(fuzzed, asked):
+    """Never a 500, never a hang: bodies of OpenAI's fields with values of any kind, and full ones with a fault."""
+    path, body, right = asked
     async with client(fuzzed) as http:
         answer = await http.post(path, content=json.dumps(body).encode(), headers=JSON)
-    assert answer.status_code in (200, 400, 404, 422, 501), answer.text
+    assert answer.status_code in (200, 400, 404, 501, 504), answer.text
     if answer.status_code != 200:
-        assert answer.json()["error"]["message"]
-    if whole and not fields:
+        error = answer.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["message"]
+    elif answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.text.startswith(("data: ", "event: "))
+        assert not any('"server_error"' in line for line in answer.text.splitlines() if "error" in line[:16])
+    if right:
         assert answer.status_code == 200, answer.text
     assert fuzzed.state.server.places.running == 0
+
+
+@pytest.mark.parametrize("path", sorted(FULL))
+async def test_the_full_bodies_are_right(fuzzed, path):
+    """Or what is made of them would be refused for something else."""
+    asked = dict(FULL[path])
+    if importlib.util.find_spec("llguidance") is None:
+        asked = {name: value for name, value in asked.items() if name not in ("response_format", "text", "tools")}
+    await post(fuzzed, path, asked)
 
 
 @pytest.fixture(scope="module")

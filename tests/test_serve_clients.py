@@ -286,6 +286,7 @@ def test_lm_evaluation_harness(url, pack, tmp_path):
 def test_another_pack_takes_it_for_a_judge(tmp_path):
     """The probe of server members: its log-probabilities of prompts are right, token by token."""
     judges = pytest.importorskip("packllm.engines.server.judge", reason="there are no members on servers")
+    from packllm.engines.load import Loader
     from packllm.engines.server.http import Endpoint
     from packllm.engines.server.tops import Tops
 
@@ -302,10 +303,21 @@ def test_another_pack_takes_it_for_a_judge(tmp_path):
     for name, sure in zip(names, (0.9, 0.6), strict=True):
         table = {a: {b: sure * n / found.total() for b, n in found.items()} for a, found in after.items()}
         members.append(follows(tokenizer, table, name))
-    with on_loopback(create_app(Pack(members, chat_template=False))) as url:
+    tokenizer.save_pretrained(tmp_path)
+    fixed = {"general": 0.7, "law": 0.3}
+    with on_loopback(create_app(Pack(members, chat_template=False, weighting=fixed))) as url:
         for model in ("pack", *names):
             for known in (None, encoder):
                 judge, found = judges.Judge.of(Endpoint(url, None, 30.0), model, known)
                 assert judge is not None, found
             tops, found = Tops.of(Endpoint(url, None, 30.0), model, encoder)
             assert tops is not None, found
+            assert tops.named
+        # Three tenths and half of one: what the server proves is what one pack here decodes.
+        (far,) = Loader().members([f"far={url}#pack?tokenizer={tmp_path}"])
+        both = Pack([far, members[1]], chat_template=False, weighting={"far": 0.5, "law": 0.5}, max_tokens=12)
+        here = Pack(members, chat_template=False, weighting={"general": 0.35, "law": 0.65}, max_tokens=12)
+        for prompt in judges.BEGUN:
+            proved, plain = both.generate(prompt), here.generate(prompt)
+            assert (proved.text, proved.decoding) == (plain.text, "tokens")
+            assert proved.usage.rounds >= plain.usage.completion_tokens > 0

@@ -28,7 +28,7 @@ def test_it_loads_says_how_to_ask_answers_and_ends_when_told(tmp_path):
     command = [sys.executable, "-c", "from packllm.cli import app; app()", "serve", "-m", str(folder)]
     where = socket_of(tmp_path)
     with subprocess.Popen(
-        [*command, "--uds", where, "--option", "max_tokens=3"], stderr=subprocess.PIPE, text=True
+        [*command, "--uds", where, "--option", "max_tokens=3", "--api-key", "secret"], stderr=subprocess.PIPE, text=True
     ) as server:
         assert server.stderr is not None
         told = []
@@ -37,6 +37,8 @@ def test_it_loads_says_how_to_ask_answers_and_ends_when_told(tmp_path):
             if line.startswith("curl"):
                 break
         with httpx.Client(transport=httpx.HTTPTransport(uds=where), base_url="http://localhost", timeout=60) as http:
+            assert http.post(CHAT, json={"messages": QUESTION}).status_code == 401
+            http.headers["authorization"] = "Bearer secret"
             assert http.get("/health").json()["models"] == ["pack", "tiny"]
             answer = http.post(CHAT, json={"messages": QUESTION, "model": "tiny"}).json()
         server.send_signal(signal.SIGTERM)

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
+import importlib.util
 import json
+import math
+import os
 import random
+import sys
+import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from conftest import _config, byte_level_tokenizer
 from served import CHAT, QUESTION, client, events, listening, socket_of
-from test_stress import nothing_is_left
+from test_stress import nothing_is_left, open_sequences
+from transformers import AutoModelForCausalLM
 
-from packllm import Pack
+from packllm import Member, Pack
 from packllm.serve.app import create_app
 from packllm.serve.settings import Settings
 
@@ -207,43 +221,136 @@ async def test_prompts_are_not_logged_unless_asked(pack, caplog):
         assert ("capital of France" in caplog.text) is log_prompts
 
 
-async def test_many_clients_at_once_have_the_answers_of_one_after_another(pack, tmp_path):
-    """Streams, calls, cancels and nonsense, mixed over a socket; afterwards nothing is left of any."""
-    app = create_app(pack, Settings(running=8, queue=64))
-    prompts = [[{"role": "user", "content": f"A query planner chooses an index scan {at}"}] for at in range(6)]
-    expected = [pack.generate(prompt).text for prompt in prompts]
-    draw = random.Random(3)
-    counts = dict.fromkeys(("whole", "streamed", "cancelled", "wrong"), 0)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look something up",
+        "parameters": {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]},
+    },
+}
+CALLS = importlib.util.find_spec("llguidance") is not None
 
-    async def one(at: int) -> None:
-        kind = ("whole", "streamed", "cancelled", "wrong")[(at + draw.randrange(2)) % 4]
-        which = draw.randrange(len(prompts))
-        body: dict[str, Any] = {"messages": prompts[which]}
-        transport = httpx.AsyncHTTPTransport(uds=socket_of(tmp_path))
-        async with httpx.AsyncClient(transport=transport, base_url="http://packllm", timeout=60) as http:
-            if kind == "whole":
-                answer = (await http.post(CHAT, json=body)).json()
-                assert answer["choices"][0]["message"]["content"] == expected[which]
-            elif kind == "streamed":
-                parts = events((await http.post(CHAT, json={**body, "stream": True})).text)
-                text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
-                assert text == expected[which]
-            elif kind == "cancelled":
-                asked = {**body, "stream": True, "max_tokens": 300}
-                async with http.stream("POST", CHAT, json=asked) as answer:
-                    async for _ in answer.aiter_lines():
-                        break
-            else:
-                assert (await http.post(CHAT, json={**body, "top_p": 7})).status_code == 400
-        counts[kind] += 1
 
-    with listening(app, uds=socket_of(tmp_path)):
-        await asyncio.gather(*(one(at) for at in range(32)))
-        places = app.state.server.places
-        await until(lambda: not places.running and not places.waiting)
+def requests() -> list[tuple[str, dict[str, Any]]]:
+    """What clients ask, whole or streamed."""
+    said = [[{"role": "user", "content": f"A query planner chooses an index scan {at}"}] for at in range(4)]
+    asked = [(CHAT, {"messages": one}) for one in [*said, LONG]]
+    asked += [(CHAT, {"messages": said[0], "temperature": 1, "seed": at, "logprobs": True}) for at in range(2)]
+    asked += [(CHAT, {"messages": said[1], "model": "law", "cache_salt": "a"})]
+    asked += [("/v1/completions", {"prompt": [f"Once upon {at} time", "a b"], "echo": True}) for at in range(2)]
+    if CALLS:
+        asked += [
+            (CHAT, {"messages": one, "tools": [TOOL], "tool_choice": "required", "max_tokens": 60}) for one in said
+        ]
+    return asked
+
+
+WRONG: list[tuple[int, bytes]] = [
+    (400, b'{"messages": [], "top_p": 7}'),
+    (404, b'{"messages": [{"role": "user", "content": "a"}], "model": "nobody"}'),
+    (400, b"{"),
+]
+
+
+def told(answer: Any) -> list[Any]:
+    """What a whole answer says, without what differs from time to time."""
+    found = []
+    for choice in answer["choices"]:
+        message = choice.get("message", {"content": choice.get("text")})
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        found.append((message["content"] or "", calls, choice["finish_reason"]))
+    return found
+
+
+def told_in_parts(parts: list[dict[str, Any]]) -> list[Any]:
+    """The same of a stream."""
+    texts: dict[int, str] = defaultdict(str)
+    calls: dict[int, list[dict[str, str]]] = defaultdict(list)
+    reasons: dict[int, str] = {}
+    for part in parts:
+        for choice in part["choices"]:
+            at, delta = choice["index"], choice.get("delta", {"content": choice.get("text")})
+            texts[at] += delta.get("content") or ""
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    calls[at].append({"arguments": "", "name": call["function"]["name"]})
+                calls[at][call["index"]]["arguments"] += call["function"]["arguments"]
+            reasons[at] = choice["finish_reason"] or reasons.get(at, "")
+    return [(texts[at], calls[at], reasons[at]) for at in sorted(reasons)]
+
+
+class Storm:
+    """Clients of a server that ask whole answers, streams and calls, go away in the middle, and talk nonsense.
+
+    Attributes:
+        counts: of what was done, by kind.
+    """
+
+    KINDS = ("whole", "streamed", "whole", "streamed", "cancelled", "hung up", "wrong")
+
+    def __init__(self, where: str, expected: list[Any]) -> None:
+        self.where, self.expected = where, expected
+        self.asked = requests()
+        self.counts: Counter[str] = Counter()
+
+    async def client(self, seed: int, go_on: Callable[[int], bool]) -> None:
+        """Asks one thing after another, each on a connection of its own or on an earlier one."""
+        draw, done = random.Random(seed), 0
+        transport = httpx.AsyncHTTPTransport(uds=self.where)
+        async with httpx.AsyncClient(transport=transport, base_url="http://packllm", timeout=300) as http:
+            while go_on(done):
+                kind = self.KINDS[(seed + done) % len(self.KINDS)]
+                await self._one(http, kind, draw)
+                self.counts[kind] += 1
+                done += 1
+
+    async def _one(self, http: httpx.AsyncClient, kind: str, draw: random.Random) -> None:
+        which = draw.randrange(len(self.asked))
+        path, body = self.asked[which]
+        if kind == "whole":
+            assert told((await http.post(path, json=body)).json()) == self.expected[which]
+        elif kind == "streamed":
+            parts = events((await http.post(path, json={**body, "stream": True})).text)
+            assert told_in_parts(parts) == self.expected[which]
+        elif kind == "cancelled":
+            asked = {**body, "stream": True, "max_tokens": 300}
+            async with http.stream("POST", path, json=asked) as answer:
+                async for _ in answer.aiter_lines():
+                    break
+        elif kind == "hung up":  # before anything came back, where it is fast
+            with contextlib.suppress(httpx.TimeoutException):
+                await http.post(path, json={**body, "max_tokens": 300}, timeout=draw.uniform(0.001, 0.3))
+        else:
+            status, raw = draw.choice(WRONG)
+            answer = await http.post(CHAT, content=raw, headers={"content-type": "application/json"})
+            assert answer.status_code == status
+            assert answer.json()["error"]["message"]
+
+
+async def one_after_another(app: Any) -> list[Any]:
+    async with client(app) as http:
+        return [told((await http.post(path, json=body)).json()) for path, body in requests()]
+
+
+async def until_calm(app: Any) -> None:
+    places = app.state.server.places
+    await until(lambda: not places.running and not places.waiting)
     await until(lambda: not any(thread.name.startswith("packllm_") for thread in threading.enumerate()))
-    assert sum(counts.values()) == 32
-    assert min(counts.values()) >= 4
+
+
+async def test_64_clients_have_the_answers_of_one_after_another_and_leave_nothing(pack, tmp_path):
+    """Streams, calls, cancels and nonsense, mixed over a socket; afterwards nothing is left of any."""
+    app = create_app(pack, Settings(running=16, queue=64))
+    storm = Storm(socket_of(tmp_path), await one_after_another(app))
+    before, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with listening(app, uds=storm.where):
+        await asyncio.gather(*(storm.client(seed, lambda done: done < 3) for seed in range(64)))
+        await until_calm(app)
+    assert storm.counts.total() == 3 * 64
+    assert min(storm.counts[kind] for kind in Storm.KINDS) >= 20
+    assert threading.active_count() <= before
+    assert len(os.listdir("/proc/self/fd")) <= files + 2
     nothing_is_left(pack)
 
 
@@ -259,3 +366,50 @@ async def test_a_server_told_to_end_lets_answers_finish(pack, tmp_path):
                 go.set()
                 answer = await task
     assert answer.json()["choices"][0]["message"]["content"] == pack.generate(QUESTION).text
+
+
+def resident() -> float:
+    """MiB of this process."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def before(end: float, done: int) -> bool:
+    return time.monotonic() < end
+
+
+async def for_minutes(minutes: float, clients: int = 64) -> None:
+    """The same for longer: python tests/test_serve_load.py MINUTES. Prints one line of JSON every minute."""
+    members = []
+    for at, (kind, name) in enumerate((("llama", "general"), ("gpt2", "law"))):
+        torch.manual_seed(at)
+        tokenizer = byte_level_tokenizer()
+        model = AutoModelForCausalLM.from_config(_config(kind, len(tokenizer) + 24), attn_implementation="eager")
+        members.append(Member(model.eval(), tokenizer, name))
+    pack = Pack(members, max_tokens=6)
+    app = create_app(pack, Settings(running=16, queue=64))
+    with tempfile.TemporaryDirectory() as folder:
+        storm = Storm(socket_of(Path(folder)), await one_after_another(app))
+        with listening(app, uds=storm.where):
+            for minute in range(math.ceil(minutes) + 1):
+                go_on = partial(before, time.monotonic() + 60)
+                for seeds in [range(1000 * minute, 1000 * minute + clients)] if minute else []:
+                    await asyncio.gather(*(storm.client(seed, go_on) for seed in seeds))
+                await until_calm(app)
+                stats = pack.prefixes.stats
+                told = {
+                    "minute": minute,
+                    "requests": dict(storm.counts),
+                    "MiB": round(resident()),
+                    "kept": stats.entries,
+                }
+                told |= {"kept_bytes": stats.bytes, "threads": threading.active_count()}
+                told |= {"sequences": open_sequences(pack.members), "files": len(os.listdir("/proc/self/fd"))}
+                print(json.dumps(told), flush=True)
+    nothing_is_left(pack)
+
+
+if __name__ == "__main__":
+    asyncio.run(for_minutes(float(sys.argv[1])))

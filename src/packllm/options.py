@@ -100,9 +100,12 @@ class OptionFields(BaseModel):
     of seed + i. generate() then returns a list, and generate_batch() a list of lists."""
     logprobs: bool | None = None
     """Whether chunks and answers have each token's log-probabilities, the pack's and each member's (see TokenLogprob).
-    None: only if top_logprobs is set. With decoding="lazy" all members then read all tokens."""
+    None: only if top_logprobs or logprob_token_ids is set. With decoding="lazy" all members then read all tokens."""
     top_logprobs: Count | None = Field(None, ge=0, le=20)
     """Number of most likely tokens to report at each position."""
+    logprob_token_ids: tuple[Annotated[Count, Field(ge=0)], ...] = Field((), max_length=128)
+    """Tokens to report at each position instead of the most likely ones: ids of the first member, as Pack.tokenize
+    returns them."""
     explain: bool | None = None
     """Whether weigh() and answers have an `explanation` (see Explanation): each member's perplexity and share of every
     message and marked passage, and its share of every token of the answer. None: only if `passages` is set. With
@@ -209,7 +212,8 @@ class Options(OptionFields):
     @property
     def tells_logprobs(self) -> bool:
         """Whether log-probabilities of tokens are requested."""
-        return self.top_logprobs is not None if self.logprobs is None else self.logprobs
+        requested = self.top_logprobs is not None or bool(self.logprob_token_ids)
+        return requested if self.logprobs is None else self.logprobs
 
     @property
     def explains(self) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from threading import Event
 from typing import Any
 
-from packllm.asynchronous import iterate
+from packllm.asynchronous import in_thread, iterate
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import decodings
 from packllm.decode.cancel import Stop, Stream
@@ -77,13 +77,29 @@ class Ratings(Members):
         nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
         return decision(labels, fused, members, weights, self._scored(nothing, labels, same, cancel, alone=False)[0])
 
+    async def adecide(
+        self,
+        prompt: Prompt,
+        choices: Sequence[str],
+        *,
+        calibrated: bool = False,
+        cancel: Event | None = None,
+        **options: Any,
+    ) -> Decision:
+        """decide() for asyncio, as astream()."""
+
+        def decided(stop: Event) -> Decision:
+            return self.decide(prompt, choices, calibrated=calibrated, cancel=stop, **options)
+
+        return await in_thread(decided, cancel)
+
     def _scored(
         self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
     ) -> tuple[list[float], dict[str, list[float]], Weights]:
         """Log-likelihoods of texts after a prompt: fused, and (if `alone`) of each member; and the weights."""
         with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
-            ids = {k: [request.members[k].encoder.continuation(text) for text in texts] for k in request.encoded[0]}
+            ids = {k: [request.continued(k, text) for text in texts] for k in request.encoded[0]}
             request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
             request.prefill()
 

@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -42,12 +42,33 @@ class Encoded:
     ends: list[int]
 
 
+LONG = 100_000
+"""Characters of a text that takes so long to tokenize that other threads should run meanwhile."""
+
+
 class TooLong(Exception):
     """A prompt is far longer than a window; at least `tokens` tokens were counted."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens)
         self.tokens = tokens
+
+
+def check_length(text: str, window: int, plain: Callable[[str], list[int]]) -> None:
+    """Raise TooLong if the text is far longer than a window. The text is tokenized in pieces; tokens that change at the
+    cuts do not matter, because the limit is twice the window.
+
+    Args:
+        plain: the encoder's method.
+    """
+    size = 4 * max(window, 1024)
+    if len(text) <= 2 * size:
+        return
+    tokens = 0
+    for at in range(0, len(text), size):
+        tokens += len(plain(text[at : at + size]))
+        if tokens > 2 * window:
+            raise TooLong(tokens)
 
 
 class Encoder:
@@ -170,8 +191,8 @@ class Encoder:
         if prefix and any(spelled.startswith(self._alias.get(self._spelling(i), "\0")) for i in prefix):
             prefix = []
         if window is not None:
-            self._check_length(spelled, window)
-        encoding = self._backend.encode(spelled, add_special_tokens=False)
+            check_length(spelled, window, self.plain)
+        encoding = self._tokens(spelled)
         ids = [*prefix, *(self._real_id.get(i, i) for i in encoding.ids)]
         if not ids:
             raise PromptError(
@@ -209,21 +230,15 @@ class Encoder:
             size += len(piece)
         return "".join(pieces), runs
 
-    def _check_length(self, text: str, window: int) -> None:
-        """Raise TooLong if the text is far longer than a window. The text is tokenized in pieces; tokens that change at
-        the cuts do not matter, because the limit is twice the window."""
-        size = 4 * max(window, 1024)
-        if len(text) <= 2 * size:
-            return
-        tokens = 0
-        for at in range(0, len(text), size):
-            tokens += len(self._backend.encode(text[at : at + size], add_special_tokens=False).ids)
-            if tokens > 2 * window:
-                raise TooLong(tokens)
+    def _tokens(self, text: str) -> Any:
+        if len(text) < LONG:
+            return self._backend.encode(text, add_special_tokens=False)
+        # encode() holds Python's lock all the time, a batch does not.
+        return self._backend.encode_batch([text], add_special_tokens=False)[0]
 
     def plain(self, text: str) -> list[int]:
         """Ids of `text` alone, without BOS and control tokens."""
-        return [self._real_id.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
+        return [self._real_id.get(i, i) for i in self._tokens(text).ids]
 
     def continuation(self, text: str) -> list[int]:
         """Ids of `text` as the continuation of a prompt whose ids do not change: without BOS, and without the space

@@ -27,6 +27,11 @@ def check_segments(request: Request) -> None:
             f"decoding={request.options.decoding!r} cannot guarantee the form that json_schema or tool_choice "
             f"demands; use decoding='tokens' or 'mined'"
         )
+    if request.options.logprob_token_ids:
+        raise OptionError(
+            f"decoding={request.options.decoding!r} has no tokens in common that logprob_token_ids could name; use "
+            f"decoding='tokens' or 'mined'"
+        )
     if request.options.penalises:
         raise OptionError(
             f"decoding={request.options.decoding!r} has no common tokens that a penalty or logit_bias could apply to; "

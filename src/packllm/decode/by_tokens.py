@@ -11,7 +11,7 @@ from packllm.decode.certified import Certified
 from packllm.decode.lazy import check_lazy, lazy_ids
 from packllm.decode.line import Line
 from packllm.decode.logprobs import Recorder
-from packllm.decode.penalties import Penalties, bias_ids
+from packllm.decode.penalties import Penalties, bias_ids, named_ids
 from packllm.decode.reasoned import shown
 from packllm.decode.request import Request
 from packllm.decode.speculate import speculative_ids
@@ -146,7 +146,9 @@ def _answer(request: Request, index: int, row: Row, running: Sequence[int], shar
     vocabulary, prompt = reference.vocabulary, request.usage(index, top)
     ends = reference.end_ids if shared is None else frozenset([shared.end])
     if options.records:
-        row.recorder = Recorder(vocabulary, ends, row.weights.names, options.top_logprobs or 0)
+        end = None if shared is None else shared.end
+        named = named_ids(options.logprob_token_ids, request.members[0], reference, end)
+        row.recorder = Recorder(vocabulary, ends, row.weights.names, options.top_logprobs or 0, named)
         if request.grammar is not None or options.penalises:
             row.sample = row.recorder.watching(row.sample)
     text, constraint = TextStream(vocabulary, options.stop, shown(request, index)), None

@@ -23,13 +23,16 @@ class Recorder:
         ends: ids that end an answer; the end token is recorded in `end`.
         names: the members' names, by index.
         top: how many alternatives to record for each token.
+        named: ids to record for each token instead.
 
     Attributes:
         end: the record of the end token, once it has come.
     """
 
-    def __init__(self, vocabulary: Vocabulary, ends: Collection[int], names: Sequence[str], top: int) -> None:
-        self._vocabulary, self._ends, self._names, self._top = vocabulary, ends, names, top
+    def __init__(
+        self, vocabulary: Vocabulary, ends: Collection[int], names: Sequence[str], top: int, named: Sequence[int] = ()
+    ) -> None:
+        self._vocabulary, self._ends, self._names, self._top, self._named = vocabulary, ends, names, top, named
         self.end: TokenLogprob | None = None
         self._records: list[TokenLogprob] = []
         self._distribution: Tensor | None = None
@@ -56,7 +59,7 @@ class Recorder:
         logprobs = distribution.log_softmax(-1)
         best, ids = torch.topk(logprobs, min(self._top, len(logprobs)))
         top = [i for i, value in zip(ids.tolist(), best.tolist(), strict=True) if value > _RULED_OUT]
-        reported = [token, *top]
+        reported = [token, *(self._named or top)]
         fused_values = logprobs[reported].tolist()
         members = {self._names[k]: part[reported].tolist() for k, part in sorted(parts.items())}
         records = [

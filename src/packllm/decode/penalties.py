@@ -8,7 +8,7 @@ tokens (OpenAI's rule); biases are added.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,16 +74,52 @@ def spelled_biases(biases: Mapping[int | str, float] | None, member: Author) -> 
     Raises:
         OptionError: an id has no token.
     """
-    tokens, spelled = member.vocabulary.tokens, {}
+    spelled: dict[bytes, float] = {}
     for key, nats in (biases or {}).items():
-        token = key.encode() if isinstance(key, str) else tokens[key] if key < len(tokens) else b""
+        told = f"logit_bias={{{key!r}: {nats:g}}}"
+        token = key.encode() if isinstance(key, str) else spelling(key, member, told)
         if not token:
-            raise OptionError(
-                f"logit_bias={{{key!r}: {nats:g}}}: member {member.name!r} has no such token; its ids go from 0 to "
-                f"{len(tokens) - 1}, Pack.tokenize gives those of a text"
-            )
+            raise OptionError(f"{told}: it names no token")
         spelled[token] = nats
     return spelled
+
+
+def spelling(i: int, member: Author, told: str) -> bytes:
+    """What a token of a member spells.
+
+    Args:
+        told: the option that names it.
+
+    Raises:
+        OptionError: an id without a token.
+    """
+    tokens, size = member.vocabulary.tokens, member.vocabulary_size
+    if i >= size or not tokens[i]:
+        raise OptionError(
+            f"{told}: member {member.name!r} has no such token; its ids go from 0 to {size - 1}, Pack.tokenize gives "
+            f"those of a text"
+        )
+    return tokens[i]
+
+
+def named_ids(ids: Sequence[int], member: Author, reference: Author, end: int | None) -> list[int]:
+    """The option logprob_token_ids, which has a member's ids, as bias_ids() gives ids.
+
+    Raises:
+        OptionError: what is no token of the reference.
+    """
+    if not ids or reference is member:
+        return [end if i in reference.end_ids and end is not None else i for i in ids]
+    spelled = {i: spelling(i, member, f"logprob_token_ids={i}") for i in ids}
+    own: dict[bytes, int] = {}
+    for i, token in enumerate(reference.vocabulary.tokens[: reference.vocabulary_size]):
+        own.setdefault(token, i)
+    if unknown := [i for i, token in spelled.items() if token not in own]:
+        raise OptionError(
+            f"logprob_token_ids={unknown[0]}: it is no token of member {reference.name!r}, in whose ids "
+            f"the pack answers"
+        )
+    return named_ids([own[spelled[i]] for i in ids], reference, reference, end)
 
 
 def bias_ids(spelled: Mapping[bytes, float], member: Author, end: int | None) -> dict[int, float]:

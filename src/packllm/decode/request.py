@@ -9,14 +9,14 @@ from typing import TypeVar
 from torch import Tensor
 
 from packllm.carried import places
-from packllm.chat.prompt import Encoded, Prompt, TooLong
+from packllm.chat.prompt import Encoded, Prompt, TooLong, check_length
 from packllm.decode.admission import Admission
 from packllm.decode.cancel import Stop
 from packllm.decode.failures import Failures
 from packllm.decode.grammar import make_grammar
 from packllm.decode.line import Line, open_lines
 from packllm.decode.mined import translated
-from packllm.decode.penalties import spelled_biases
+from packllm.decode.penalties import spelled_biases, spelling
 from packllm.decode.race import Race, Slot
 from packllm.decode.remote import ServerLine, reading
 from packllm.decode.tokens import drop_small
@@ -94,6 +94,8 @@ class Request:
         self.conversations = [not isinstance(prompt, str) for prompt in prompts]
         self.grammar = make_grammar(options)
         self.biases = spelled_biases(options.logit_bias, members[0])
+        for i in options.logprob_token_ids:
+            spelling(i, members[0], f"logprob_token_ids={i}")
         self.encoded: list[dict[int, Encoded]] = [
             {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]
@@ -121,6 +123,21 @@ class Request:
         except TooLong as error:
             window = member.context_window or 0
             raise ContextOverflowError(member.name, window, error.tokens, options.max_tokens or 1) from None
+
+    def continued(self, k: int, text: str) -> list[int]:
+        """A member's ids of a text after the first prompt.
+
+        Raises:
+            ContextOverflowError: it has far more than the member reads.
+        """
+        member = self.members[k]
+        window = member.context_window
+        if window is not None:
+            try:
+                check_length(text, window, member.encoder.plain)
+            except TooLong as error:
+                raise ContextOverflowError(member.name, window, len(self.encoded[0][k].ids), error.tokens) from None
+        return member.encoder.continuation(text)
 
     def check_room(self, lengths: dict[int, int]) -> None:
         """Raise ContextOverflowError unless each prompt and lengths[k] more tokens fit the window of candidate k."""

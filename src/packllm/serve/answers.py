@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from threading import Event
-from typing import Any, TypeVar
+from typing import Any
 
 from packllm.chat.messages import Prompt
 from packllm.pack import Pack
@@ -16,11 +13,9 @@ from packllm.results import Chunk, TokenLogprob, Usage
 from packllm.serve.metrics import Metrics
 from packllm.weights import Weights
 
-T = TypeVar("T")
 
-
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
+def new_id(prefix: str) -> str:
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 class Told:
@@ -89,13 +84,3 @@ def usage_of(usages: Iterable[Usage | None], n: int = 1) -> dict[str, Any]:
 def chat_logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
     """Log-probabilities in the format of /v1/chat/completions."""
     return None if tokens is None else {"content": [token.as_dict() for token in tokens], "refusal": None}
-
-
-async def in_thread(work: Callable[[Event], T]) -> T:
-    """Run blocking work in a thread of its own. The work gets an event, which is set when the caller stops waiting."""
-    cancel, thread = Event(), ThreadPoolExecutor(1, "packllm")
-    try:
-        return await asyncio.get_running_loop().run_in_executor(thread, work, cancel)
-    finally:
-        cancel.set()
-        thread.shutdown(wait=False)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 
 from packllm import __version__
@@ -33,7 +34,7 @@ from packllm.serve.protocol import (
     Score,
     Tokenize,
 )
-from packllm.serve.reply import Events, Reply, named
+from packllm.serve.reply import Events, Named, Reply
 from packllm.serve.settings import Settings
 
 _PAGE_POLICY = (
@@ -82,7 +83,7 @@ class Server:
             logger.info("%s", body.model_dump_json(exclude_unset=True))
         seconds = min(self.settings.timeout, body.timeout or self.settings.timeout)
         if isinstance(body, Responses):
-            return Reply(self.places, work(served), body.stream, seconds, frame=named, end=b"")
+            return Reply(self.places, work(served), body.stream, seconds, frame=Named(), end=b"")
         return Reply(self.places, work(served), isinstance(body, Sampled) and body.stream, seconds)
 
     def limit(self, count: int, what: str) -> None:
@@ -106,7 +107,7 @@ def create_app(pack: Pack | None = None, settings: Settings | None = None) -> Fa
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
     for kind in (HTTPException, RequestValidationError):  # FastAPI's own handlers use another error format
-        app.add_exception_handler(kind, lambda _, error: response_of(error))
+        app.add_exception_handler(kind, _refused)
     _add_routes(app, server)
     return app
 
@@ -181,6 +182,10 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/tokenizer_info")
     def tokenizer_info() -> Response:
         return _json(tokens.info(server.models.find(PACK)))
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return response_of(error)
 
 
 def _json(value: object) -> Response:

@@ -69,6 +69,7 @@ class Message:
     def as_dict(self) -> dict[str, Any]:
         content = "".join(self.content)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if self.calls else "")}
+        message |= {"refusal": None, "annotations": []}
         if self.reasoning:
             message["reasoning_content"] = "".join(self.reasoning)
         if self.calls:
@@ -82,7 +83,7 @@ async def completion(served: Served, body: Chat, metrics: Metrics) -> Events:
     tools = served.pack.check(**options).offered_tools
     n = body.n or 1
     messages = [Message(tools, body.parallel_tool_calls is not False) for _ in range(n)]
-    head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": served.name}
+    head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
     whole: list[dict[str, Any]] = [{} for _ in range(n)]
     part = {**head, "object": "chat.completion.chunk"}

@@ -35,6 +35,10 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="Environment variable with the API keys, one per line."),
     ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A key itself; others on this machine may see it. May be repeated."),
+    ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 32,
     max_queue: Annotated[int, typer.Option(min=0, help="Further requests that may wait; more get status 429.")] = 128,
     timeout: Annotated[
@@ -77,7 +81,7 @@ def serve(
         raise ExtraError("packllm serve", str(error.name), "serve") from error
     options = cli._options(weighting, option, {} if prior is None else {"prior": prior})
     settings = Settings(
-        keys=_keys(api_key_env),
+        keys=(*_keys(api_key_env), *_given(api_key or [])),
         running=max_running,
         queue=max_queue,
         timeout=timeout,
@@ -163,6 +167,13 @@ def _hosts(host: str, uds: str | None, further: list[str]) -> tuple[str, ...]:
     if uds or not (host in ("localhost", "::1") or host.startswith("127.")):
         return ()
     return ("localhost", "127.0.0.1", "[::1]", host, *(name.lower() for name in further))
+
+
+def _given(keys: list[str]) -> list[str]:
+    """Keys of the command line."""
+    if any(not key.strip() for key in keys):
+        raise OptionError("--api-key: the key is empty; give one, or leave out the option")
+    return keys
 
 
 def _keys(name: str | None) -> tuple[str, ...]:

@@ -9,10 +9,12 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+from packllm.asynchronous import in_thread
 from packllm.chat.formatted import Tokens
 from packllm.chat.messages import Prompt
+from packllm.errors import ContextOverflowError
 from packllm.results import Chunk, TokenLogprob
-from packllm.serve.answers import Told, answers, in_thread, new_id, usage_of
+from packllm.serve.answers import Told, answers, new_id, usage_of
 from packllm.serve.metrics import Metrics
 from packllm.serve.models import Served
 from packllm.serve.protocol import Completion
@@ -67,7 +69,7 @@ class Text:
         for token in tokens:
             names.append(spelled(token.token, token.id))
             logprobs.append(token.as_dict()["logprob"])
-            tops.append(_tops(token, top, spelled))
+            tops.append(_tops(token, None, spelled))
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(bytes(token.bytes)))
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
@@ -87,7 +89,7 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
     pack, n = served.pack, body.n or 1
     options = {**body.options(), "chat_template": False}
     prompts = [_prompt(served, given) for given in body.prompts]
-    head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": served.name}
+    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
     readings: list[Reading | None] = [None] * len(prompts)
     if body.prompt_logprobs is not None or body.max_tokens == 0 or (body.echo and body.logprobs is not None):
@@ -126,10 +128,15 @@ async def _none(readings: Sequence[Reading | None], n: int) -> Any:
 
 
 def _prompt(served: Served, prompt: str | list[int]) -> Prompt:
-    return prompt if isinstance(prompt, str) else Tokens.of(prompt, served.pack.members[0].vocabulary)
+    if isinstance(prompt, str):
+        return prompt
+    window = served.pack.context_window
+    if window is not None and len(prompt) > window:  # before the ids become text
+        raise ContextOverflowError(served.name, window, len(prompt), 1)
+    return Tokens.of(prompt, served.pack.members[0].vocabulary)
 
 
-def _tops(token: TokenLogprob, count: int, spelled: Any) -> dict[str, float]:
+def _tops(token: TokenLogprob, count: int | None, spelled: Any) -> dict[str, float]:
     """Log-probabilities of the most likely tokens and the chosen one, by their text. If several tokens have the same
     text (parts of a character), the most likely one counts."""
     logprobs: dict[str, float] = {}

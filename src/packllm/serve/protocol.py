@@ -16,7 +16,9 @@ PACK = "pack"
 SERVERS_OWN = frozenset({"fitted", "max_cache_mb", "prefix_cache_mb", "batch_size"})
 """Options of the server that requests cannot set: they name files of the server, or concern the whole pack."""
 
-SAID_ELSEWHERE = frozenset({"n", "tools", "tool_choice", "json_schema", "logprobs", "top_logprobs", "timeout"})
+SAID_ELSEWHERE = frozenset(
+    {"n", "tools", "tool_choice", "json_schema", "logprobs", "top_logprobs", "logprob_token_ids", "timeout"}
+)
 """Options for which OpenAI has its own fields."""
 
 REFUSED = {
@@ -35,6 +37,20 @@ REFUSED = {
     "guided_choice": "use response_format with a JSON schema that has an enum, or /v1/decisions",
     "guided_grammar": "use response_format with a JSON schema",
     "structured_outputs": "use response_format with a JSON schema",
+    "allowed_token_ids": "use logit_bias",
+    "bad_words": "use logit_bias",
+    "stop_token_ids": "use stop, with the text of these tokens",
+    "include_stop_str_in_output": "stop strings are never part of the text",
+    "min_tokens": "answers end where the members end them",
+    "ignore_eos": "answers end where the members end them; logit_bias can delay it",
+    "truncate_prompt_tokens": "prompts are never truncated",
+    "thinking_token_budget": "use max_tokens",
+    "chat_template": "each member has its own template; use chat_template_kwargs",
+    "documents": "put them into a message",
+    "prompt_embeds": "each member has its own embeddings; send text or token ids",
+    "n_predict": "use max_tokens",
+    "repeat_penalty": "use repetition_penalty",
+    "mirostat": "use temperature, top_p or min_p",
     "lora_adapter": "each member is a model of its own: use its name as model",
 }
 """Unsupported fields that would change the answer. They are refused rather than ignored; each value says what to do
@@ -80,7 +96,6 @@ class Body(BaseModel):
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
 class Sampled(Body):
@@ -101,6 +116,8 @@ class Sampled(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     best_of: int | None = None
+    response_format: dict[str, Any] | None = None
+    logprob_token_ids: Annotated[list[StrictInt], Field(min_length=1)] | None = None
 
     def options(self) -> dict[str, Any]:
         options = super().options()
@@ -114,6 +131,12 @@ class Sampled(Body):
             options["top_k"] = self.top_k
         if self.logit_bias:
             options["logit_bias"] = self.logit_bias
+        if self.logprob_token_ids is not None:
+            if getattr(self, "logprobs", None) is None or getattr(self, "logprobs", None) is False:
+                raise OptionError("logprob_token_ids need logprobs")
+            options["logprob_token_ids"] = self.logprob_token_ids
+        if (schema := schema_of(self.response_format)) is not None:
+            options["json_schema"] = schema
         if self.seed is not None:
             options["seed"] = self.seed % 2**64  # OpenAI's seeds are signed
         return options
@@ -131,7 +154,6 @@ class Chat(Sampled):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -147,8 +169,6 @@ class Chat(Sampled):
         choice = self._choice()
         if choice is not None and (self.tools or choice not in ("auto", "none")):
             options["tool_choice"] = choice
-        if (schema := schema_of(self.response_format)) is not None:
-            options["json_schema"] = schema
         if self.top_logprobs is not None and not self.logprobs:
             raise OptionError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
         if self.logprobs:
@@ -267,6 +287,8 @@ class Responses(Body):
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -275,6 +297,8 @@ class Responses(Body):
     reasoning: dict[str, Any] | None = None
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     stream: bool = False
 
     def options(self) -> dict[str, Any]:
@@ -292,6 +316,8 @@ class Responses(Body):
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             logprobs=wants_logprobs or None,
             top_logprobs=self.top_logprobs if wants_logprobs else None,
             tools=None if self.tools is None else [_nested(tool) for tool in self.tools],

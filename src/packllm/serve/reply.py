@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from itertools import count
 from typing import Any
 
 from starlette.responses import Response
@@ -16,6 +17,8 @@ from packllm.serve.errors import dumps, told
 Events = AsyncGenerator[dict[str, Any], None]
 
 DONE = b"data: [DONE]\n\n"
+LAST_WORDS = 5
+"""Seconds in which a client must take what ended its stream; then the connection is closed."""
 
 
 def data_only(event: dict[str, Any]) -> bytes:
@@ -23,11 +26,17 @@ def data_only(event: dict[str, Any]) -> bytes:
     return b"data: " + dumps(event) + b"\n\n"
 
 
-def named(event: dict[str, Any]) -> bytes:
-    """A server-sent event in the format of /v1/responses, with its type before its data."""
-    if "error" in event:
-        event = {**event["error"], "type": "error"}
-    return b"event: " + str(event["type"]).encode() + b"\n" + data_only(event)
+class Named:
+    """Server-sent events in the format of /v1/responses: numbered, with the type before the data. An error's fields
+    are in the event, as in OpenAI's format, and in its field `error`, as in OpenResponses'."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    def __call__(self, event: dict[str, Any]) -> bytes:
+        kind = str(event.get("type", "error"))
+        fields = {**event.get("error", {}), **event} if kind == "error" else event
+        return f"event: {kind}\n".encode() + data_only({**fields, "type": kind, "sequence_number": next(self._numbers)})
 
 
 class Reply(Response):
@@ -82,12 +91,15 @@ class Reply(Response):
                             await self._start(send, None if self._stream else dumps(event))
                         if self._stream:
                             await send(_body(self._frame(event)))
+                    if self._stream:
+                        await send(_body(self._end, last=True))
             except Exception as error:
                 if not started or not self._stream:
                     raise
-                await send(_body(self._frame(told(error)[1])))
-        if self._stream:
-            await send(_body(self._end, last=True))
+                said = self._frame(told(error)[1]) + self._end
+                with suppress(TimeoutError):  # who does not read will not read this either
+                    async with asyncio.timeout(LAST_WORDS):
+                        await send(_body(said, last=True))
 
     async def _start(self, send: Send, body: bytes | None) -> None:
         headers = [(b"content-type", self.media_type.encode())] if self.media_type else []

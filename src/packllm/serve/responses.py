@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from packllm.errors import PromptError, shown
+from packllm.options import Options
 from packllm.results import Usage
 from packllm.serve.answers import answers, new_id
 from packllm.serve.chat import Message
@@ -69,11 +70,11 @@ class Output:
 
     def __init__(self, head: dict[str, Any]) -> None:
         self.items: list[dict[str, Any]] = []
-        self._head, self._number, self._open = head, 0, False
+        self._head, self._open = head, False
 
-    def event(self, kind: str, **fields: Any) -> Event:
-        self._number += 1
-        return {"type": kind, "sequence_number": self._number - 1, **fields}
+    @staticmethod
+    def event(kind: str, **fields: Any) -> Event:
+        return {"type": kind, **fields}
 
     def feed(self, delta: Mapping[str, Any]) -> Iterator[Event]:
         """The events of a chat delta."""
@@ -85,7 +86,7 @@ class Output:
             function = call["function"]
             if "id" in call:
                 yield from self._add(
-                    {"type": "function_call", "id": new_id("fc"), "call_id": call["id"], "name": function["name"]}
+                    {"type": "function_call", "id": new_id("fc_"), "call_id": call["id"], "name": function["name"]}
                     | {"arguments": "", "status": "in_progress"}
                 )
             yield from self._grow("function_call", function["arguments"])
@@ -105,7 +106,7 @@ class Output:
 
     def _grow(self, kind: str, text: str) -> Iterator[Event]:
         if kind != "function_call" and (not self._open or self.items[-1]["type"] != kind):
-            item: dict[str, Any] = {"type": kind, "id": new_id("msg" if kind == "message" else "rs")}
+            item: dict[str, Any] = {"type": kind, "id": new_id("msg_" if kind == "message" else "rs_")}
             if kind == "message":
                 item |= {"role": "assistant", "status": "in_progress", "content": []}
             yield from self._add(item if kind == "message" else {**item, "summary": []})
@@ -170,8 +171,9 @@ async def response(served: Served, body: Responses, metrics: Metrics) -> Events:
 
 async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGenerator[Event, None]:
     options, conversation = body.options(), messages_of(body)
-    message = Message(served.pack.check(**options).offered_tools, body.parallel_tool_calls is not False)
-    output = Output(_head(served, body))
+    checked = served.pack.check(**options)
+    message = Message(checked.offered_tools, body.parallel_tool_calls is not False)
+    output = Output(_head(served, body, checked))
     begun = False
     async with aclosing(answers(served.pack, [conversation], options, None, metrics)) as chunks:
         async for _, chunk in chunks:
@@ -192,30 +194,48 @@ async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGen
             if logprobs and (texts := [item for item in output.items if item["type"] == "message"]):
                 texts[-1]["content"][0]["logprobs"] = logprobs
             why = None if status == "completed" else {"reason": "max_output_tokens"}
-            fields = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
+            fields: dict[str, Any] = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
+            fields["completed_at"] = int(time.time()) if why is None else None
             yield output.event(f"response.{status}", response=output.whole(status, **fields))
 
 
-def _head(served: Served, body: Responses) -> dict[str, Any]:
+def _head(served: Served, body: Responses, checked: Options) -> dict[str, Any]:
     return {
-        "id": new_id("resp"),
+        "id": new_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
+        "completed_at": None,
         "model": served.name,
         "error": None,
         "incomplete_details": None,
+        "previous_response_id": None,
         "instructions": body.instructions,
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
+        "temperature": checked.temperature,
+        "top_p": checked.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "presence_penalty": checked.presence_penalty,
+        "frequency_penalty": checked.frequency_penalty,
         "tool_choice": body.tool_choice or "auto",
-        "tools": body.tools or [],
-        "text": body.text or {"format": {"type": "text"}},
+        "tools": [_flat(tool) for tool in checked.tools or ()],
+        "text": {"format": {"type": "text"}, **(body.text or {})},
+        "reasoning": {"effort": None, "summary": None, **(body.reasoning or {})},
         "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "truncation": "disabled",
+        "background": False,
         "store": False,
+        "service_tier": "default",
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
         "usage": None,
     }
+
+
+def _flat(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat's tool as /v1/responses has it."""
+    return {"type": "function", "description": None, "parameters": None, "strict": None, **tool["function"]}
 
 
 def _usage(usage: Usage | None) -> dict[str, Any] | None:

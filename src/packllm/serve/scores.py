@@ -7,9 +7,10 @@ from functools import partial
 from threading import Event
 from typing import Any, TypeVar
 
+from packllm.asynchronous import in_thread
 from packllm.chat.messages import Prompt
 from packllm.errors import OptionError, PromptError
-from packllm.serve.answers import in_thread, new_id
+from packllm.serve.answers import new_id
 from packllm.serve.models import Served
 from packllm.serve.protocol import Decide, Rerank, Score
 from packllm.serve.reply import Events
@@ -38,8 +39,8 @@ async def score(served: Served, body: Score) -> Events:
         results += await in_thread(partial(_cancellable, work))
     data = [{"index": at, "object": "score", "score": max(value, _LEAST)} for at, value in enumerate(results)]
     spoken = [(first, text) for first, texts in pairs for text in texts]
-    usage = _usage(served, [text for pair in spoken for text in pair])
-    yield {"id": new_id("score"), "object": "list", "model": served.name, "data": data, "usage": usage}
+    usage = await _usage(served, [text for pair in spoken for text in pair])
+    yield {"id": new_id("score-"), "object": "list", "model": served.name, "data": data, "usage": usage}
 
 
 async def rerank(served: Served, body: Rerank) -> Events:
@@ -54,10 +55,10 @@ async def rerank(served: Served, body: Rerank) -> Events:
         document = {"document": {"text": texts[at]}} if body.return_documents else {}
         results.append({"index": at, "relevance_score": max(rated[at], _LEAST), **document})
     yield {
-        "id": new_id("rerank"),
+        "id": new_id("rerank-"),
         "model": served.name,
         "results": results,
-        "usage": _usage(served, [body.query, *texts]),
+        "usage": await _usage(served, [body.query, *texts]),
     }
 
 
@@ -66,15 +67,14 @@ async def decide(served: Served, body: Decide) -> Events:
     if (body.prompt is None) == (body.messages is None):
         raise PromptError("give either prompt or messages")
     prompt: Prompt = body.messages or body.prompt or ""
-    work = partial(served.pack.decide, prompt, body.choices, calibrated=body.calibrated, **body.options())
-    result = await in_thread(partial(_cancellable, work))
-    yield {"id": new_id("decision"), "object": "decision", "model": served.name, **result.as_dict()}
+    result = await served.pack.adecide(prompt, body.choices, calibrated=body.calibrated, **body.options())
+    yield {"id": new_id("decision-"), "object": "decision", "model": served.name, **result.as_dict()}
 
 
 def _cancellable(work: Callable[..., T], cancel: Event) -> T:
     return work(cancel=cancel)
 
 
-def _usage(served: Served, texts: list[str]) -> dict[str, int]:
-    count = sum(len(served.pack.tokenize(text)) for text in texts)
+async def _usage(served: Served, texts: list[str]) -> dict[str, int]:
+    count = await in_thread(lambda _: sum(len(served.pack.tokenize(text)) for text in texts))
     return {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from packllm.errors import OptionError
-from packllm_eval.bench import company, figures, speed
+from packllm_eval.bench import company, figures, serving, speed
 from packllm_eval.bench.report import Report, show
 from packllm_eval.bench.subjects import build, machine, text_of
 
@@ -34,6 +34,7 @@ GROUPS = (
     "passes",
     "growth",
     "threads",
+    "serve",
     "start",
 )
 QUICK_TOKENS = 48
@@ -98,6 +99,7 @@ def run(
         "passes": lambda: company.passes(report, 4 if quick else CROWD_TOKENS),
         "growth": lambda: company.growth(report, pack, 128 if quick else room, new_tokens, 1 if quick else repeat),
         "threads": lambda: company.threads(report, new_tokens, repeat, quick),
+        "serve": lambda: serving.serving(report, prompt_tokens, new_tokens, repeat, skip=quick),
         "start": lambda: figures.start(report, repeat, skip=quick),
     }
     for name in only or GROUPS:
