@@ -4,11 +4,12 @@ keeps nothing beside the ids, so that any number of requests may share it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
-from conftest import _config, byte_level_tokenizer
+from conftest import CORPUS, _config, byte_level_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,8 +18,8 @@ from packllm.chat.prompt import Encoder
 from packllm.engines import base
 from packllm.engines.base import Read
 
-SURE = 0.999
-"""The probability of each token of what was taught. Those of a prompt have 1 / V each."""
+SURE, KNOWN = 0.999, 0.1
+"""The probability of each token of what was taught, and of each token of a prompt."""
 
 
 class TaughtSequence(base.Sequence):
@@ -70,16 +71,15 @@ class TaughtEngine(base.Engine):
         start = self._start(sequence.ids)
         if start is not None and before < start <= len(sequence.ids):
             self.asked.append(self._text(sequence.ids[:start]))
-        wanted = {"all": range(len(ids)), "last": range(len(ids) - 1, len(ids)), "none": range(0)}
-        places = wanted[read.want] if isinstance(read.want, str) else range(len(ids))
-        rows = torch.full((len(places), self.vocabulary_size), -math.log(self.vocabulary_size))
-        for row, place in enumerate(places):
-            if start is not None and before + place + 1 >= start:
-                rows[row] = self._row(sequence.ids[: before + place + 1], start)
         if isinstance(read.want, str):
-            return rows
-        targets = torch.tensor(list(read.want), dtype=torch.long)
-        return rows.double().gather(-1, targets.clamp_min(0)[:, None])[:, 0].masked_fill(targets < 0, torch.nan)
+            places = {"last": range(len(ids))[-1:], "none": range(0)}.get(read.want, range(len(ids)))
+            follows = [*sequence.ids[before + 1 :], self._end]
+            rows = [self._row(sequence.ids[: before + place + 1], start, follows[place]) for place in places]
+            return torch.stack(rows) if rows else torch.empty(0, self.vocabulary_size)
+        given = [math.nan if target < 0 else math.log(KNOWN) for target in read.want]
+        for place in range(max(0, start - before - 1) if start else len(ids), len(ids)):
+            given[place] = float(self._row(sequence.ids[: before + place + 1], start, 0)[read.want[place]])
+        return torch.tensor(given, dtype=torch.float64)
 
     def _start(self, ids: Sequence[int]) -> int | None:
         """Where the answer under way begins."""
@@ -87,17 +87,34 @@ class TaughtEngine(base.Engine):
         last = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] == self._opening[0]), None)
         return last + size if last is not None and ids[last : last + size] == self._opening else None
 
-    def _row(self, ids: Sequence[int], start: int) -> Tensor:
+    def _row(self, ids: Sequence[int], start: int | None, follows: int) -> Tensor:
+        """(V,): in an answer, what goes on with it; else what `follows`."""
+        if start is None or len(ids) < start:
+            return self._peak(follows, KNOWN)
         written, answer = self._text(ids[start:]), self._answer(self._conversation(tuple(ids[:start])))
         left = self._ids(answer[len(written) :]) if answer.startswith(written) else []
-        row = torch.full((self.vocabulary_size,), (1 - SURE) / (self.vocabulary_size - 1))
-        row[left[0] if left else self._end] = SURE
-        return row.log()
+        return self._peak(left[0] if left else self._end, SURE)
+
+    def _peak(self, token: int, probability: float) -> Tensor:
+        row = torch.full((self.vocabulary_size,), math.log((1 - probability) / (self.vocabulary_size - 1)))
+        row[token] = math.log(probability)
+        return row
 
 
 @lru_cache(1)
 def _tokenizer() -> PreTrainedTokenizerFast:
-    return byte_level_tokenizer(800)
+    """Its vocabulary holds the words of the frameworks' own prompts, where they are installed, as a real one does."""
+    return byte_level_tokenizer(3000, [*CORPUS, *_prompts()])
+
+
+def _prompts() -> Iterator[str]:
+    with suppress(ImportError):
+        from llama_index.core.prompts import BasePromptTemplate, chat_prompts, default_prompts
+
+        for module in (chat_prompts, default_prompts):
+            for prompt in vars(module).values():
+                if isinstance(prompt, BasePromptTemplate):
+                    yield prompt.get_template()
 
 
 def taught(answers: Mapping[str, str] | Callable[[str], str], name: str = "taught", window: int = 8192) -> Member:

@@ -12,7 +12,7 @@ from langchain_core.tools import tool
 from taught import asked, taught_pack
 
 from langchain_packllm import ChatPackLLM
-from packllm import ContextOverflowError
+from packllm import ContextOverflowError, Pack
 
 agents = pytest.importorskip("langchain.agents")
 middleware = pytest.importorskip("langchain.agents.middleware")
@@ -212,3 +212,29 @@ async def test_todos_are_kept_in_the_state(way: str) -> None:
     assert [c["name"] for one in state["messages"] if isinstance(one, AIMessage) for c in one.tool_calls] == [
         "write_todos", "beds", "write_todos"
     ]  # fmt: skip
+
+
+@pytest.mark.real
+def test_the_starter_pack_under_all_of_them(starter_pack: Pack) -> None:
+    """It need not be right, but what is promised holds: one tool is selected, the history is a summary, no more calls
+    than allowed."""
+    llm = ChatPackLLM(pack=Pack(starter_pack.members[:2]), max_tokens=24)
+    around = [
+        middleware.SummarizationMiddleware(
+            llm, trigger=("messages", 3), keep=("messages", 1), summary_prompt="Summarise:\n{messages}"
+        ),
+        middleware.TodoListMiddleware(system_prompt="", tool_description="Keep a list of what is to be done."),
+        middleware.LLMToolSelectorMiddleware(max_tools=1, always_include=["write_todos"]),
+        middleware.ContextEditingMiddleware(token_count_method="model"),
+        middleware.ToolCallLimitMiddleware(run_limit=1, exit_behavior="end"),
+        middleware.ModelRetryMiddleware(max_retries=1, initial_delay=0, on_failure="error"),
+        middleware.ModelFallbackMiddleware(llm),
+    ]
+    agent = agents.create_agent(llm, [BEDS, DOORS], middleware=around)
+    history = [HumanMessage("Ward 3 is on the left."), AIMessage("I see."), HumanMessage(QUESTION)]
+    messages = agent.invoke({"messages": history})["messages"]
+    assert kinds(messages)[:3] == ["Human", "Human", "AI"]
+    assert messages[0].additional_kwargs == {"lc_source": "summarization"}
+    assert messages[1].content == QUESTION
+    assert len(ran) <= 1
+    assert messages[2].response_metadata["packllm"]["names"] == ["general", "medicine"]
