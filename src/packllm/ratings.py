@@ -12,7 +12,7 @@ from packllm.asynchronous import iterate
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import decodings
 from packllm.decode.cancel import Stop, Stream
-from packllm.decode.decide import Decision, check_choices, decision
+from packllm.decode.decide import Decision, begun, check_choices, decision
 from packllm.decode.line import Line
 from packllm.decode.relevance import NOT_RATING, asked, asking, check_fits, check_question, question_logprobs, too_long
 from packllm.decode.remote import ServerLine
@@ -66,16 +66,20 @@ class Ratings(Members):
                 that is likely after any prompt has no advantage.
 
         Raises:
-            OptionError: labels are empty or equal. Others as in stream().
+            OptionError: labels are blank or equal. Others as in stream().
         """
         labels, checked = check_choices(choices), self.check(**options)
         fused, members, weights = self._scored(prompt, labels, checked, cancel)
+        spelled = {m.name: [m.encoder.continuation(label) for label in labels] for m in self.members}
+        longer = {name: begun(labels, ids if all(ids) else ()) for name, ids in spelled.items()}
         if not calibrated:
-            return decision(labels, fused, members, weights)
+            return decision(labels, fused, members, weights, longer=longer)
         shares = {name: value for name, value in zip(weights.names, weights.values, strict=True) if value}
-        same = checked.override({"weighting": shares, "pool": weights.pool, "score_on": None})
+        of_prompt = {"score_on": None, "passages": (), "explain": None}
+        same = checked.override({"weighting": shares, "pool": weights.pool, **of_prompt})
         nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
-        return decision(labels, fused, members, weights, self._scored(nothing, labels, same, cancel, alone=False)[0])
+        empty = self._scored(nothing, labels, same, cancel, alone=False)[0]
+        return decision(labels, fused, members, weights, empty, longer)
 
     def _scored(
         self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
