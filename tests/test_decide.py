@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import follows, llama3_like
 
-from packllm import OptionError, Weights
+from packllm import OptionError, PromptError, Weights
 from packllm.decode.decide import begun, decision
 
 PROMPT = "Is insulin a hormone? Answer: "
@@ -142,3 +142,8 @@ def test_any_labels_have_probabilities(labels, data):
 def test_labels_that_are_no_choice(pack, choices):
     with pytest.raises(OptionError, match="choices"):
         pack.decide(PROMPT, choices)
+
+
+def test_labels_that_are_no_text(pack):
+    with pytest.raises(PromptError, match="surrogate"):
+        pack.decide(PROMPT, ["\ud800", "a"])

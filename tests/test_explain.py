@@ -88,6 +88,9 @@ def test_each_message_of_the_user_is_told(members):
         Pack(members).stream(chat, passages=["Be brief."])
     with pytest.raises(PromptError, match=r"passages\[2\].*again"):
         Pack(members).weigh(chat, passages=[PASSAGES[0]] * 3)
+    question = "What is the capital of France?"
+    with pytest.raises(PromptError, match=r"passages\[0\]='Insulin helps glucose.' .*score_on='What is the"):
+        Pack(members).weigh(PROMPT, passages=PASSAGES, score_on=question)
 
 
 @pytest.mark.parametrize(

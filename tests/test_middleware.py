@@ -62,7 +62,11 @@ async def test_a_summary_takes_the_place_of_old_messages(way: str) -> None:
         pack=taught_pack({"extract the highest quality": "They spoke of ward 3.", QUESTION: "It has 12 beds."}, 4096)
     )
     summary = middleware.SummarizationMiddleware(
-        llm, trigger=("fraction", 0.25), keep=("messages", 1), token_counter=llm.get_num_tokens_from_messages
+        llm,
+        trigger=("fraction", 0.25),
+        keep=("messages", 1),
+        token_counter=llm.get_num_tokens_from_messages,
+        trim_tokens_to_summarize=None,
     )
     agent = agents.create_agent(llm, [], middleware=[summary])
     history = [
@@ -78,9 +82,12 @@ async def test_a_summary_takes_the_place_of_old_messages(way: str) -> None:
     assert "The doors of ward 3 are blue." in summarised
     assert "They spoke of ward 3." in answered
     assert "blue" not in answered
+    endless = [HumanMessage("The doors of ward 3 are blue. " * 3000), *history[1:]]  # beyond the window: tried again, cut
+    assert "They spoke of ward 3." in (await run(agent, way, endless))["messages"][0].content
+    asked(llm.pack).clear()
     short = await run(agent, way, [HumanMessage(QUESTION)])  # below a quarter of the window: no summary
     assert kinds(short["messages"]) == ["Human", "AI"]
-    assert len(asked(llm.pack)) == 3
+    assert len(asked(llm.pack)) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)

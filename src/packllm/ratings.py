@@ -66,9 +66,12 @@ class Ratings(Members):
                 that is likely after any prompt has no advantage.
 
         Raises:
-            OptionError: labels are blank or equal. Others as in stream().
+            OptionError: labels are blank or equal.
+            PromptError: a label is no valid Unicode. Others as in stream().
         """
         labels, checked = check_choices(choices), self.check(**options)
+        for label in labels:
+            check(label, chat_template=False)
         fused, members, weights = self._scored(prompt, labels, checked, cancel)
         spelled = {m.name: [m.encoder.continuation(label) for label in labels] for m in self.members}
         longer = {name: begun(labels, ids if all(ids) else ()) for name, ids in spelled.items()}
@@ -131,6 +134,7 @@ class Ratings(Members):
     ) -> Generator[list[tuple[int, float]], None, None]:
         """Groups of (index of a passage, its rating)."""
         texts, chat = check_question(question, passages), self._wraps("", checked)
+        check(question, chat_template=False)
         checked = checked.model_copy(update=NOT_RATING)
         prompts, text = [asking(passage, chat) for passage in texts], asked(question, chat)
 

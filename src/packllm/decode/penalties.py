@@ -76,7 +76,9 @@ def spelled_biases(biases: Mapping[int | str, float] | None, member: Author) -> 
     """
     tokens, spelled = member.vocabulary.tokens, {}
     for key, nats in (biases or {}).items():
-        token = key.encode() if isinstance(key, str) else tokens[key] if key < len(tokens) else b""
+        token = (
+            key.encode(errors="surrogatepass") if isinstance(key, str) else tokens[key] if key < len(tokens) else b""
+        )
         if not token:
             raise OptionError(
                 f"logit_bias={{{key!r}: {nats:g}}}: member {member.name!r} has no such token; its ids go from 0 to "
