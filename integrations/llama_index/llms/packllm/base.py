@@ -113,6 +113,8 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         context_window leaves out what the members' chat templates write around a system's and a user's message, for
         LlamaIndex fills the window with text, counted without them. num_output, where max_tokens is not set, is a
         quarter of a small window (64 tokens, as far as half of it has them): refining needs room for two answers.
+        LlamaIndex's modes refine and compact themselves keep 500 tokens free for the answer so far; for a window below
+        some 1,000 tokens, give them less: CompactAndRefine(llm=llm, response_padding_size=100).
         """
         window = self._pack.context_window or DEFAULT_CONTEXT_WINDOW
         if self._pack.context_window and self._pack.has_chat_template:
