@@ -82,7 +82,7 @@ async def test_a_summary_takes_the_place_of_old_messages(way: str) -> None:
     assert "The doors of ward 3 are blue." in summarised
     assert "They spoke of ward 3." in answered
     assert "blue" not in answered
-    endless = [HumanMessage("The doors of ward 3 are blue. " * 3000), *history[1:]]  # beyond the window: tried again, cut
+    endless = [HumanMessage("The doors of ward 3 are blue. " * 3000), *history[1:]]  # too long: cut
     assert "They spoke of ward 3." in (await run(agent, way, endless))["messages"][0].content
     asked(llm.pack).clear()
     short = await run(agent, way, [HumanMessage(QUESTION)])  # below a quarter of the window: no summary
