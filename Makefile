@@ -50,7 +50,8 @@ NEWEST := .venv-newest/bin/python
 newest: .venv-newest/ready
 	$(NEWEST) -m pip list 2>/dev/null | grep -E "^(transformers|langchain|llama-index)"
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest --numprocesses auto --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
-		models member decode speculate prefix load engines langchain langchain_chat langchain_standard llama_index))
+		models member decode speculate prefix load engines langchain langchain_chat langchain_errors langchain_standard \
+		middleware decisions llama_index llama_index_tools query_engines))
 
 # Engines whose packages are large or compile for some ten minutes: setup and demo do without them.
 ENGINES := .venv-engines/bin/python

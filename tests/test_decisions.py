@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from conftest import TextPack
+from langchain_core import exceptions
 
-from packllm import OptionError
+from packllm import ContextOverflowError, OptionError
 
 decisions = pytest.importorskip("langchain_core.decisions", reason="langchain-core has no decision models yet")
 
@@ -34,8 +35,12 @@ def test_questions_are_answered_by_fused_likelihood(members):
     levels = response.scores["anger"].probabilities
     assert response.scores["anger"].score == pytest.approx(levels[1] + 2 * levels[2])
     assert response.model == pack.name
-    with pytest.raises(OptionError, match="text only"):
+    with pytest.raises(OptionError, match="text only") as wrong:
         model.invoke({"state": STATE, "questions": {"where": decisions.Box(instructions="Where?")}})
+    assert isinstance(wrong.value, exceptions.ModelInvalidRequestError)
+    with pytest.raises(ContextOverflowError) as long:
+        model.invoke({"state": STATE * 100, "questions": {"urgent": urgent}})
+    assert isinstance(long.value, exceptions.ContextOverflowError)
 
 
 def test_a_router_takes_the_model_decided_for(members):

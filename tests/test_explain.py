@@ -88,6 +88,9 @@ def test_each_message_of_the_user_is_told(members):
         Pack(members).stream(chat, passages=["Be brief."])
     with pytest.raises(PromptError, match=r"passages\[2\].*again"):
         Pack(members).weigh(chat, passages=[PASSAGES[0]] * 3)
+    question = "What is the capital of France?"
+    with pytest.raises(PromptError, match=r"passages\[0\]='Insulin helps glucose.' .*score_on='What is the"):
+        Pack(members).weigh(PROMPT, passages=PASSAGES, score_on=question)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,27 @@ def test_streams_that_end_early_have_none(pack):
     cancel.set()
     with pytest.raises(CancelledError):
         list(stream)
+
+
+async def test_streams_of_adapters_that_end_early_have_none_and_the_next_one_has(members):
+    langchain_packllm = pytest.importorskip("langchain_packllm")
+    pytest.importorskip("llama_index.core")
+    from llama_index.llms.packllm import PackLLM
+
+    pack = Pack(members, max_tokens=200, explain=True)
+    chat, llm, index = (
+        langchain_packllm.ChatPackLLM(pack=pack),
+        langchain_packllm.PackLLM(pack=pack),
+        PackLLM(pack=pack),
+    )
+    for stream in (chat.stream(PROMPT), llm.stream(PROMPT), index.stream_complete(PROMPT)):
+        assert "explanation" not in str(next(stream))
+        stream.close()
+    for stream in (chat.astream(PROMPT), llm.astream(PROMPT), await index.astream_complete(PROMPT)):
+        assert "explanation" not in str(await anext(stream))
+        await stream.aclose()
+    answer = chat.invoke(PROMPT, max_tokens=3)
+    assert len(answer.response_metadata["packllm"]["explanation"]["tokens"]) == 3
 
 
 def test_several_vocabularies_by_words_and_segments(make_member):

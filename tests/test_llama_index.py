@@ -294,8 +294,9 @@ def test_metadata_where_nothing_is_known():
     pack.context_window, pack.has_chat_template = None, False
     metadata = PackLLM(pack=pack).metadata
     assert (metadata.context_window, metadata.num_output, metadata.is_chat_model) == (3900, 256, False)
-    pack.context_window = 128
-    assert PackLLM(pack=pack).metadata.num_output == 64
+    for window, answer in ((100, 50), (128, 64), (512, 128), (8192, 256)):
+        pack.context_window = window
+        assert PackLLM(pack=pack).metadata.num_output == answer
 
 
 def test_class():

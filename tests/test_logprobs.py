@@ -182,6 +182,62 @@ def test_langchain_structured_output_and_calls_tell_them(chat_pack):
         assert len(tokens) == raw.usage_metadata["output_tokens"]
 
 
+FORCED = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {
+    "type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream", "batch"])
+async def test_calls_tell_and_explain_their_tokens_by_every_way_of_langchain(chat_pack, way):
+    pytest.importorskip("llguidance")
+    chat_models = pytest.importorskip("langchain_packllm.chat_models")
+    model = chat_models.ChatPackLLM(pack=chat_pack, max_tokens=60, top_logprobs=1, explain=True)
+    bound = model.bind_tools([FORCED], tool_choice="any")
+    if way == "batch":
+        said, _ = bound.batch([PROMPT, "Insulin"])
+    elif way == "invoke":
+        said = bound.invoke(PROMPT)
+    elif way == "ainvoke":
+        said = await bound.ainvoke(PROMPT)
+    else:
+        chunks = [chunk async for chunk in bound.astream(PROMPT)] if way == "astream" else list(bound.stream(PROMPT))
+        said = sum(chunks[1:], chunks[0])
+    (call,) = said.tool_calls
+    assert call["args"]["a"] in ("x", "y")
+    told, explained = said.response_metadata["logprobs"]["content"], said.response_metadata["packllm"]["explanation"]
+    assert_spelt(told, explained["tokens"], said.usage_metadata["output_tokens"])
+
+
+@pytest.mark.parametrize("way", ["chat", "stream_chat", "achat", "astream_chat"])
+async def test_calls_tell_and_explain_their_tokens_by_every_way_of_llama_index(chat_pack, way):
+    pytest.importorskip("llguidance")
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.llms import ChatMessage
+
+    from llama_index.llms.packllm import PackLLM
+
+    llm = PackLLM(pack=chat_pack, max_tokens=60, top_logprobs=1, explain=True)
+    answer = getattr(llm, way)([ChatMessage(PROMPT)], tools=[FORCED], tool_choice="any")
+    if way.startswith("a"):
+        answer = await answer
+    if "stream" in way:
+        answer = [step async for step in answer][-1] if way.startswith("a") else list(answer)[-1]
+    (call,) = llm.get_tool_calls_from_response(answer)
+    assert call.tool_kwargs["a"] in ("x", "y")
+    told, usage = answer.raw["logprobs"], answer.raw["usage"]
+    assert_spelt(told, answer.raw["explanation"]["tokens"], usage["completion_tokens"])
+    assert [place[0].logprob for place in answer.logprobs] == [token["logprob"] for token in told]
+
+
+def assert_spelt(told, explained, count):
+    spelled = b"".join(bytes(token["bytes"]) for token in told).decode()
+    assert json.loads(spelled.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))["name"] == "f"
+    assert len(told) == len(explained) == count
+    for token, carried in zip(told, explained, strict=True):
+        parts = {name: weight * math.exp(token["members"][name]) for name, weight in carried["weights"].items()}
+        shares = {name: part / sum(parts.values()) for name, part in parts.items()}
+        assert carried["share"] == pytest.approx(shares, abs=1e-4)
+
+
 def test_langchain_gives_n_answers_and_takes_openais_names(chat_pack):
     langchain_packllm = pytest.importorskip("langchain_packllm")
     from langchain_core.messages import HumanMessage

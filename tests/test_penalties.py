@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 from packllm import Member
 from packllm.decode.penalties import Penalties
 from packllm.decode.sampling import filtered, make_sampler
+from packllm.decode.verdict import drawn_anew
 from packllm.errors import OptionError, VocabularyError
 from packllm.options import make_options
 
@@ -246,6 +247,13 @@ def test_several_answers_of_a_form_in_one_vocabulary_and_by_segments(make_member
         assert [one.text for one in answers] == [
             mixed.generate(PROMPT, temperature=1.0, seed=3 + i, decoding=decoding).text for i in range(2)
         ]
+
+
+def test_an_answer_that_is_drawn_anew_is_none_of_the_others():
+    options = make_options({"n": 128, "seed": 5, "temperature": 1.0})
+    seeds = {options.seed_of(row) for row in range(128)}
+    again = {drawn_anew(options.override({"n": None, "seed": seed})).seed for seed in seeds}
+    assert len(seeds | again) == 256
 
 
 def test_a_stream_is_of_one_answer_and_n_of_a_request(pack, members):

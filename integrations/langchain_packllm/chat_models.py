@@ -305,10 +305,11 @@ class ChatPackLLM(PackModel, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[dict[str, Any] | type | Callable | BaseTool] | None = None
     ) -> int:
-        """Tokens of the prompt with these messages and tools, in the pack's first member."""
+        """Tokens of the prompt with these messages and tools, in the pack's first member, however many they are."""
         offered = [tool_of(tool, None) for tool in tools or ()]
         options = self._options(None, {"tools": offered} if offered else {})
-        return self.pack.count_tokens(pack_messages(messages), **options)
+        with typed():
+            return self.pack.count_tokens(pack_messages(messages), **options)
 
     def _ending(
         self, last: packllm.Chunk | packllm.Generation, kwargs: Mapping[str, Any]

@@ -20,6 +20,7 @@ from langchain_core.messages import BaseMessage, get_buffer_string
 from pydantic import ConfigDict, Field
 
 import packllm
+from langchain_packllm.errors import typed
 
 
 class PackDecisions(BaseDecisionModel):
@@ -50,10 +51,10 @@ class PackDecisions(BaseDecisionModel):
         return "packllm"
 
     def _classify(self, state: Any, questions: Mapping[str, Any]) -> ClassifierResponse:
-        text = _told(state)
-        return ClassifierResponse(
-            model=self.model, answers={name: self._answer(text, question) for name, question in questions.items()}
-        )
+        with typed():
+            text = _told(state)
+            answers = {name: self._answer(text, question) for name, question in questions.items()}
+        return ClassifierResponse(model=self.model, answers=answers)
 
     def _answer(self, text: str, question: Any) -> NoulAnswer | ChoiceAnswer | ScoreAnswer:
         if isinstance(question, Box):

@@ -73,9 +73,9 @@ class CarriedToken:
         return {"text": self.text, "logprob": _safe(self.logprob), "share": self.share, "weights": self.weights}
 
 
-def places(text: str, passages: Sequence[str]) -> list[tuple[int, int]]:
-    """Spans (start, end) of passages in the user's text. A passage that is given twice gets its first and its second
-    occurrence.
+def places(text: str, passages: Sequence[str], score_on: str | None = None) -> list[tuple[int, int]]:
+    """Spans (start, end) of passages in the user's text, as far as it is scored (see the option score_on). A passage
+    that is given twice gets its first and its second occurrence.
 
     Raises:
         PromptError: a passage does not occur.
@@ -85,10 +85,11 @@ def places(text: str, passages: Sequence[str]) -> list[tuple[int, int]]:
         start = max((end for (_, end), other in zip(spans, passages, strict=False) if other == passage), default=0)
         start = text.find(passage, start)
         if start < 0:
-            raise PromptError(
-                f"passages[{at}]={shown(passage)} does not occur (again) in the user's text of the prompt; give it "
-                f"word for word"
-            )
+            where = "the user's text of the prompt"
+            if score_on is not None:
+                where = f"the scored text, score_on={shown(score_on)}"
+            remedy = "give it word for word" if score_on is None else "leave out one of the two"
+            raise PromptError(f"passages[{at}]={shown(passage)} does not occur (again) in {where}; {remedy}")
         spans.append((start, start + len(passage)))
     return spans
 

@@ -128,15 +128,20 @@ class Members:
 
     def count_tokens(self, prompt: Prompt, **options: Any) -> int:
         """Number of tokens, in the tokenizer of tokenize(): of a text alone, or of messages with that member's chat
-        template and the tools among the options.
+        template and the tools among the options. They may be more than fit a context window.
 
         Raises:
             OptionError, PromptError: as in stream().
         """
         if isinstance(prompt, str):
             return len(self.tokenize(prompt))
-        encoded = self._request([prompt], self.check(**options)).encoded[0]
-        return len(encoded[self._first if self._first in encoded else min(encoded)].ids)
+        self._require_open()
+        asked = self.check(**options)
+        given = asked.weighting if isinstance(asked.weighting, dict) else {member.name: 1.0 for member in self.members}
+        running = [k for k, member in enumerate(self.members) if given.get(member.name, 0) != 0]
+        encoder = self.members[self._first if self._first in running else min(running)].encoder
+        beside = asked.offered_tools, asked.json_schema, asked.chat_template_kwargs
+        return len(encoder.encode(check(prompt, self._wraps(prompt, asked)), None, *beside).ids)
 
     def check(self, **options: Any) -> Options:
         """The options of a request with these changes.
@@ -186,9 +191,12 @@ class Members:
             return self.has_chat_template and not isinstance(prompt, Formatted)
         return options.chat_template
 
-    def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
+    def _require_open(self) -> None:
         if not self.members:
             raise LoadError("this pack is closed; load it again")
+
+    def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
+        self._require_open()
         checked_prompts = [check(prompt, self._wraps(prompt, options)) for prompt in prompts]
         if options.prefix_cache_mb not in (0, self.options.prefix_cache_mb):
             message = (

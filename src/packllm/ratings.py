@@ -12,7 +12,7 @@ from packllm.asynchronous import in_thread, iterate
 from packllm.chat.prompt import Prompt, check
 from packllm.decode import decodings
 from packllm.decode.cancel import Stop, Stream
-from packllm.decode.decide import Decision, check_choices, decision
+from packllm.decode.decide import Decision, begun, check_choices, decision
 from packllm.decode.line import Line
 from packllm.decode.relevance import NOT_RATING, asked, asking, check_fits, check_question, question_logprobs, too_long
 from packllm.decode.remote import ServerLine
@@ -66,16 +66,23 @@ class Ratings(Members):
                 that is likely after any prompt has no advantage.
 
         Raises:
-            OptionError: labels are empty or equal. Others as in stream().
+            OptionError: labels are blank or equal.
+            PromptError: a label is no valid Unicode. Others as in stream().
         """
         labels, checked = check_choices(choices), self.check(**options)
+        for label in labels:
+            check(label, chat_template=False)
         fused, members, weights = self._scored(prompt, labels, checked, cancel)
+        spelled = {m.name: [m.encoder.continuation(label) for label in labels] for m in self.members}
+        longer = {name: begun(labels, ids if all(ids) else ()) for name, ids in spelled.items()}
         if not calibrated:
-            return decision(labels, fused, members, weights)
+            return decision(labels, fused, members, weights, longer=longer)
         shares = {name: value for name, value in zip(weights.names, weights.values, strict=True) if value}
-        same = checked.override({"weighting": shares, "pool": weights.pool, "score_on": None})
+        of_prompt = {"score_on": None, "passages": (), "explain": None}
+        same = checked.override({"weighting": shares, "pool": weights.pool, **of_prompt})
         nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
-        return decision(labels, fused, members, weights, self._scored(nothing, labels, same, cancel, alone=False)[0])
+        empty = self._scored(nothing, labels, same, cancel, alone=False)[0]
+        return decision(labels, fused, members, weights, empty, longer)
 
     async def adecide(
         self,
@@ -143,6 +150,7 @@ class Ratings(Members):
     ) -> Generator[list[tuple[int, float]], None, None]:
         """Groups of (index of a passage, its rating)."""
         texts, chat = check_question(question, passages), self._wraps("", checked)
+        check(question, chat_template=False)
         checked = checked.model_copy(update=NOT_RATING)
         prompts, text = [asking(passage, chat) for passage in texts], asked(question, chat)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,14 @@ class Decision:
         }
 
 
+Longer = Sequence[Collection[int]]
+"""For each label, the indices of the labels that it begins."""
+
+
 def check_choices(choices: Sequence[str]) -> list[str]:
-    """The labels. Raise OptionError unless there are at least two, all different and none empty."""
+    """The labels. Raise OptionError unless there are at least two, all different and none blank."""
     labels = choices if isinstance(choices, list | tuple) else ()
-    if len(labels) < 2 or not all(isinstance(label, str) and label for label in labels):
+    if len(labels) < 2 or not all(isinstance(label, str) and label.strip() for label in labels):
         raise OptionError(f"choices={shown(choices)}: give a list of two or more labels that are not empty")
     if twice := next((label for at, label in enumerate(labels) if label in labels[:at]), None):
         raise OptionError(f"choices: {twice!r} is given twice; labels must differ")
@@ -60,6 +64,7 @@ def decision(
     members: Mapping[str, Sequence[float]],
     weights: Weights,
     empty: Sequence[float] | None = None,
+    longer: Mapping[str, Longer] | None = None,
 ) -> Decision:
     """Make a decision from log-likelihoods.
 
@@ -72,12 +77,18 @@ def decision(
         weights: of the pack.
         empty: the pack's log p(label) after an empty prompt; each label's probability is divided by it (contextual
             calibration, arXiv 2102.09690). `mass` and `members` are not changed by it.
+        longer: by member, which labels begin which in its tokens (see begun). None: as in their texts.
     """
-    exclusive = _alone(labels, fused)
-    scores = exclusive if empty is None else [p - q for p, q in zip(exclusive, _alone(labels, empty), strict=True)]
+    by_member = longer or dict.fromkeys(weights.names, begun(labels))
+    running = [by_member[name] for name, value in zip(weights.names, weights.values, strict=True) if value]
+    in_all = [set.intersection(*map(set, others)) for others in zip(*running, strict=True)]
+    exclusive = _alone(fused, in_all)
+    scores = exclusive
+    if empty is not None:
+        scores = [_ratio(p, q) for p, q in zip(exclusive, _alone(empty, in_all), strict=True)]
     pack = _normalised(scores)
     plain = _normalised(exclusive)
-    of_members = {name: _normalised(_alone(labels, member)) for name, member in members.items()}
+    of_members = {name: _normalised(_alone(member, by_member[name])) for name, member in members.items()}
     return Decision(
         labels[max(range(len(labels)), key=pack.__getitem__)],
         dict(zip(labels, pack, strict=True)),
@@ -88,21 +99,45 @@ def decision(
     )
 
 
-def _alone(labels: Sequence[str], logprobs: Sequence[float]) -> list[float]:
+def begun(labels: Sequence[str], ids: Sequence[Sequence[int]] = ()) -> Longer:
+    """Which labels each label begins.
+
+    Args:
+        ids: their tokens. A label whose tokens do not begin those of a longer label is a different answer: "no" where
+            "nothing" is one token. Empty: only the texts are compared.
+    """
+
+    def begins(i: int, j: int) -> bool:
+        in_tokens = not ids or (len(ids[i]) < len(ids[j]) and list(ids[j][: len(ids[i])]) == list(ids[i]))
+        return labels[i] != labels[j] and labels[j].startswith(labels[i]) and in_tokens
+
+    rows = range(len(labels))
+    return [[j for j in rows if begins(i, j)] for i in rows]
+
+
+def _alone(logprobs: Sequence[float], longer: Longer) -> list[float]:
     """log p that a text begins with a label but with no longer label."""
     results = []
-    for label, logprob in zip(labels, logprobs, strict=True):
-        longer = [i for i, other in enumerate(labels) if other != label and other.startswith(label)]
-        longest = [i for i in longer if not any(j != i and labels[i].startswith(labels[j]) for j in longer)]
-        remainder = math.exp(logprob) - math.fsum(math.exp(logprobs[i]) for i in longest)
-        results.append(logprob if not longest else math.log(remainder) if remainder > 0 else -math.inf)
+    for logprob, others in zip(logprobs, longer, strict=True):
+        if not others or logprob == -math.inf:
+            results.append(logprob)
+            continue
+        shortest = [j for j in others if not any(j in longer[i] for i in others)]
+        # As a share of p(label), because p of a label of many tokens is too small for a float.
+        share = math.fsum(math.exp(min(logprobs[j] - logprob, 0.0)) for j in shortest)
+        results.append(logprob + math.log1p(-share) if share < 1 else -math.inf)
     return results
+
+
+def _ratio(logprob: float, empty: float) -> float:
+    """log p / q. A label that the prompt rules out stays ruled out."""
+    return logprob if logprob == -math.inf else logprob - empty
 
 
 def _normalised(logprobs: Sequence[float]) -> list[float]:
     peak = max(logprobs)
-    if peak == -math.inf:
-        return [1 / len(logprobs)] * len(logprobs)
+    if not math.isfinite(peak):  # no label has any probability, or the empty prompt rules some out
+        return [float(one == peak) / logprobs.count(peak) for one in logprobs]
     shares = [math.exp(logprob - peak) for logprob in logprobs]
     return [share / math.fsum(shares) for share in shares]
 

@@ -77,7 +77,7 @@ def spelled_biases(biases: Mapping[int | str, float] | None, member: Author) -> 
     spelled: dict[bytes, float] = {}
     for key, nats in (biases or {}).items():
         told = f"logit_bias={{{key!r}: {nats:g}}}"
-        token = key.encode() if isinstance(key, str) else spelling(key, member, told)
+        token = key.encode(errors="surrogatepass") if isinstance(key, str) else spelling(key, member, told)
         if not token:
             raise OptionError(f"{told}: it names no token")
         spelled[token] = nats

@@ -100,7 +100,7 @@ class Request:
             {k: self._encode(members[k], prompt) for k in self.candidates} for prompt in prompts
         ]
         for prompt in self.encoded if options.passages else ():
-            places(next(iter(prompt.values())).text, options.passages)
+            places(next(iter(prompt.values())).text, options.passages, options.score_on)
         self.lines: dict[tuple[int, int], Line | ServerLine] = {}
         self._scores: dict[tuple[int, int], Tensor | None] = {}
         self._opened: list[base.Sequence] = []

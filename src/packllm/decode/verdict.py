@@ -62,7 +62,8 @@ def drawn_anew(options: Options) -> Options:
     """The options of the second answer: sampled instead of greedy, or with the next seed."""
     if options.temperature == 0:
         return options.override({"temperature": 1.0, "seed": options.seed or 0})
-    return options if options.seed is None else options.override({"seed": (options.seed + 1) % 2**64})
+    # Far from the seeds of the other answers to the prompt (see the option n), whose answers these would be.
+    return options if options.seed is None else options.override({"seed": (options.seed + 2**32) % 2**64})
 
 
 def violation(text: str, options: Options) -> str | None:

@@ -111,15 +111,19 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         """The metadata with which LlamaIndex splits prompts.
 
         context_window leaves out what the members' chat templates write around a system's and a user's message, for
-        LlamaIndex fills the window with text, counted without them.
+        LlamaIndex fills the window with text, counted without them. num_output, where max_tokens is not set, is a
+        quarter of a small window (64 tokens, as far as half of it has them): refining needs room for two answers.
+        LlamaIndex's modes refine and compact themselves keep 500 tokens free for the answer so far; for a window below
+        some 1,000 tokens, give them less: CompactAndRefine(llm=llm, response_padding_size=100).
         """
         window = self._pack.context_window or DEFAULT_CONTEXT_WINDOW
         if self._pack.context_window and self._pack.has_chat_template:
             window = max(1, window - self._pack.template_tokens)
+        little = min(64, window // 2)
         return LLMMetadata(
             context_window=window,
-            # Prompts are cut to window - num_output, so the default must leave a small window some room.
-            num_output=self._set_options().get("max_tokens") or min(DEFAULT_NUM_OUTPUTS, window // 2),
+            # Prompts are cut to window - num_output.
+            num_output=self._set_options().get("max_tokens") or min(DEFAULT_NUM_OUTPUTS, max(window // 4, little)),
             is_chat_model=self._pack.has_chat_template,
             is_function_calling_model=self._pack.has_chat_template,
             model_name=self._pack.name,
