@@ -1,0 +1,48 @@
+"""The router example, with the real ModelRouterMiddleware where langchain has it (1.5)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TextPack
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+middleware = pytest.importorskip("langchain.agents.middleware")
+HAS_ROUTER = hasattr(middleware, "ModelRouterMiddleware")
+
+
+@pytest.fixture(autouse=True)
+def example_is_imported_anew(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "router_langchain", raising=False)
+
+
+@pytest.mark.skipif(HAS_ROUTER, reason="this langchain has ModelRouterMiddleware")
+def test_an_older_langchain_is_told_what_to_install():
+    with pytest.raises((SystemExit, ImportError), match=r"langchain(-core)?>=1\.[58]"):
+        import router_langchain  # noqa: F401
+
+
+@pytest.mark.skipif(not HAS_ROUTER, reason="ModelRouterMiddleware came with langchain 1.5; `make newest` has it")
+def test_the_member_that_is_decided_for_answers_alone(make_member):
+    import router_langchain
+
+    names = list(router_langchain.ROUTES)
+    kinds = zip(("llama", "gpt2", "qwen"), range(3), names, strict=True)
+    pack = TextPack([make_member(kind, seed, name=name) for kind, seed, name in kinds], max_tokens=4)
+    agent = router_langchain.make_agent(pack, max_tokens=4)
+    decided = set()
+    for question in ("What is the capital of France?", "def add(a, b):", "the court shall", "Insulin", "once upon"):
+        state = agent.invoke({"messages": [("user", question)]})
+        route, answer = state["model_route"], state["messages"][-1]
+        lines = "\n".join(f"{name}: {criteria}" for name, criteria in router_langchain.ROUTES.items())
+        prompt = f"Human: {question}\n\nWhich subject is this question about?\nAnswer with one of these:\n{lines}"
+        expected = pack.decide(prompt, names, calibrated=True, weighting="uniform")
+        assert route.probabilities == pytest.approx(expected.probabilities, rel=1e-3)
+        assert route.choice == expected.choice
+        told = answer.response_metadata["packllm"]
+        assert dict(zip(told["names"], told["weights"], strict=True)) == {name: name == route.choice for name in names}
+        decided.add(route.choice)
+    assert len(decided) > 1  # a router that always says the same would pass the rest
