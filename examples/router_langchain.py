@@ -26,23 +26,22 @@ except ImportError:
     remedy = 'pip install -U "langchain>=1.5" "langchain-core>=1.8"'
     raise SystemExit(f"This langchain has no ModelRouterMiddleware, which came with 1.5: {remedy}") from None
 
-ROUTES = {
-    "medicine": "Diseases, symptoms, treatments.",
-    "law": "Statutes, courts, rights.",
-    "databases": "Tables, indexes, queries, servers.",
-}  # members of the pack, and what they are for
+ROUTES = {"A doctor": "medicine", "A lawyer": "law", "A database administrator": "databases"}
+"""What is decided between: labels that a model would write, and the member that each stands for."""
 
 
 def make_agent(pack: Pack, max_tokens: int = 60) -> Any:
     """An agent that answers with the member that the pack decides for."""
-    models = {name: ChatPackLLM(pack=pack, weighting={name: 1.0}, max_tokens=max_tokens) for name in ROUTES}
+    models = {
+        label: ChatPackLLM(pack=pack, weighting={name: 1.0}, max_tokens=max_tokens) for label, name in ROUTES.items()
+    }
     router = ModelRouterMiddleware(
-        choices={name: ModelChoice(model=models[name], criteria=criteria) for name, criteria in ROUTES.items()},
-        instructions="Which subject is this question about?",
-        # Without `calibrated` a small model names the label that it likes anyway, whatever is asked.
+        choices={label: ModelChoice(model=model, criteria=None) for label, model in models.items()},
+        instructions="Who should answer this question?",
+        # A small model likes one label whatever is asked: `calibrated` divides by what labels have without a question.
         classifier=PackDecisions(pack=pack, calibrated=True, options={"weighting": "uniform"}),
     )
-    return create_agent(models["medicine"], middleware=[router])
+    return create_agent(models["A doctor"], middleware=[router])
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def test_an_older_langchain_is_told_what_to_install():
 def test_the_member_that_is_decided_for_answers_alone(make_member):
     import router_langchain
 
-    names = list(router_langchain.ROUTES)
+    labels, names = list(router_langchain.ROUTES), list(router_langchain.ROUTES.values())
     kinds = zip(("llama", "gpt2", "qwen"), range(3), names, strict=True)
     pack = TextPack([make_member(kind, seed, name=name) for kind, seed, name in kinds], max_tokens=4)
     agent = router_langchain.make_agent(pack, max_tokens=4)
@@ -37,12 +37,12 @@ def test_the_member_that_is_decided_for_answers_alone(make_member):
     for question in ("What is the capital of France?", "def add(a, b):", "the court shall", "Insulin", "once upon"):
         state = agent.invoke({"messages": [("user", question)]})
         route, answer = state["model_route"], state["messages"][-1]
-        lines = "\n".join(f"{name}: {criteria}" for name, criteria in router_langchain.ROUTES.items())
-        prompt = f"Human: {question}\n\nWhich subject is this question about?\nAnswer with one of these:\n{lines}"
-        expected = pack.decide(prompt, names, calibrated=True, weighting="uniform")
+        asked = f"Human: {question}\n\nWho should answer this question?\nAnswer with one of these:\n"
+        expected = pack.decide(asked + "\n".join(labels), labels, calibrated=True, weighting="uniform")
         assert route.probabilities == pytest.approx(expected.probabilities, rel=1e-3)
         assert route.choice == expected.choice
         told = answer.response_metadata["packllm"]
-        assert dict(zip(told["names"], told["weights"], strict=True)) == {name: name == route.choice for name in names}
+        chosen = router_langchain.ROUTES[route.choice]
+        assert dict(zip(told["names"], told["weights"], strict=True)) == {name: name == chosen for name in names}
         decided.add(route.choice)
     assert len(decided) > 1  # a router that always says the same would pass the rest
