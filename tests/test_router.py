@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,23 +27,30 @@ def test_an_older_langchain_is_told_what_to_install():
 
 
 @pytest.mark.skipif(not HAS_ROUTER, reason="ModelRouterMiddleware came with langchain 1.5; `make newest` has it")
-def test_the_member_that_is_decided_for_answers_alone(make_member):
+def test_the_member_that_is_decided_for_answers_alone(make_member, monkeypatch):
     import router_langchain
+    from langchain_core.decisions import ChoiceAnswer
 
     labels, names = list(router_langchain.ROUTES), list(router_langchain.ROUTES.values())
     kinds = zip(("llama", "gpt2", "qwen"), range(3), names, strict=True)
     pack = TextPack([make_member(kind, seed, name=name) for kind, seed, name in kinds], max_tokens=4)
     agent = router_langchain.make_agent(pack, max_tokens=4)
-    decided = set()
-    for question in ("What is the capital of France?", "def add(a, b):", "the court shall", "Insulin", "once upon"):
+
+    def routed(question: str) -> tuple[ChoiceAnswer, str]:
+        """What was decided, and the member that answered alone."""
         state = agent.invoke({"messages": [("user", question)]})
-        route, answer = state["model_route"], state["messages"][-1]
-        asked = f"Human: {question}\n\nWho should answer this question?\nAnswer with one of these:\n"
-        expected = pack.decide(asked + "\n".join(labels), labels, calibrated=True, weighting="uniform")
-        assert route.probabilities == pytest.approx(expected.probabilities, rel=1e-3)
-        assert route.choice == expected.choice
-        told = answer.response_metadata["packllm"]
-        chosen = router_langchain.ROUTES[route.choice]
-        assert dict(zip(told["names"], told["weights"], strict=True)) == {name: name == chosen for name in names}
-        decided.add(route.choice)
-    assert len(decided) > 1  # a router that always says the same would pass the rest
+        told = state["messages"][-1].response_metadata["packllm"]
+        (alone,) = (name for name, weight in zip(told["names"], told["weights"], strict=True) if weight)
+        return state["model_route"], alone
+
+    question = "What is the capital of France?"
+    asked = f"Human: {question}\n\nWho should answer this question?\nAnswer with one of these:\n"
+    expected = pack.decide(asked + "\n".join(labels), labels, calibrated=True, weighting="uniform")
+    route, alone = routed(question)
+    assert route.probabilities == pytest.approx(expected.probabilities, rel=1e-3)
+    assert route.choice == expected.choice
+    assert alone == router_langchain.ROUTES[expected.choice]
+    for label, name in router_langchain.ROUTES.items():
+        shares = {one: 0.8 if one == label else 0.1 for one in labels}
+        monkeypatch.setattr(pack, "decide", lambda *_, shares=shares, **__: replace(expected, probabilities=shares))
+        assert routed(question)[1] == name
