@@ -5,9 +5,9 @@
     python examples/router_langchain.py "Does the verdict of a jury have to be unanimous?"
 
 The models to choose from are the members of one pack, each alone: what is decided once costs one member afterwards, not
-all of them. The whole pack decides, by the probability of each label after the question. Models as small as the starter's
-often decide wrongly: of the 15 questions in data/questions.jsonl they send 11 to the right member. The probabilities tell
-how little they are sure.
+all of them. The whole pack decides, by the probability of each label after the question. Models as small as the
+starter's often decide wrongly: of the 15 questions in data/questions.jsonl they send 11 to the right member. The
+probabilities tell how little they are sure.
 """
 
 from __future__ import annotations
