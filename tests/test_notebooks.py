@@ -103,6 +103,14 @@ def test_a_notebook_is_committed_as_it_was_run_from_top_to_bottom(name):
         assert (FOLDER / target).exists(), target
 
 
+def test_the_readme_names_every_program_and_every_notebook():
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert [target for target in targets if not (FOLDER.parent / target).exists()] == []
+    assert {f"notebooks/{name}.ipynb" for name in BOOKS} <= set(targets)
+    assert [path.name for path in FOLDER.parent.glob("*.py") if path.name not in text] == []
+
+
 @pytest.fixture(scope="module")
 def embedded():
     """MiniLM, loaded once; a text is embedded once for all notebooks."""
