@@ -95,7 +95,7 @@ async def ask(agent: BaseWorkflowAgent, question: str) -> str:
             call = f"{event.tool_name}({json.dumps(event.tool_kwargs, ensure_ascii=False)})"
             output = event.tool_output.content.replace("\n", " ")
             console.print(f"[dim]call:[/] {escape(call)}\n[dim]result:[/] {escape(output[:200])} …")
-    return str(await handler).strip() or "(none: the last step was a call that was cut off or cannot be read.)"
+    return str(await handler).strip() or "(none) The last step was a call that was cut off or cannot be read."
 
 
 async def main() -> None:
