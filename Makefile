@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test newest engines models lint docs bench wheel-check clean
+.PHONY: setup demo test newest engines notebooks models lint docs bench wheel-check clean
 
 setup: .venv/ready
 
@@ -51,7 +51,7 @@ newest: .venv-newest/ready
 	$(NEWEST) -m pip list 2>/dev/null | grep -E "^(transformers|langchain|llama-index)"
 	OMP_NUM_THREADS=1 $(NEWEST) -m pytest --numprocesses auto --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
 		models member decode speculate prefix load engines langchain langchain_chat langchain_errors langchain_standard \
-		middleware decisions llama_index llama_index_tools query_engines))
+		middleware decisions router llama_index llama_index_tools query_engines))
 
 # Engines whose packages are large or compile for some ten minutes: setup and demo do without them.
 ENGINES := .venv-engines/bin/python
@@ -80,6 +80,17 @@ $(SITE)/ready: constraints-docs.txt
 docs: $(SITE)/ready
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict
 
+# The notebooks in a kernel, as a reader runs them; `make test` runs their cells without one.
+NOTEBOOKS := .venv-notebooks/bin/python
+.venv-notebooks/ready: .venv/ready
+	$(beside_pinned)
+	$(NOTEBOOKS) -m pip install --quiet --no-compile --constraint constraints.txt \
+		nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0
+	touch $@
+
+notebooks: .venv-notebooks/ready
+	OMP_NUM_THREADS=1 $(NOTEBOOKS) -m pytest --numprocesses auto tests/test_notebooks.py -k kernel
+
 # The table of architectures, some ten minutes; the tests run a sample of it.
 models: setup
 	$(BIN)/python -m packllm_eval.models > docs/models.md.new
@@ -105,4 +116,4 @@ wheel-check:
 	$(FRESH)/bin/python tests/installed.py
 
 clean:
-	rm -rf .venv .venv-newest .venv-engines $(SITE) $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist site
+	rm -rf .venv .venv-newest .venv-engines .venv-notebooks $(SITE) $(FRESH) .mypy_cache .pytest_cache .ruff_cache dist site

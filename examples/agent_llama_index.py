@@ -88,14 +88,14 @@ def make_agents(pack: Pack) -> list[BaseWorkflowAgent]:
 
 
 async def ask(agent: BaseWorkflowAgent, question: str) -> str:
-    """The agent's answer; its calls are printed as they happen."""
+    """The agent's answer; its calls are printed as they happen. A call that cannot be read ends an agent."""
     handler = agent.run(question, max_iterations=STEPS)
     async for event in handler.stream_events():
         if isinstance(event, ToolCallResult):
             call = f"{event.tool_name}({json.dumps(event.tool_kwargs, ensure_ascii=False)})"
             output = event.tool_output.content.replace("\n", " ")
             console.print(f"[dim]call:[/] {escape(call)}\n[dim]result:[/] {escape(output[:200])} …")
-    return str(await handler)
+    return str(await handler).strip() or "(none) The last step was a call that was cut off or cannot be read."
 
 
 async def main() -> None:

@@ -4,7 +4,7 @@ as HTML without scripts, and as a matplotlib figure."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -43,9 +43,9 @@ class Explanation:
     names: tuple[str, ...]
     weights: tuple[float, ...]
     unit: str
-    messages: tuple[Part, ...]
-    passages: tuple[Part, ...] = ()
-    tokens: tuple[CarriedToken, ...] = ()
+    messages: tuple[Part, ...] = field(repr=False)
+    passages: tuple[Part, ...] = field(default=(), repr=False)
+    tokens: tuple[CarriedToken, ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-safe values."""
