@@ -19,8 +19,8 @@ from packllm.options import Options
 from packllm.weights import em
 from packllm.weights.common import in_common
 
-CONFIDENCE = 2.33
-"""Standard errors by which the text read must speak against a weight as large as the threshold: 99 %, one-sided, were
+CONFIDENCE = 3.09
+"""Standard errors by which the text read must speak against a weight as large as the threshold: 99.9 %, one-sided, were
 the rest of the text like what was read."""
 
 FEWEST = 32
