@@ -12,7 +12,7 @@ import pytest
 
 from packllm import DataError, Member, Pack
 from packllm.weights import Adaptive, calibrate, em
-from packllm_eval.evidence import answers, methods, reading, tables
+from packllm_eval.evidence import answers, methods, races, reading, tables
 
 QUESTIONS = ["What is the capital of France?", "Who lived in the house?", "What does the court order?"]
 ANSWERS = ["The capital of France is Paris.", "a little girl with her dog", "relief under chapter 7"]
@@ -151,10 +151,13 @@ def planted(tokens: int = 600) -> np.ndarray:
 
 def test_racing_reads_less_and_keeps_the_first():
     prompt = planted()
-    left, share = methods.racing(prompt, 0.05, 128)
+    left, share = races.racing(prompt, 0.05, 128)
     assert left.tolist() == [True, True, False]
     assert share == pytest.approx((600 * 2 + 128) / 1800)
-    assert methods.racing(prompt, 0.0, 128)[0].all()  # no threshold: no racing
+    assert races.racing(prompt, 0.0, 128)[0].all()  # no threshold: no racing
+    left, share = races.spread(prompt, 0.05, 128)
+    assert left.tolist() == [True, True, False]
+    assert share == pytest.approx((600 * 2 + 128 * 3) / 1800)
 
 
 def test_sleeping_of_nobody_is_adapt_and_of_many_runs_fewer():

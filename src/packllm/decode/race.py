@@ -137,8 +137,8 @@ def _first(encoded: Encoded, count: int) -> Encoded:
 def hopeless(logprobs: np.ndarray, minimum: float) -> list[int]:
     """Members whose `em` weight is below a threshold with near certainty.
 
-    The likelihood, as a function f(u) of member k's weight with the others at their best, is concave. So where its slope
-    at u = minimum is negative, its maximum is below. The slope is a mean over tokens, and so has a standard error.
+    The likelihood, as a function of member k's weight with the others at their best, is concave. So where its slope at
+    the threshold is negative, its maximum is below. The slope is a mean over tokens, and so has a standard error.
 
     Args:
         logprobs: (K, t), the members' log-probabilities of the tokens or words so far.

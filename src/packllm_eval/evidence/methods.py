@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from packllm.align.words import Scored, common_words
-from packllm.decode.race import hopeless
 from packllm.weights.adaptive import Adaptive
 from packllm.weights.em import maximise
 from packllm_eval.evidence.reading import POOLED, Row, Scores
@@ -138,17 +137,11 @@ def adapting(
     return nats, run / known.sum()
 
 
-def racing(prompt: np.ndarray, least: float, chunk: int) -> tuple[np.ndarray, float]:
-    """Which members read a prompt (K, t) to its end under the option race, and the share of tokens that was read."""
-    members, tokens = prompt.shape
-    left, read = np.ones(members, bool), 0
-    for start in range(0, tokens, chunk):
-        end = min(start + chunk, tokens)
-        read += int(left.sum()) * (end - start)
-        here = np.flatnonzero(left)
-        if end < tokens and len(here) > 1:
-            left[here[hopeless(prompt[here, :end], least)]] = False
-    return left, read / (members * tokens)
+def nll(weights: np.ndarray, texts: Sequence[np.ndarray], adapt: bool = False) -> np.ndarray:
+    """Nats of each text (K, n), under weights (rows, K)."""
+    if adapt:
+        return adapting(weights, texts)[0]
+    return np.array([-likelihood(w, text).sum() for w, text in zip(weights, texts, strict=True)])
 
 
 def together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
