@@ -14,6 +14,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="a member, as for packllm ask; default: the starter pack")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=int, help="first rows of each corpus and use only")
+    parser.add_argument("--set", action="append", choices=("rag", "lm", "choice"), help="read these only")
+    parser.add_argument("--count", type=int, help="answer the first so many questions of each corpus only")
     parser.add_argument("--batch", type=int, default=100, help="prompts that are answered together")
     args = parser.parse_args()
     if args.step == "tables":
@@ -26,9 +28,9 @@ def main() -> None:
 
     members = Pack.load(args.model or starter.specs(), dtype="float32", device_map=None).models
     if args.step == "read":
-        reading.read(members, args.data, args.out, args.device, args.limit)
+        reading.read(members, args.data, args.out, args.device, args.limit, args.set or reading.SETS)
     else:
-        answers.answer(members, args.data, args.out, args.device, args.limit, args.batch)
+        answers.answer(members, args.data, args.out, args.device, args.limit, args.batch, args.count)
 
 
 if __name__ == "__main__":
