@@ -144,14 +144,14 @@ def given(alone: Alone, asks: dict[str, list[str]]) -> Iterator[dict]:
         return [round(value, 4) for value in found.tolist()]
 
     with torch.inference_mode():
-        beginning = body(input_ids=torch.tensor([rows[0][:shared]]), use_cache=True).past_key_values
+        first = body(input_ids=torch.tensor([rows[0][:shared]]), use_cache=True)
+        beginning = first.past_key_values
         for passage, questions in asks.items():
             encoded = told[passage]
             ids = torch.tensor([encoded.ids[shared:]])
             read = body(input_ids=ids, past_key_values=copy.deepcopy(beginning), use_cache=True)
-            hidden = read.last_hidden_state[0]
-            scored = [at for at in encoded.positions if at > shared]
-            before = scores(hidden[[at - 1 - shared for at in scored]], [encoded.ids[at] for at in scored])
+            hidden = torch.cat([first.last_hidden_state[0], read.last_hidden_state[0]])
+            before = scores(hidden[[at - 1 for at in encoded.positions]], [encoded.ids[at] for at in encoded.positions])
             asked = [encoder.continuation(question) for question in questions]
             ids = torch.zeros(len(asked), max(map(len, asked)), dtype=torch.long)
             for at, row in enumerate(asked):
