@@ -30,11 +30,12 @@ def answer(
     batch: int,
     count: int | None = None,
 ) -> None:
-    """answers.jsonl: {"id", "method", "text", "tokens", "running", "seconds"} a line; lines that are there stay.
+    """Append to answers.jsonl: {"id", "method", "text", "tokens", "running", "seconds"} per line; keep existing
+    lines.
 
     Args:
-        limit: the arrays' own.
-        batch: prompts that are answered together.
+        limit: as the arrays were read with.
+        batch: prompts answered together.
         count: the first so many questions of each corpus; None: all.
     """
     alike = [member for member in members if member.vocabulary.same_as(members[0].vocabulary)]

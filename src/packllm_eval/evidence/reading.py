@@ -130,7 +130,7 @@ SETS = ("rag", "lm", "choice")
 def read(
     members: Sequence[Member], data: Path, out: Path, device: str, limit: int | None, sets: Sequence[str] = SETS
 ) -> None:
-    """All arrays of these sets that are not there yet."""
+    """Compute all missing arrays of these sets."""
     rows = rows_of(data, limit)
     note(members, out)
     for member in members:

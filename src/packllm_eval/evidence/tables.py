@@ -49,9 +49,9 @@ def told(data: Path, out: Path, limit: int | None) -> str:
     all_names = [one["name"] for one in members]
     families = [one["vocabulary"] for one in members]
     parts = list(rag(rows, out, alike, families[0]))
-    for names in [alike, everybody] if len(everybody) > len(alike) else [alike]:
-        own = [families[everybody.index(name)] for name in names]
-        parts += language(reading.load(rows, "lm", out, names), names, own)
+    for names in [alike, all_names] if len(all_names) > len(alike) else [alike]:
+        families_of_names = [families[all_names.index(name)] for name in names]
+        parts += language(reading.load(rows, "lm", out, names), names, families_of_names)
     parts += raced(to_race(rows, out, alike, families[0]), "RAG questions")
     parts += choice(reading.load(rows, "choice", out, alike), alike, families[0])
     return "\n\n".join(parts)
@@ -101,8 +101,8 @@ def rag_nats(method: Method, names: Sequence[str], test: Sequence[Pair], known_p
     return nll(np.stack(weights), [np.stack([one.texts[0] for one in scores]) for _, scores in test], method.adapt)
 
 
-def per_corpus(nats: dict[str, np.ndarray], here: dict[str, list[int]], sizes: np.ndarray) -> Iterator[str]:
-    """Each pack against the best single member in hindsight, domain by domain."""
+def per_corpus(nats: dict[str, np.ndarray], places: dict[str, list[int]], sizes: np.ndarray) -> Iterator[str]:
+    """Each pack against the best single member in hindsight, by domain."""
     lines = []
     for label in ("em", "em + prior (pooled)", "em + prior (own)", "em + adapt", "em + prior (own) + adapt"):
         best = nats["best member in hindsight"]
@@ -111,7 +111,7 @@ def per_corpus(nats: dict[str, np.ndarray], here: dict[str, list[int]], sizes: n
 
 
 def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[str]:
-    """Greedy answers, as far as there are any; those of few questions are compared with em's on the same."""
+    """The table of greedy answers, if there are any. Those of few questions are compared with em on the same."""
     path = out / "answers.jsonl"
     if not path.exists():
         return
@@ -122,12 +122,12 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
         one = json.loads(line)
         if one["id"] in gold:
             by.setdefault(one["method"], {})[one["id"]] = one
-    f1s = {label: {i: f1(one["text"], gold[i]) for i, one in found.items()} for label, found in by.items()}
+    f1s = {label: {i: f1(one["text"], gold[i]) for i, one in by_id.items()} for label, by_id in by.items()}
     lines = []
     for label in sorted(by, key=lambda label: (-len(by[label]), -np.mean([*f1s[label].values()]))):
         ids = [i for i in by[label] if i in by["em"]]
+        own, em_own = (np.array([f1s[name][i] for i in ids]) for name in (label, "em"))
         one = [by[label][i] for i in ids]
-        mine, ems = (np.array([f1s[name][i] for i in ids]) for name in (label, "em"))
         holds = proportion([same(gold[i]) in same(o["text"]) for i, o in zip(ids, one, strict=True)])
         repetition = np.mean([repeated(o["text"]) for o in one])
         members = 1 if label.startswith("member ") else len(names)
@@ -135,9 +135,9 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
             [prompts[i] * members + o["tokens"] * o["running"] for i, o in zip(ids, one, strict=True)]
         )
         seconds = np.mean([o["seconds"] for o in one])
-        held = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
-        figures = f"{again:.4f}", f"{seconds:.3f}", f"{read:.0f}"
-        lines.append([label, str(len(ids)), f"{mine.mean():.4f}", versus(mine, ems), held, *figures])
+        gold_share = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
+        figures = f"{repetition:.4f}", f"{seconds:.3f}", f"{tokens_read:.0f}"
+        lines.append([label, str(len(ids)), f"{own.mean():.4f}", versus(own, em_own), gold_share, *figures])
     headings = ["method", "questions", "F1", "against em on the same", "holds the gold answer", "repeated 3-grams"]
     yield f"### Greedy answers\n\n{table([*headings, 's', 'tokens read'], lines)}"
 
@@ -228,14 +228,14 @@ def to_race(
     return {heading: part for heading, part in found.items() if part}
 
 
-def compared(found: Sequence[Any]) -> list[str]:
-    """The cells of a line: bits per byte, and differences to em."""
-    sizes = np.array([size for *_, size in found])
-    texts = [text for _, _, text, _ in found]
-    full = [em(prompt) for _, prompt, _, _ in found]
-    kept = np.stack([dropped(weights) for weights in full])
-    best = np.array([prompt.sum(1).argmax() for _, prompt, _, _ in found])
-    asleep, run = adapting(kept, texts, ASLEEP, BLOCK)
+def compared(rows: Sequence[Any]) -> list[str]:
+    """The cells of a line: bits per byte, and differences from em."""
+    sizes = np.array([size for *_, size in rows])
+    texts = [text for _, _, text, _ in rows]
+    full = [em(prompt) for _, prompt, _, _ in rows]
+    weights_ = np.stack([dropped(weights) for weights in full])
+    best = np.array([prompt.sum(1).argmax() for _, prompt, _, _ in rows])
+    asleep, running = adapting(weights_, texts, ASLEEP, BLOCK)
     nats = {
         "em": nll(weights_, texts),
         "uniform": nll(np.full_like(weights_, 1 / weights_.shape[1]), texts),
