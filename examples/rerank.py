@@ -34,7 +34,7 @@ from train_expert import flow, read_documents
 
 from packllm import Pack, starter
 from packllm.chat.messages import check
-from packllm.decode.relevance import asking
+from packllm.decode.relevance import asking, with_cosine
 from packllm_eval.evidence.methods import dropped, em, likelihood
 from packllm_eval.evidence.reading import Alone
 from packllm_eval.statistics import interval, paired
@@ -71,10 +71,12 @@ def main() -> None:
         first, *others = torch.tensor(minilm.embed([question, *passages]))
         return [float(first @ other) for other in others]
 
+    embedded = [minilm.embed([item.question, *item.passages]) for item in items]
     ratings = {**by_members(items, said), "tf-idf cosine": [item.nearness for item in items]}
-    ratings["MiniLM cosine"] = [cosine(item.question, item.passages) for item in items]
-    both = zip(ratings["pack"], ratings["MiniLM cosine"], strict=True)
-    ratings["pack and MiniLM, standardised, summed"] = [standard(a) + standard(b) for a, b in both]
+    ratings["MiniLM cosine"] = [(torch.tensor(own) @ torch.tensor(first)).tolist() for first, *own in embedded]
+    for name in ("pack", *names):
+        both = zip(ratings[name], embedded, strict=True)
+        ratings[f"{name} + MiniLM cosine"] = [with_cosine(rated, first, own) for rated, (first, *own) in both]
     some = [item for corpus in SOURCES for item in items if item.corpus == corpus][:: len(items) // len(SOURCES)]
     some = some[: len(SOURCES)] * bool(args.timed)
     seconds = timed(some, names, ratings["pack"], items, cosine, args.dtype) if some else {}
@@ -183,10 +185,6 @@ def by_members(items: Sequence[Asked], said: dict[str, dict]) -> dict[str, list[
 
 ALL = "pack, weights of all passages together"
 OWN = "pack, weights of the question after all passages"
-
-
-def standard(values: Sequence[float]) -> np.ndarray:
-    return (np.array(values) - np.mean(values)) / (np.std(values) + 1e-9)
 
 
 def timed(

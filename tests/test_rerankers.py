@@ -97,10 +97,10 @@ def test_embeddings_rate_too(rated):
     pytest.importorskip("llama_index.core")
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
-    from langchain_packllm import PackReranker
     from llama_index.core.base.embeddings.base import BaseEmbedding
     from llama_index.core.schema import NodeWithScore, TextNode
 
+    from langchain_packllm import PackReranker
     from llama_index.postprocessor.packllm import PackRerank
 
     class Letters(Embeddings):
