@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from packllm_eval.evidence import reading
+from packllm_eval.evidence import passages, reading
 from packllm_eval.evidence.methods import (
     Method,
     adapting,
@@ -48,7 +48,7 @@ def told(data: Path, out: Path, limit: int | None) -> str:
     alike = [one["name"] for one in members if one["vocabulary"] == members[0]["vocabulary"]]
     all_names = [one["name"] for one in members]
     families = [one["vocabulary"] for one in members]
-    parts = list(rag(rows, out, alike, families[0]))
+    parts = [*rag(rows, out, alike, families[0]), *passages.tables(data, out, alike, limit)]
     for names in [alike, all_names] if len(all_names) > len(alike) else [alike]:
         families_of_names = [families[all_names.index(name)] for name in names]
         parts += language(reading.load(rows, "lm", out, names), names, families_of_names)
