@@ -181,16 +181,15 @@ def test_sleeping_of_nobody_is_adapt_and_of_many_runs_fewer():
     assert em(answer) == pytest.approx(methods.em(answer))
 
 
-def test_passages_one_by_one_and_contrast(data, members, tmp_path):
+def test_passages_one_by_one_and_contrast(data, members):
     """Against weights and prompts by hand."""
-    row = json.loads(gzip.open(data / "texts.jsonl.gz", "rt").readline())
+    row = next(line for line in lines() if line["set"] == "rag")
     shown = ["The fox says Paris.", "A court says relief."]
     row["prompt"] = [{"role": "user", "content": with_context("What does it say?", shown)}]
     row["texts"] = ["The fox says Paris."]
     with gzip.open(data / "texts.jsonl.gz", "wt") as file:
         file.write(json.dumps(row) + "\n")
     assert passages.apart(row["prompt"][0]["content"]) == ("What does it say?", shown)
-    names = [member.name for member in members]
     reading.read(members, data, data / "out", "cpu", None, ("rag",))
     passages.read(members, data, data / "out", "cpu", None, 1)
     with np.load(data / "out" / f"passages-{row['id']}.npz") as file:
@@ -220,4 +219,3 @@ def test_passages_one_by_one_and_contrast(data, members, tmp_path):
     assert arrays["contrast"][at][0] == pytest.approx(float(first), abs=1e-3)
     told = tables.told(data, data / "out", None)
     assert "mixture of passages, by the question, τ = 1 + adapt" in told
-    assert names

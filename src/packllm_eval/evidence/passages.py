@@ -1,5 +1,5 @@
-"""Other ways to use passages, on the gold answers: each passage in a prompt of its own, mixed (REPLUG with members), and
-all passages against none (context-aware contrast)."""
+"""Other ways to use passages, on the gold answers: each passage in a prompt of its own, mixed (REPLUG with members),
+and all passages against none (context-aware contrast)."""
 
 from __future__ import annotations
 
@@ -135,12 +135,12 @@ def tables(data: Path, out: Path, names: Sequence[str], limit: int | None) -> li
     counts = ", ".join(f"{corpus} {len(at)}" for corpus, at in places.items())
     share = np.array(hits).sum(0) / counted.sum()
     likeliest = ", ".join(f"a = {a:g}: {value:.4f}" for a, value in zip(CONTRASTS, share, strict=True))
-    told_all = (
-        f"## Passages one by one, and contrast\n\n{len(sizes)} questions: {counts}. The passage after which the question "
-        f"is likeliest is the right one in {np.mean(best_is_right):.1%}. Share of answer tokens that are the likeliest, "
-        f"by contrast: {likeliest}.\n\n{table(['way', *places, 'nats/token', 'against one prompt, em'], lines)}"
-    )
-    return [told_all]
+    rows = table(["way", *places, "nats/token", "against one prompt, em"], lines)
+    return [
+        f"## Passages one by one, and contrast\n\n{len(sizes)} questions: {counts}. The passage after which the "
+        f"question is likeliest is the right one in {np.mean(best_is_right):.1%}. Share of answer tokens that are the "
+        f"likeliest, by contrast: {likeliest}.\n\n{rows}"
+    ]
 
 
 def relevances(arrays: dict[str, np.ndarray]) -> np.ndarray:
