@@ -24,6 +24,8 @@ from packllm_eval.evidence.show import table, versus
 CONTRASTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """a in p ∝ p(with passages)^(1 + a) / p(without)^a."""
 
+AGAINST = ("one prompt, em", "the likeliest passage alone")
+
 TEMPERATURES = (1.0, 4.0)
 """Nats of a question's likelihood after its passages that make their weights differ by a factor of e."""
 
@@ -128,14 +130,16 @@ def tables(data: Path, out: Path, names: Sequence[str], limit: int | None) -> li
         return []
     counted, found = np.array(sizes), {label: np.array(values) for label, values in nats.items()}
     places = {corpus: [at for at, one in enumerate(corpora) if one == corpus] for corpus in dict.fromkeys(corpora)}
-    base, lines = found["one prompt, em"], []
+    bases = [found[label] for label in AGAINST]
+    lines: list[list[str]] = []
     for label, values in sorted(found.items(), key=lambda item: item[1].sum()):
         cells = [f"{values[at].sum() / counted[at].sum():.4f}" for at in places.values()]
-        lines.append([label, *cells, f"{values.sum() / counted.sum():.4f}", versus(values, base, counted)])
+        total = f"{values.sum() / counted.sum():.4f}"
+        lines.append([label, *cells, total, *(versus(values, base, counted) for base in bases)])
     counts = ", ".join(f"{corpus} {len(at)}" for corpus, at in places.items())
     share = np.array(hits).sum(0) / counted.sum()
     likeliest = ", ".join(f"a = {a:g}: {value:.4f}" for a, value in zip(CONTRASTS, share, strict=True))
-    rows = table(["way", *places, "nats/token", "against one prompt, em"], lines)
+    rows = table(["way", *places, "nats/token", *(f"against {label}" for label in AGAINST)], lines)
     return [
         f"## Passages one by one, and contrast\n\n{len(sizes)} questions: {counts}. The passage after which the "
         f"question is likeliest is the right one in {np.mean(best_is_right):.1%}. Share of answer tokens that are the "
