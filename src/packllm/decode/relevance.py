@@ -71,7 +71,7 @@ def question_logprobs(request: Request, question: str) -> list[float]:
             request, lines, dict(zip(rows, request.weights, strict=True)), dict.fromkeys(rows, question)
         )
 
-    return request.whole(scores)
+    return request.run_on_lines(scores)
 
 
 def with_cosine(
@@ -92,7 +92,6 @@ def with_cosine(
 
 
 def _standard(values: np.ndarray) -> np.ndarray:
-    spread = (
-        values.std() if np.isfinite(values).all() else 0.0
-    )  # a question that no tokenizer knows has -inf everywhere
+    # A question that no tokenizer knows has -infinity everywhere.
+    spread = values.std() if np.isfinite(values).all() else 0.0
     return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
