@@ -66,6 +66,7 @@ class Item:
     question: str
     answer: str
     passage: str
+    heading: str = ""  # what the passage begins with, before its text
 
 
 def main() -> None:
@@ -150,7 +151,7 @@ def headed(documents: list[Document], corpus: str) -> Iterator[Item]:
             start = whole.find(" ", start) + 1 if start else 0
             rng = random.Random(f"question {corpus} {number}")
             question = rng.choice(WORDINGS[corpus]).format(title=title, phrase=max(phrases[:3], key=len))
-            yield Item(corpus, number, question, answer, f"{title}. {whole[start : start + PASSAGE]}")
+            yield Item(corpus, number, question, answer, f"{title}. {whole[start : start + PASSAGE]}", title)
 
 
 def lead(text: str) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from packllm import DataError, Member, Pack
+from packllm.chat.messages import with_context
 from packllm.weights import Adaptive, calibrate, em
-from packllm_eval.evidence import answers, methods, reading, tables
+from packllm_eval.evidence import answers, methods, passages, races, reading, tables
 
 QUESTIONS = ["What is the capital of France?", "Who lived in the house?", "What does the court order?"]
 ANSWERS = ["The capital of France is Paris.", "a little girl with her dog", "relief under chapter 7"]
@@ -151,10 +152,13 @@ def planted(tokens: int = 600) -> np.ndarray:
 
 def test_racing_reads_less_and_keeps_the_first():
     prompt = planted()
-    left, share = methods.racing(prompt, 0.05, 128)
+    left, share = races.racing(prompt, 0.05, 128)
     assert left.tolist() == [True, True, False]
     assert share == pytest.approx((600 * 2 + 128) / 1800)
-    assert methods.racing(prompt, 0.0, 128)[0].all()  # no threshold: no racing
+    assert races.racing(prompt, 0.0, 128)[0].all()  # no threshold: no racing
+    left, share = races.spread(prompt, 0.05, 128)
+    assert left.tolist() == [True, True, False]
+    assert share == pytest.approx((600 * 2 + 128 * 3) / 1800)
 
 
 def test_sleeping_of_nobody_is_adapt_and_of_many_runs_fewer():
@@ -175,3 +179,46 @@ def test_sleeping_of_nobody_is_adapt_and_of_many_runs_fewer():
     assert some == pytest.approx(everyone, abs=5)
     assert some != pytest.approx(everyone, abs=1e-6)
     assert em(answer) == pytest.approx(methods.em(answer))
+
+
+def test_passages_one_by_one_and_contrast(data, members):
+    """Against weights and prompts by hand."""
+    row = next(line for line in lines() if line["set"] == "rag")
+    shown = ["The fox says Paris.", "A court says relief."]
+    row["prompt"] = [{"role": "user", "content": with_context("What does it say?", shown)}]
+    row["texts"] = ["The fox says Paris."]
+    with gzip.open(data / "texts.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row) + "\n")
+    assert passages.apart(row["prompt"][0]["content"]) == ("What does it say?", shown)
+    reading.read(members, data, data / "out", "cpu", None, ("rag",))
+    passages.read(members, data, data / "out", "cpu", None, 1)
+    with np.load(data / "out" / f"passages-{row['id']}.npz") as file:
+        arrays = dict(file)
+    assert arrays["right"].tolist() == [True, False]
+    pack = Pack(members, adapt=False)
+
+    def scored(content: str) -> float:
+        return pack.score([{"role": "user", "content": content}], row["texts"])[0]
+
+    found = passages.ways(arrays)
+    each = [scored(with_context("What does it say?", [passage])) for passage in shown]
+    assert found["one prompt, em"] == pytest.approx(-scored(row["prompt"][0]["content"]), abs=1e-3)
+    assert found["the right passage alone (in hindsight)"] == pytest.approx(-each[0], abs=1e-3)
+    answer, mixed = members[0].encoder.continuation(row["texts"][0]), 0.0
+    for passage in shown:
+        prompt = [{"role": "user", "content": with_context("What does it say?", [passage])}]
+        read = members[0].encoder.encode(prompt).ids
+        for member, weight in zip(members, pack.weigh(prompt).values, strict=True):
+            mixed += weight / 2 * naive.token_logprobs(member, [*read, *answer])[-len(answer) :].exp().numpy()
+    assert found["mixture of passages, alike"] == pytest.approx(-np.log(mixed).sum(), abs=1e-3)
+    assert found["contrast, a = 1"] != pytest.approx(found["one prompt, em"], abs=1e-3)
+    weights, fused = pack.weigh(row["prompt"]).values, {}
+    for name, content in (("with", row["prompt"][0]["content"]), ("without", "What does it say?")):
+        start = members[0].encoder.encode([{"role": "user", "content": content}]).ids
+        parts = [naive.next_logprobs(member, start) for member in members]
+        fused[name] = naive.fused(parts, list(weights), "linear").log()
+    first = (1.5 * fused["with"] - 0.5 * fused["without"]).log_softmax(-1)[answer[0]]
+    at = passages.CONTRASTS.index(0.5)
+    assert arrays["contrast"][at][0] == pytest.approx(float(first), abs=1e-3)
+    (told,) = passages.tables(data, data / "out", [member.name for member in members], None)
+    assert "mixture of passages, by the question, τ = 1 + adapt" in told

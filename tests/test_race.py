@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from scripted import follows, llama3_like, phi3_like
 
 from packllm import MemberError, OptionError
-from packllm.decode.race import EVIDENCE, hopeless
+from packllm.decode.race import CONFIDENCE, FEWEST, hopeless
 from packllm.weights import em
 
 WORDS = [" red", " green", " blue"]
@@ -99,33 +98,37 @@ def test_a_second_prompt_starts_from_what_was_read(members):
 
 def test_a_member_that_fails_while_it_races(members):
     bad = speaker("bad", ROUND, 0.8)
-    left = [2]
+    left = [1]
 
     def fail(*_):
         left[0] -= 1
         if left[0] < 0:
             raise RuntimeError("out of memory")
 
-    pack = Pack([members[0], bad], min_weight=0.0001, race=32, max_tokens=3, prefix_cache_mb=0)
+    pack = Pack([members[0], bad], min_weight=0.0001, race=FEWEST - 1, max_tokens=3, prefix_cache_mb=0)
     bad.engine.model.get_decoder().register_forward_pre_hook(fail)
     with pytest.raises(MemberError, match="bad"):
         pack.generate(RIGHT)
-    left[0] = 2
+    left[0] = 1
     assert pack.generate(RIGHT, on_member_error="drop").weights.values == (1.0, 0.0)
 
 
 def test_the_evidence_by_hand():
-    # A member that gives every token half of what the other does loses ln(1 / (1 - u/2)) nats a token at weight u.
-    needed = math.ceil(EVIDENCE / -math.log(1 - 0.1 / 2))
-    for count in (needed - 1, needed):
-        matrix = np.log(np.array([[0.8] * count, [0.4] * count]))
-        assert hopeless(matrix, 0.1) == ([1] if count == needed else [])
+    # A quarter of the tokens favour the second member (.9 against .3), the others the first (.2 against .6). At weight
+    # .1 the slope of a token is then .6 / .36 or -.4 / .56: -.119 on average, with a standard deviation of 1.031.
+    needed = (CONFIDENCE * 1.031 / 0.119) ** 2
+    for count, stops in ((needed * 0.95, []), (needed * 1.05, [1])):
+        quarters = int(count / 4)
+        matrix = np.log(np.array([[0.3, 0.6, 0.6, 0.6] * quarters, [0.9, 0.2, 0.2, 0.2] * quarters]))
+        assert hopeless(matrix, 0.1) == stops
+    for count, stops in ((FEWEST - 1, []), (FEWEST, [1])):
+        assert hopeless(np.log(np.array([[0.8] * count, [0.4] * count])), 0.1) == stops
     assert hopeless(np.log(np.array([[0.8] * 500] * 2)), 0.4) == []  # twins: each may have all of the weight
 
 
 matrices = st.integers(2, 4).flatmap(
     lambda count: st.lists(
-        st.lists(st.floats(1e-12, 1.0) | st.just(0.0), min_size=count, max_size=count), min_size=1, max_size=60
+        st.lists(st.floats(1e-12, 1.0) | st.just(0.0), min_size=count, max_size=count), min_size=1, max_size=90
     )
 )
 
@@ -140,7 +143,16 @@ def test_nobody_stops_whom_the_text_so_far_supports(rows, minimum):
     assert all(weights[k] < minimum + 1e-6 for k in found)
 
 
-@pytest.mark.parametrize("options", [{"weighting": "opt"}, {"weighting": {"right": 1.0}}, {"race": -1}, {"race": 2.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "opt"},
+        {"weighting": {"right": 1.0}},
+        {"prior": {"right": 0.2, "left": 0.4, "vague": 0.4}},
+        {"race": -1},
+        {"race": 2.5},
+    ],
+)
 def test_what_cannot_race_is_refused(members, options):
     with pytest.raises(OptionError, match="race"):
         Pack(members).weigh(RIGHT, **{"race": 32, **options})

@@ -11,7 +11,7 @@ import torch
 from conftest import TextPack
 
 from packllm import CancelledError, ContextOverflowError, Pack, PromptError
-from packllm.decode.relevance import INSTRUCTION
+from packllm.decode.relevance import INSTRUCTION, with_cosine
 
 QUESTION = "What is the capital of France?"
 PASSAGES = [
@@ -116,3 +116,18 @@ def test_a_member_that_fails_is_dropped_for_all_passages(members, monkeypatch):
     monkeypatch.setattr(type(members[1].engine), "_logprobs", broken)
     assert pack.relevance(QUESTION, PASSAGES) == pytest.approx(expected, abs=1e-3)
     assert torch.tensor(expected).isfinite().all()
+
+
+def test_ratings_and_cosines_count_alike():
+    # Cosines 1, 0 and .6 and ratings, both standardised: whatever scale the ratings and vectors are of.
+    vectors = [[2.0, 0.0], [0.0, 5.0], [0.3, 0.4]]
+    ratings = torch.tensor([-50.0, -10.0, -30.0], dtype=torch.float64)
+    cosines = torch.tensor([1.0, 0.0, 0.6], dtype=torch.float64)
+    parts = [(part - part.mean()) / part.std(correction=0) for part in (ratings, cosines)]
+    expected = (parts[0] + parts[1]).tolist()
+    assert with_cosine(ratings.tolist(), [3.0, 0.0], vectors) == pytest.approx(expected)
+    assert with_cosine((10 * ratings).tolist(), [1.0, 0.0], vectors) == pytest.approx(expected)
+    alone = with_cosine([-float("inf")] * 3, [1.0, 0.0], vectors)  # a question that no tokenizer knows
+    assert alone == pytest.approx(parts[1].tolist())
+    assert with_cosine([-3.0], [1.0, 0.0], vectors[:1]) == [0.0]
+    assert with_cosine([-3.0, -3.0], [0.0, 0.0], vectors[:2]) == [0.0, 0.0]

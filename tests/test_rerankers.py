@@ -10,6 +10,7 @@ import pytest
 from conftest import TextPack
 
 from packllm import ContextOverflowError, Pack, PromptError
+from packllm.decode.relevance import with_cosine
 
 QUESTION = "What is the capital of France?"
 PASSAGES = [
@@ -85,6 +86,61 @@ def test_llama_index_nodes(rated):
     with pytest.raises(PromptError, match=r"passages\[1\]"):
         reranker.postprocess_nodes([nodes[0], NodeWithScore(node=ImageNode(image="aGk="))], query_str=QUESTION)
     assert "pack" not in reranker.to_dict()
+
+
+def embedding(text: str) -> list[float]:
+    return [float(text.count(letter)) for letter in "aeiourt"]
+
+
+def test_embeddings_rate_too(rated):
+    pytest.importorskip("langchain_packllm")
+    pytest.importorskip("llama_index.core")
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import Embeddings
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    from langchain_packllm import PackReranker
+    from llama_index.postprocessor.packllm import PackRerank
+
+    class Letters(Embeddings):
+        def embed_documents(self, texts):
+            return [embedding(text) for text in texts]
+
+        def embed_query(self, text):
+            return embedding(text)
+
+    class LettersOfNodes(BaseEmbedding):
+        def _get_query_embedding(self, query):
+            return embedding(query)
+
+        async def _aget_query_embedding(self, query):
+            return embedding(query)
+
+        def _get_text_embedding(self, text):
+            return embedding(text)
+
+    pack, best = rated
+    ratings = {text: score for score, text in best}
+    scores = with_cosine([ratings[p] for p in PASSAGES], embedding(QUESTION), [embedding(p) for p in PASSAGES])
+    order = sorted(zip(scores, PASSAGES, strict=True), reverse=True)
+    documents, reranker = [Document(text) for text in PASSAGES], PackReranker(pack=pack, embeddings=Letters())
+    for told in (
+        reranker.compress_documents(documents, QUESTION),
+        asyncio.run(reranker.acompress_documents(documents, QUESTION)),
+    ):
+        assert [one.page_content for one in told] == [text for _, text in order]
+        assert [one.metadata["relevance_score"] for one in told] == pytest.approx([s for s, _ in order], abs=1e-3)
+    assert reranker.compress_documents([], QUESTION) == []
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in PASSAGES]
+    postprocessor = PackRerank(pack=pack, embed_model=LettersOfNodes())
+    for told in (
+        postprocessor.postprocess_nodes(nodes, query_str=QUESTION),
+        asyncio.run(postprocessor.apostprocess_nodes(nodes, query_str=QUESTION)),
+    ):
+        assert [one.node.text for one in told] == [text for _, text in order]
+        assert [one.score for one in told] == pytest.approx([s for s, _ in order], abs=1e-3)
+    assert postprocessor.postprocess_nodes([], query_str=QUESTION) == []
 
 
 def test_the_documented_program_runs(members, monkeypatch, capsys):

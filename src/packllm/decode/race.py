@@ -19,9 +19,12 @@ from packllm.options import Options
 from packllm.weights import em
 from packllm.weights.common import in_common
 
-EVIDENCE = 2.71
-"""Likelihood ratio, in nats, of the text so far that is needed to rule out a weight at the threshold. If the rest of
-the text is similar, this ratio is reached by chance once in a hundred times."""
+CONFIDENCE = 3.09
+"""Standard errors by which the text read must speak against a weight as large as the threshold: 99.9 %, one-sided, were
+the rest of the text like what was read."""
+
+FEWEST = 32
+"""Tokens or words that standard errors are taken of at the least."""
 
 Slot = tuple[int, int]
 
@@ -134,8 +137,8 @@ def _first(encoded: Encoded, count: int) -> Encoded:
 def hopeless(logprobs: np.ndarray, minimum: float) -> list[int]:
     """Members whose `em` weight is below a threshold with near certainty.
 
-    Let member k have weight u, and the best mixture of the others 1 - u. The log-likelihood f(u) is concave. So if
-    f(0) - f(minimum) is at least EVIDENCE, every weight above `minimum` is as unlikely.
+    The likelihood, as a function of member k's weight with the others at their best, is concave. So where its slope at
+    the threshold is negative, its maximum is below. The slope is a mean over tokens, and so has a standard error.
 
     Args:
         logprobs: (K, t), the members' log-probabilities of the tokens or words so far.
@@ -144,17 +147,17 @@ def hopeless(logprobs: np.ndarray, minimum: float) -> list[int]:
     Returns:
         Indices; never that of the member with the largest weight.
     """
-    finite = logprobs[:, np.isfinite(logprobs.max(axis=0, initial=-np.inf))]
-    if minimum <= 0 or not finite.shape[1]:
+    seen = logprobs[:, np.isfinite(logprobs.max(axis=0, initial=-np.inf))]
+    if minimum <= 0 or seen.shape[1] < FEWEST:
         return []
-    best, losers = int(np.argmax(em(finite))), []
-    scaled = np.exp(finite - finite.max(axis=0))
-    for k in range(len(finite)):
+    best, weights = int(np.argmax(em(seen))), np.array(em(seen, alpha=0.0))
+    scaled, found = np.exp(seen - seen.max(axis=0)), []
+    for k in np.flatnonzero(weights < minimum).tolist():
         if k == best:
             continue
-        others = np.delete(scaled, k, axis=0)
-        others_best = np.array(em(np.log(np.maximum(others, 1e-300)), alpha=0.0)) @ others
-        at_minimum = (1 - minimum) * others_best + minimum * scaled[k]
-        if np.log(np.maximum(others_best, 1e-300) / np.maximum(at_minimum, 1e-300)).sum() >= EVIDENCE:
-            losers.append(k)
-    return losers
+        others = np.delete(weights, k)
+        rest = others / others.sum() @ np.delete(scaled, k, axis=0)
+        slope = (scaled[k] - rest) / np.maximum((1 - minimum) * rest + minimum * scaled[k], 1e-300)
+        if slope.mean() + CONFIDENCE * slope.std(ddof=1) / np.sqrt(len(slope)) < 0:
+            found.append(k)
+    return found

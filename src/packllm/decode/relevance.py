@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from packllm.chat.messages import Prompt
 from packllm.decode.line import Line
 from packllm.decode.remote import ServerLine
@@ -70,3 +72,26 @@ def question_logprobs(request: Request, question: str) -> list[float]:
         )
 
     return request.run_on_lines(scores)
+
+
+def with_cosine(
+    ratings: Sequence[float], question: Sequence[float], passages: Sequence[Sequence[float]]
+) -> list[float]:
+    """Ratings of passages, and the cosine of their embeddings with the question's: each standardised over the passages
+    (mean 0, standard deviation 1), then summed. Two raters of unlike faults (docs/rerank.md).
+
+    Args:
+        ratings: one for each passage.
+        question: its embedding, of any length and scale.
+        passages: theirs.
+    """
+    query, rows = np.asarray(question, float), np.asarray(passages, float)
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(query)
+    cosines = rows @ query / np.where(lengths > 0, lengths, 1.0)
+    return (_standard(np.asarray(ratings, float)) + _standard(cosines)).tolist()
+
+
+def _standard(values: np.ndarray) -> np.ndarray:
+    # A question that no tokenizer knows has -infinity everywhere.
+    spread = values.std() if np.isfinite(values).all() else 0.0
+    return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)

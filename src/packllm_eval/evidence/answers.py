@@ -21,9 +21,23 @@ from packllm_eval.evidence.reading import Alone, Row, told
 MAX_TOKENS = 64
 
 
-def answer(members: Sequence[Member], data: Path, out: Path, device: str, limit: int | None, batch: int) -> None:
+def answer(
+    members: Sequence[Member],
+    data: Path,
+    out: Path,
+    device: str,
+    limit: int | None,
+    batch: int,
+    count: int | None = None,
+) -> None:
     """Append to answers.jsonl: {"id", "method", "text", "tokens", "running", "seconds"} per line; keep existing
-    lines."""
+    lines.
+
+    Args:
+        limit: as the arrays were read with.
+        batch: prompts answered together.
+        count: the first so many questions of each corpus; None: all.
+    """
     alike = [member for member in members if member.vocabulary.same_as(members[0].vocabulary)]
     names = [member.name for member in alike]
     rows = reading.rows_of(data, limit)
@@ -34,7 +48,8 @@ def answer(members: Sequence[Member], data: Path, out: Path, device: str, limit:
     test = [(row, scores) for row, scores in scored if row.use == "test" and row.id in pooled]
     if not test:
         raise DataError(f"{out} has no arrays of these questions; run `read` first, with the same --limit")
-    test.sort(key=lambda pair: int(pair[0].id.rpartition("-")[2]))  # each batch has rows of all corpora
+    test.sort(key=lambda pair: number(pair[0]))  # each batch has rows of all corpora
+    test = [pair for pair in test if count is None or number(pair[0]) < count]
     path = out / "answers.jsonl"
     existing = {(one["id"], one["method"]) for one in _lines(path)}
     models: list[Alone] = []
@@ -61,6 +76,11 @@ def answer(members: Sequence[Member], data: Path, out: Path, device: str, limit:
                     line |= {"running": int((w > 0).sum()), "seconds": seconds / len(group)}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             told(f"{method.label}: {len(group)} answers, {seconds:.1f} s, {texts[0][0][:60]!r}")
+
+
+def number(row: Row) -> int:
+    """Which question of its corpus a row is."""
+    return int(row.id.rpartition("-")[2])
 
 
 def _lines(path: Path) -> list[dict]:

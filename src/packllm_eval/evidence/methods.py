@@ -21,10 +21,6 @@ CALIBRATED = 30
 """Number of rows to fit a prior on: of one domain, or of all domains together ("pooled")."""
 
 
-SPREAD = 1.645
-"""Standard errors of a one-sided confidence of 95 %."""
-
-
 @dataclass(frozen=True)
 class Method:
     """A row of the table of answers.
@@ -141,27 +137,11 @@ def adapting(
     return nats, run / known.sum()
 
 
-def racing(prompt: np.ndarray, least: float, first: int) -> tuple[np.ndarray, float]:
-    """Which members read a prompt (K, t) to its end where those below `least` after a chunk of `first` tokens stop,
-    and the share of tokens that was read. A member stops where its weight would be below `least` even if its lead over
-    the mixture a token were larger by SPREAD standard errors."""
-    members, tokens = prompt.shape
-    racing_on, read = np.ones(members, bool), 0
-    for start in range(0, tokens, first):
-        end = min(start + first, tokens)
-        read += int(racing_on.sum()) * (end - start)
-        if end == tokens:
-            break
-        here = np.flatnonzero(racing_on)
-        seen = prompt[here, :end]
-        weights = em(seen)
-        # d/dλ_k of the mean log-likelihood: how much more of member k would gain, with its error.
-        lead = np.exp(seen - np.logaddexp.reduce(seen + np.log(weights)[:, None], axis=0)) - 1
-        upper = lead.mean(1) + SPREAD * lead.std(1) / np.sqrt(end)
-        stop = (weights < least) & (upper < 0)
-        stop[weights.argmax()] = False
-        racing_on[here[stop]] = False
-    return racing_on, read / (members * tokens)
+def nll(weights: np.ndarray, texts: Sequence[np.ndarray], adapt: bool = False) -> np.ndarray:
+    """Nats of each text (K, n), under weights (rows, K)."""
+    if adapt:
+        return adapting(weights, texts)[0]
+    return np.array([-likelihood(w, text).sum() for w, text in zip(weights, texts, strict=True)])
 
 
 def together(row: Row, scores: Sequence[Scores], families: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

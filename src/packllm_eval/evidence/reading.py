@@ -124,13 +124,18 @@ class Alone:
         return results
 
 
-def read(members: Sequence[Member], data: Path, out: Path, device: str, limit: int | None) -> None:
-    """Compute all missing arrays."""
+SETS = ("rag", "lm", "choice")
+
+
+def read(
+    members: Sequence[Member], data: Path, out: Path, device: str, limit: int | None, sets: Sequence[str] = SETS
+) -> None:
+    """Compute all missing arrays of these sets."""
     rows = rows_of(data, limit)
     note(members, out)
     for member in members:
         alone = None
-        for kind in ("rag", "lm", "choice"):
+        for kind in sets:
             for name, part in chunks(rows, kind):
                 path = out / f"{name}-{member.name}.npz"
                 if path.exists():
@@ -140,7 +145,8 @@ def read(members: Sequence[Member], data: Path, out: Path, device: str, limit: i
                 count = _file(alone, part, path)
                 told(f"{path.name}: {len(part)} rows, {count} tokens, {time.perf_counter() - started:.1f} s")
         del alone
-    pooled(members, rows, out, device)
+    if "rag" in sets:
+        pooled(members, rows, out, device)
 
 
 def note(members: Sequence[Member], out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from packllm_eval.evidence import reading
+from packllm_eval.evidence import passages, reading
 from packllm_eval.evidence.methods import (
     Method,
     adapting,
@@ -20,13 +20,15 @@ from packllm_eval.evidence.methods import (
     em,
     likelihood,
     methods,
+    nll,
     priors,
-    racing,
     together,
     weights_of,
 )
+from packllm_eval.evidence.races import raced
 from packllm_eval.evidence.reading import Row, Scores
-from packllm_eval.statistics import interval, proportion
+from packllm_eval.evidence.show import table, versus
+from packllm_eval.statistics import proportion
 
 PROMPTS = (32, 128, 256)
 """Prompt lengths in tokens of a document."""
@@ -34,9 +36,7 @@ PROMPTS = (32, 128, 256)
 REST = 256
 """Tokens after the prompt that are predicted, at most; documents with less than a quarter of it are left out."""
 
-LEASTS = (0.01, 0.03, 0.05, 0.1)
 ASLEEP, BLOCK = 0.05, 8
-FIRST = 256
 
 Pair = tuple[Row, list[Scores]]
 
@@ -48,22 +48,13 @@ def told(data: Path, out: Path, limit: int | None) -> str:
     alike = [one["name"] for one in members if one["vocabulary"] == members[0]["vocabulary"]]
     all_names = [one["name"] for one in members]
     families = [one["vocabulary"] for one in members]
-    parts = list(rag(rows, out, alike, families[0]))
+    parts = [*rag(rows, out, alike, families[0]), *passages.tables(data, out, alike, limit)]
     for names in [alike, all_names] if len(all_names) > len(alike) else [alike]:
         families_of_names = [families[all_names.index(name)] for name in names]
         parts += language(reading.load(rows, "lm", out, names), names, families_of_names)
+    parts += raced(to_race(rows, out, alike, families[0]), "RAG questions")
     parts += choice(reading.load(rows, "choice", out, alike), alike, families[0])
     return "\n\n".join(parts)
-
-
-def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(["| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *lines]])
-
-
-def versus(a: np.ndarray, b: np.ndarray, sizes: np.ndarray | None = None, places: int = 4) -> str:
-    """a − b on the same rows, with a 95 % bootstrap interval."""
-    difference = interval((a - b).tolist(), None if sizes is None else sizes.tolist())
-    return f"{difference.value:+.{places}f} [{difference.low:+.{places}f}, {difference.high:+.{places}f}]"
 
 
 # Answers to questions with passages
@@ -99,7 +90,6 @@ def rag(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> It
     yield f"## RAG answers\n\n{len(test)} questions: {counts}. Priors: {weights}.\n\n{table(headings, lines)}"
     yield from per_corpus(nats, places, sizes)
     yield from written(test, out, names)
-    yield from raced(test, families)
 
 
 def rag_nats(method: Method, names: Sequence[str], test: Sequence[Pair], known_priors: Any, pooled: Any) -> np.ndarray:
@@ -109,13 +99,6 @@ def rag_nats(method: Method, names: Sequence[str], test: Sequence[Pair], known_p
     prompts = [np.stack([one.prompt for one in scores]) for _, scores in test]
     weights = [weights_of(method, names, row, p, known_priors) for (row, _), p in zip(test, prompts, strict=True)]
     return nll(np.stack(weights), [np.stack([one.texts[0] for one in scores]) for _, scores in test], method.adapt)
-
-
-def nll(weights: np.ndarray, texts: Sequence[np.ndarray], adapt: bool = False) -> np.ndarray:
-    """NLL of each text (K, n) in nats, under weights (rows, K)."""
-    if adapt:
-        return adapting(weights, texts)[0]
-    return np.array([-likelihood(w, text).sum() for w, text in zip(weights, texts, strict=True)])
 
 
 def per_corpus(nats: dict[str, np.ndarray], places: dict[str, list[int]], sizes: np.ndarray) -> Iterator[str]:
@@ -128,7 +111,7 @@ def per_corpus(nats: dict[str, np.ndarray], places: dict[str, list[int]], sizes:
 
 
 def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[str]:
-    """The table of greedy answers, if there are any."""
+    """The table of greedy answers, if there are any. Those of few questions are compared with em on the same."""
     path = out / "answers.jsonl"
     if not path.exists():
         return
@@ -139,10 +122,11 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
         one = json.loads(line)
         if one["id"] in gold:
             by.setdefault(one["method"], {})[one["id"]] = one
-    ids = [id_ for id_ in gold if all(id_ in by_id for by_id in by.values())]
-    f1s = {label: np.array([f1(by_id[i]["text"], gold[i]) for i in ids]) for label, by_id in by.items()}
+    f1s = {label: {i: f1(one["text"], gold[i]) for i, one in by_id.items()} for label, by_id in by.items()}
     lines = []
-    for label in sorted(by, key=lambda label: -f1s[label].mean()):
+    for label in sorted(by, key=lambda label: (-len(by[label]), -np.mean([*f1s[label].values()]))):
+        ids = [i for i in by[label] if i in by["em"]]
+        own, em_own = (np.array([f1s[name][i] for i in ids]) for name in (label, "em"))
         one = [by[label][i] for i in ids]
         holds = proportion([same(gold[i]) in same(o["text"]) for i, o in zip(ids, one, strict=True)])
         repetition = np.mean([repeated(o["text"]) for o in one])
@@ -151,12 +135,11 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
             [prompts[i] * members + o["tokens"] * o["running"] for i, o in zip(ids, one, strict=True)]
         )
         seconds = np.mean([o["seconds"] for o in one])
-        against = versus(f1s[label], f1s["em"])
         gold_share = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
         figures = f"{repetition:.4f}", f"{seconds:.3f}", f"{tokens_read:.0f}"
-        lines.append([label, f"{f1s[label].mean():.4f}", against, gold_share, *figures])
-    headings = ["method", "F1", "against em", "holds the gold answer", "repeated 3-grams", "s", "tokens read"]
-    yield f"### Greedy answers\n\n{len(ids)} questions.\n\n{table(headings, lines)}"
+        lines.append([label, str(len(ids)), f"{own.mean():.4f}", versus(own, em_own), gold_share, *figures])
+    headings = ["method", "questions", "F1", "against em on the same", "holds the gold answer", "repeated 3-grams"]
+    yield f"### Greedy answers\n\n{table([*headings, 's', 'tokens read'], lines)}"
 
 
 def words(text: str) -> list[str]:
@@ -179,32 +162,6 @@ def repeated(text: str) -> float:
     tokens = words(text)
     grams = [*zip(tokens, tokens[1:], tokens[2:], strict=False)]
     return 1 - len({*grams}) / len(grams) if grams else 0.0
-
-
-def raced(test: Sequence[Pair], families: Sequence[str]) -> Iterator[str]:
-    """Racing prefill: the share of tokens read, and the loss in likelihood, with and without adapt."""
-    lines, octets = [], np.array([len(row.texts[0].encode()) for row, _ in test])
-    answers = [answers_together(row, scores, families)[0] for row, scores in test]
-    prompts = [together(row, scores, families)[0] for row, scores in test]
-    full_weights = [em(prompt) for prompt in prompts]
-    for least in LEASTS:
-        survivors, shares = zip(*(racing(prompt, least, FIRST) for prompt in prompts), strict=True)
-        dropped_best = sum(
-            not kept_members[full.argmax()] for kept_members, full in zip(survivors, full_weights, strict=True)
-        )
-        full_dropped = np.stack([dropped(full, least) for full in full_weights])
-        raced_weights = np.zeros_like(full_dropped)
-        for row, (kept_members, prompt) in enumerate(zip(survivors, prompts, strict=True)):
-            raced_weights[row, kept_members] = full_weights[row] if kept_members.all() else em(prompt[kept_members])
-            raced_weights[row] = dropped(raced_weights[row], least)
-        for adapt in (False, True):
-            raced_bits, all_bits = (
-                nll(weights, answers, adapt) / np.log(2) for weights in (raced_weights, full_dropped)
-            )
-            loss = versus(raced_bits, all_bits, octets, places=5)
-            lines.append([f"{least:g}", "yes" if adapt else "no", f"{np.mean(shares):.3f}", loss, str(dropped_best)])
-    headings = ["min_weight", "adapt", "tokens read", "bits/byte against all read", "best member dropped"]
-    yield f"### Racing prefill\n\nFirst chunk {FIRST} tokens, then as many each time.\n\n{table(headings, lines)}"
 
 
 # Language modelling
@@ -250,6 +207,25 @@ def at_length(
     first, last = np.searchsorted(spans[:, 1], [start, stop], side="right")
     text = row.prompt[int(start) : int(stop)]
     return matrix[:, :first], matrix[:, first:last], max(1, len(text.encode()))
+
+
+def to_race(
+    rows: Sequence[Row], out: Path, names: Sequence[str], family: str
+) -> dict[str, list[tuple[np.ndarray, np.ndarray, int]]]:
+    """What members race on, with what follows and its bytes: questions with passages, and the first 256 tokens of the
+    documents that language() reports on."""
+    families = [family] * len(names)
+    test = [pair for pair in reading.load(rows, "rag", out, names) if pair[0].use == "test"]
+    found = {
+        "RAG questions": [
+            (together(r, s, families)[0], answers_together(r, s, families)[0], len(r.texts[0].encode()))
+            for r, s in test
+        ]
+    }
+    cut = [(r, *at_length(r, s, families, PROMPTS[-1])) for r, s in reading.load(rows, "lm", out, names)]
+    fit = [one for one in cut if one[2].shape[1] >= REST // 4][1::2]
+    found |= {f"{kind} documents": [one[1:] for one in part] for kind, part in pure_and_mixed(fit) if kind != "all"}
+    return {heading: part for heading, part in found.items() if part}
 
 
 def compared(rows: Sequence[Any]) -> list[str]:
