@@ -35,7 +35,7 @@ def fit(corpora: Mapping[str, Sequence[str]], path: str | os.PathLike, *, cluste
     except ImportError:
         raise ExtraError("fitting cbtm", "scikit-learn", "eval") from None
     if len(corpora) < 2:
-        raise DataError(f"cbtm got corpora of {len(corpora)} member(s); give those of at least two")
+        raise DataError(f"cbtm got corpora of {len(corpora)} member(s); give those of at least two members")
     for name, texts in corpora.items():
         if len(texts) < 2 * clusters:
             raise DataError(
