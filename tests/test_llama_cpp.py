@@ -314,7 +314,9 @@ def test_other_versions_are_refused_by_name(monkeypatch, content, tmp_path, capl
     monkeypatch.setattr(native, "installed", lambda: "0.2.90")
     monkeypatch.setattr(load_module, "installed", lambda: "0.2.90")
     native.library.cache_clear()
-    with pytest.raises(LoadError, match=rf"llama-cpp-python 0.2.90 is installed, .* runs {VERSION} alone"):
+    with pytest.raises(
+        LoadError, match=rf"llama-cpp-python 0.2.90 is installed, but the llama.cpp engine needs {VERSION}"
+    ):
         Loader(engine="llama.cpp")
     (member,) = Loader().members([tmp_path / "sound.gguf"])
     assert member.model.config.model_type == "llama"
@@ -324,7 +326,7 @@ def test_other_versions_are_refused_by_name(monkeypatch, content, tmp_path, capl
         Loader(engine="llama.cpp")
     monkeypatch.setattr(native, "installed", lambda: VERSION)
     monkeypatch.setitem(native._CONTEXT, "n_ctx", 513)
-    with pytest.raises(LoadError, match="its default n_ctx is 512, not 513"):
+    with pytest.raises(LoadError, match="whose default n_ctx is 512, not 513"):
         Loader(engine="llama.cpp")
 
 

@@ -218,8 +218,9 @@ def test_nobody_waits_for_a_read_that_is_stopped(make_member):
     assert sequence.ids == []
 
 
-def test_workers_run_at_the_same_time(make_member):
+def test_workers_run_at_the_same_time(make_member, monkeypatch):
     """Each call waits until all three are under way."""
+    monkeypatch.setattr(tokens, "LIKELIEST", 400)  # all of them: nobody is asked alone
     twins = [remote(make_member("llama", seed, name=f"m{seed}")) for seed in range(3)]
     barrier = threading.Barrier(3)
     for _, wire in twins:

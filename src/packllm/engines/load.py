@@ -28,7 +28,7 @@ from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.footprint import Footprint
 from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
-from packllm.engines.transformers.gguf_header import MAGIC, check_header
+from packllm.engines.transformers.gguf_header import MAGIC, check_parts, parts
 from packllm.engines.transformers.merged_adapters import merge
 from packllm.engines.transformers.precision import fastest
 from packllm.engines.transformers.quantization import config_of
@@ -279,7 +279,7 @@ def _tell_cost(path: Path) -> None:
         "%s runs in transformers: it is converted to float32 in the cache once, %s, and needs as much memory; "
         "pip install packllm[llama-cpp] %savoids both",
         path.name,
-        f"{4 * check_header(path).elements / 2**20:,.0f} MiB",
+        f"{4 * check_parts(parts(path))[0].elements / 2**20:,.0f} MiB",
         f"(llama-cpp-python {VERSION}, not {version}) " if version else "",
     )
 

@@ -246,8 +246,8 @@ def _packed(answer: Tensor | Exception) -> Found:
 
 def _unpacked(found: Found, size: int) -> Tensor | Exception:
     if isinstance(found, Likeliest):
-        rows = torch.from_numpy(found.rest).expand(-1, size).clone()
-        return rows.scatter_(-1, torch.from_numpy(found.ids).long(), torch.from_numpy(found.logprobs))
+        rows = torch.from_numpy(found.rest.copy()).expand(-1, size).clone()
+        return rows.scatter_(-1, torch.from_numpy(found.ids.astype(np.int64)), torch.from_numpy(found.logprobs.copy()))
     if isinstance(found, tuple):
         return torch.from_numpy(found[0].astype(np.float32) + found[1])
     return torch.from_numpy(found.copy()) if isinstance(found, np.ndarray) else found
