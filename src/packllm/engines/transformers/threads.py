@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-FEW = 31
+FEW = 64
 """Passes over at most so many tokens try how many threads are best; larger ones use all threads."""
 
 TRIALS = 4
