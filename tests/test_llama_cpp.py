@@ -313,7 +313,7 @@ def test_other_versions_are_refused_by_name(monkeypatch, content, tmp_path, capl
     """And a file then runs in transformers, with a line that says what it costs."""
     monkeypatch.setattr(native, "installed", lambda: "0.2.90")
     monkeypatch.setattr(load_module, "installed", lambda: "0.2.90")
-    native.library.cache_clear()
+    native.binding.cache_clear()
     with pytest.raises(
         LoadError, match=rf"llama-cpp-python 0.2.90 is installed, but the llama.cpp engine needs {VERSION}"
     ):

@@ -96,7 +96,7 @@ def test_a_notebook_is_committed_as_it_was_run_from_top_to_bottom(name):
     assert sum(bool(cell["outputs"]) for cell in code(book)) > len(code(book)) / 2
     assert not [output for cell in code(book) for output in cell["outputs"] if output.get("name") == "stderr"]
     written = json.dumps(book)
-    assert not re.search(r"/home/|/root/|/work/|/tmp/|site-packages", written)
+    assert not re.search(r"(?<![\w.:/])/(?!v1\b)\w+/\w+|site-packages", written)  # a folder of the machine it ran on
     for target in re.findall(
         r"\]\(([^)#:]+)\)", "".join("".join(c["source"]) for c in book["cells"] if c not in code(book))
     ):

@@ -16,10 +16,21 @@ from rich.table import Table
 from rich.text import Text
 
 from packllm import terminal
-from packllm.errors import ExtraError, OptionError, PackError
+from packllm.command_arguments import (
+    AsJson,
+    Explain,
+    Models,
+    Others,
+    PriorFile,
+    WeightingName,
+    load_pack,
+    quieten_transformers,
+    request_options,
+)
+from packllm.errors import ExtraError, PackError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help should not wait for them
-    from packllm.pack import Pack
+    pass
 
 ELSEWHERE = {"eval": ("packllm_eval.command", "eval"), "serve": ("packllm.serve.command", "serve")}
 """Commands in optional packages: the module of each, and the extra that installs what it needs."""
@@ -52,47 +63,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="SPEC",
-        help="A member: hub id, folder, .gguf file or base+adapter, each as name=SPEC too. Repeat it for more members. "
-        "Default: the starter pack.",
-    ),
-]
-WeightingName = Annotated[
-    str | None,
-    typer.Option(
-        "--weighting",
-        "-w",
-        help="How members are weighted: em (default), uniform, top1, sim, opt, exhaustive, exact, map, dexperts, "
-        "dexperts-opt, cbtm, router, or fixed weights as name=0.7,name=0.3.",
-    ),
-]
-Others = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option",
-        "-o",
-        metavar="NAME=VALUE",
-        help="Any other option of a request, such as tau=1, pool=log, unit=byte, top_p=0.9 or score_on=TEXT.",
-    ),
-]
-PriorFile = Annotated[Path | None, typer.Option("--prior", help="A prior over members, written by packllm calibrate.")]
-Explain = Annotated[
-    Path | None,
-    typer.Option(
-        "--explain",
-        metavar="FILE.html",
-        dir_okay=False,
-        writable=True,
-        help="Write a page with each member's log-probabilities of the text and files, and its part in the answer.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
 @app.command("eval")
@@ -172,10 +142,10 @@ def ask(
     packllm ask - -m ./base -m ./base+./law-adapter -w exact < question.txt
     """
     named = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, "prior": prior}
-    options = _options(weighting, option, named) | ({"chat_template": False} if raw else {})
+    options = request_options(weighting, option, named) | ({"chat_template": False} if raw else {})
     text = terminal.with_context(terminal.typed(question), file or [])
     more = terminal.explained(explain, file or [])
-    pack = _load(model, options)
+    pack = load_pack(model, options)
     prompt = text if raw else [{"role": "user", "content": text}]
     if as_json:
         answer = pack.generate(prompt, **more)
@@ -222,9 +192,9 @@ def weigh(
 
     packllm weigh --file notes.txt --weighting sim --option tau=1
     """
-    options = _options(weighting, option, {"prior": prior})
+    options = request_options(weighting, option, {"prior": prior})
     weighed, more = terminal.weighed(text, file or []), terminal.explained(explain, file or [])
-    weights = _load(model, options).weigh(weighed, **more)
+    weights = load_pack(model, options).weigh(weighed, **more)
     terminal.write(weights.explanation, explain)
     if as_json:
         typer.echo(json.dumps(weights.as_dict()))
@@ -253,7 +223,7 @@ def check(
 
     packllm check general=./model-7b ./other.gguf --json
     """
-    _quieten()
+    quieten_transformers()
     from packllm.engines.memory import estimate
 
     footprints = estimate(models, dtype=dtype)
@@ -293,7 +263,7 @@ def calibrate(
     from packllm.weights.calibrate import calibrate, read_rows
 
     examples = read_rows(rows)
-    prior = calibrate(_load(model, _options(None, option, {})), examples)
+    prior = calibrate(load_pack(model, request_options(None, option, {})), examples)
     prior.save(out)
     if as_json:
         typer.echo(json.dumps(prior.as_dict()))
@@ -328,7 +298,7 @@ def bench(
 
     packllm bench --model ./base --tokens 256 --repeat 5 | tail -n 1
     """
-    _quieten()
+    quieten_transformers()
     benchmark = _elsewhere("packllm_eval.bench", "eval")
     report = benchmark.run(model, tokens=tokens, members=members, repeat=repeat, quick=quick, only=only or ())
     benchmark.show(report, Console())
@@ -381,7 +351,7 @@ def distill(
     distilling = _elsewhere("packllm_eval.distill.command", "distill")
     training = distilling.Training(full, rank, epochs, batch_size, rate, seed)
     texts, others = distilling.texts(files, held_out or [], documents, compared, seed)
-    pack = _load(model, _options(weighting, option, {}))
+    pack = load_pack(model, request_options(weighting, option, {}))
     distilling.run(pack, student, texts, others, out, training, length, as_json)
 
 
@@ -405,7 +375,7 @@ def align(
 
     packllm align llama-3/tokenizer.json qwen-3/tokenizer.json --json
     """
-    _quieten()
+    quieten_transformers()
     from packllm import coverage
 
     coverage_report = coverage.measure(reference, target)
@@ -413,40 +383,3 @@ def align(
         typer.echo(json.dumps(coverage_report.as_dict()))
     else:
         coverage.show(coverage_report, Console(highlight=False))
-
-
-def _quieten() -> None:
-    """Turn off the warnings and advice that transformers prints."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-
-
-def _load(models: list[str] | None, options: dict[str, Any]) -> Pack:
-    from packllm.pack import Pack
-
-    _quieten()
-    return Pack.load(models, **options) if models else Pack.starter(**options)
-
-
-def _options(weighting: str | None, others: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
-    options = {name: value for name, value in named.items() if value not in (None, [])}
-    if weighting is not None:
-        options["weighting"] = _fixed(weighting) if "=" in weighting else weighting
-    for pair in others or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise OptionError(f"--option {pair!r} has no '='; write it as NAME=VALUE, for example tau=1")
-        options[name.strip().replace("-", "_")] = value
-    return options
-
-
-def _fixed(weighting: str) -> dict[str, float]:
-    weights = {}
-    for pair in weighting.split(","):
-        name, _, value = pair.rpartition("=")
-        try:
-            weights[name.strip()] = float(value)
-        except ValueError:
-            raise OptionError(f"--weighting {weighting!r}: {pair!r} must be NAME=NUMBER, for example law=0.7") from None
-    return weights

@@ -85,20 +85,10 @@ class Ratings(Members):
         return decision(labels, fused, members, weights, empty, longer)
 
     async def adecide(
-        self,
-        prompt: Prompt,
-        choices: Sequence[str],
-        *,
-        calibrated: bool = False,
-        cancel: Event | None = None,
-        **options: Any,
+        self, prompt: Prompt, choices: Sequence[str], *, cancel: Event | None = None, **options: Any
     ) -> Decision:
         """decide() for asyncio, as astream()."""
-
-        def decided(stop: Event) -> Decision:
-            return self.decide(prompt, choices, calibrated=calibrated, cancel=stop, **options)
-
-        return await in_thread(decided, cancel)
+        return await in_thread(lambda stop: self.decide(prompt, choices, cancel=stop, **options), cancel)
 
     def _scored(
         self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True

@@ -18,7 +18,7 @@ import torch
 from packllm.chat.prompt import Encoder
 from packllm.engines.llama_cpp import adapters as llama_cpp_adapters
 from packllm.engines.llama_cpp import files as llama_cpp
-from packllm.engines.llama_cpp.native import VERSION, installed, library
+from packllm.engines.llama_cpp.native import VERSION, binding, installed
 from packllm.engines.member import Author, Member
 from packllm.engines.server.address import is_address
 from packllm.engines.server.member import connect
@@ -80,7 +80,7 @@ class Loader:
                 "leave them out, or use engine='transformers'"
             )
         if engine == "llama.cpp":
-            library()
+            binding()
         self._engine = engine
         self._by_default = as_stored
         self._files: dict[str, llama_cpp.File] = {}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from packllm import cli
-from packllm.cli import Models, Others, WeightingName
+from packllm import command_arguments
+from packllm.command_arguments import Models, Others, WeightingName
 from packllm.errors import ExtraError, OptionError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def serve(
         from packllm.serve.settings import Settings
     except ImportError as error:
         raise ExtraError("packllm serve", str(error.name), "serve") from error
-    options = cli._options(weighting, option, {} if prior is None else {"prior": prior})
+    options = command_arguments.request_options(weighting, option, {} if prior is None else {"prior": prior})
     settings = Settings(
         keys=(*_keys(api_key_env), *_given(api_key or [])),
         running=max_running,
@@ -126,7 +126,7 @@ class _Loading(threading.Thread):
         what = ", ".join(self._models) if self._models else "the starter pack"
         typer.echo(f"packllm: loading {what}; /health is 503 until it is done", err=True)
         try:
-            pack = cli._load(self._models, self._options)
+            pack = command_arguments.load_pack(self._models, self._options)
             self._ours.ready(pack)
         except Exception as error:
             self._failure = error

@@ -11,7 +11,7 @@ from typing import Any
 
 import typing_extensions
 
-from packllm.engines.llama_cpp.native import explained, library
+from packllm.engines.llama_cpp.native import binding, explained
 from packllm.errors import LoadError, refused
 
 SECONDS = 600
@@ -24,7 +24,7 @@ class Trial:
 
     def __init__(self, paths: list[Path]) -> None:
         self._what = f"model {str(paths[0])!r}"
-        folders = [Path(library().__file__).parent, Path(typing_extensions.__file__).parent]
+        folders = [Path(binding().__file__).parent, Path(typing_extensions.__file__).parent]
         program = [sys.executable, "-I", "-S", Path(__file__).with_name("trial.py"), *folders, *paths]
         self._process = subprocess.Popen(
             list(map(str, program)),
@@ -75,7 +75,7 @@ class Model:
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        self.native = native = library()
+        self.native = native = binding()
         self.pointer: Any = None
         params = native.llama_model_default_params()
         encoded = [str(path).encode() for path in paths]

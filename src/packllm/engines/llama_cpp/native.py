@@ -54,7 +54,7 @@ def installed() -> str | None:
 
 
 @cache
-def library() -> Any:
+def binding() -> Any:
     """The low-level module.
 
     Raises:
