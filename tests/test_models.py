@@ -230,7 +230,7 @@ def test_what_a_library_warns_of_is_not_seen_on_the_command_line(monkeypatch):
     answer = pack.generate(TEXTS[0]).text
     assert answer
     pack.members[0].model.register_forward_pre_hook(lambda *args: warnings.warn("renamed", FutureWarning, stacklevel=2))
-    monkeypatch.setattr(cli, "_load", lambda *args, **options: pack)
+    monkeypatch.setattr(cli, "load_pack", lambda *args, **options: pack)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         found = CliRunner().invoke(cli.app, ["ask", TEXTS[0], "--raw", "--quiet"], catch_exceptions=False)
