@@ -24,9 +24,6 @@ QUIET, LONGEST = 0.01, 0.1
 """Seconds that a pass waits for the requests of the previous pass: since the last one came back, and in total. They are
 choosing their next tokens; if a pass ran without them, they would need another one."""
 
-PATIENCE = 4
-"""How many passes of other engines may precede that of a waiting engine."""
-
 SHORT = 16
 """Reads of up to so many tokens are always part of the next pass: a decode step, a block of draft tokens."""
 
@@ -222,14 +219,14 @@ class Meeting:
         self._expected = set()
 
     def _next(self) -> Packs | None:
-        """The next engine: the one with the fewest waiting requests, so that these catch up with the others; but no
-        engine is passed over more than PATIENCE times."""
+        """The next engine: the one passed over most often since it last ran, and of several the one with most waiting
+        requests. Turns let requests that are out of step meet: while other engines run, they come to wait here."""
         requests: dict[Packs, set[Circle]] = {}
         for job in self._waiting:
             requests.setdefault(_engine(job), set()).add(_circle(job.read.sequence).root())
         if not requests:
             return None
-        engine = min(requests, key=lambda one: (self._passed_over[one] < PATIENCE, len(requests[one])))
+        engine = max(requests, key=lambda one: (self._passed_over[one], len(requests[one])))
         self._passed_over = Counter({other: self._passed_over[other] + 1 for other in requests if other is not engine})
         return engine
 
