@@ -254,3 +254,29 @@ def test_interrupting_a_thread_of_a_batch(shared_pack: Pack) -> None:
         stream.close()
     del stream, streams
     assert settled(start, shared_pack) == start
+
+
+def test_threads_take_as_few_passes_as_a_batch(make_member: Any) -> None:
+    """Three members that draft and check: whoever is out of step meets the others again. Counted, not timed."""
+    members = [make_member("llama", k) for k in range(3)]
+    passes: list[int] = []
+    for member in members:
+        member.end_ids, engine, run = frozenset(), member.engine, member.engine.run
+        engine.run = lambda parts, run=run: (passes.append(len(parts)), run(parts))[1]
+    pack = Pack(members, max_tokens=24, weighting="uniform", pool="linear", batch_size=48, prefix_cache_mb=0)
+    prompts = [f"{number} {PROMPTS[number % 4]}" for number in range(48)]
+    expected = [answer.text for answer in pack.generate_batch(prompts)]
+    together = len(passes)
+    passes.clear()
+    texts: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        texts[number] = pack.generate(prompts[number]).text
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(48)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert [texts[number] for number in range(48)] == expected
+    assert len(passes) <= 1.2 * together  # 1.0 in turns; 1.27 when the emptiest engine went first
