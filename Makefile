@@ -58,7 +58,7 @@ ENGINES := .venv-engines/bin/python
 .venv-engines/ready: .venv/ready
 	$(beside_pinned)
 	$(ENGINES) -m pip install --quiet --no-compile llama-cpp-python==0.3.36 ray==2.60.0 \
-		loguru==0.7.3
+		loguru==0.7.3 xllamacpp==2026.10.11549
 	$(ENGINES) -m pip install --quiet --no-compile --no-deps \
 		torchao==0.18.0 bitsandbytes==0.50.2 compressed-tensors==0.20.0
 	touch $@
@@ -66,6 +66,7 @@ ENGINES := .venv-engines/bin/python
 engines: .venv-engines/ready
 	OMP_NUM_THREADS=1 $(ENGINES) -m pytest --numprocesses auto --dist loadfile \
 		tests/test_llama_cpp*.py tests/test_gguf*.py tests/test_ray.py tests/test_quantization.py \
+		tests/test_server_members.py::test_a_gguf_file_beside_a_server_writes_what_one_engine_writes \
 		"tests/test_docs.py::test_programs_run[docs/engines.md]"
 
 # The site, in site/: strict, offline, and from the source alone, so it needs no model and none of the pinned packages.

@@ -21,14 +21,21 @@ from packllm.engines.base import Read
 CORPUS = ALL[:5]
 
 
-def english(tokenizer, name: str, corpus: list[str] = CORPUS, end: float = 0.5) -> Member:
-    """A real Llama that knows which token follows which in a corpus, and that answers end after a full stop."""
+def english(tokenizer, name: str, corpus: list[str] = CORPUS, end: float = 0.5, apart: float = 0.0) -> Member:
+    """A real Llama that knows which token follows which in a corpus, and that answers end after a full stop.
+
+    Args:
+        apart: by how much each of those that follow equally often is likelier than the next.
+    """
     counts: dict[str, Counter] = defaultdict(Counter)
     for text in corpus:
         pieces = [tokenizer.decode([i]) for i in tokenizer(text, add_special_tokens=False).input_ids]
         for before, after in itertools.pairwise(pieces):
             counts[before][after] += 1
-    table = {a: {b: 0.9 * n / following.total() for b, n in following.items()} for a, following in counts.items()}
+    table = {
+        a: {b: 0.9 * n / following.total() * (1 - apart * at) for at, (b, n) in enumerate(following.items())}
+        for a, following in counts.items()
+    }
     table["\n"] = {"The": 0.9}
     table["."] = {piece: p * (1 - end) for piece, p in table.get(".", {}).items()} | {"END": end}
     return follows(tokenizer, table, name, window=2048)
