@@ -164,7 +164,7 @@ def test_a_restart_while_tokens_are_proved(tiny, minds):
 def test_names_of_models_and_servers_that_are_gone(run, minds, tmp_path):
     write_gguf(minds[1], tmp_path / "far.gguf")
     server = run(tmp_path / "far.gguf")
-    with pytest.raises(LoadError, match="no model 'fra.gguf'.*Its models: .*far.gguf"):
+    with pytest.raises(LoadError, match=r"no model 'fra\.gguf'.*Its models: .*far\.gguf"):
         Pack.load([f"{server.url}#fra.gguf"])
     server.kill()
     with pytest.raises(LoadError, match=r"127\.0\.0\.1.*failed after 3 attempts"):
@@ -222,7 +222,7 @@ def gap(pack: Pack, prompt: str, answers: list[list[int]], at: int, pool: str) -
 
 @pytest.mark.real
 def test_the_starter_on_a_server_that_dies_and_comes_back(smol):
-    server, (general, medicine) = smol
+    server, (_, medicine) = smol
     weighting = {"medicine": 0.0, "general": 1.0}
     pack = Pack.load([medicine, f"general={server.url}"], max_tokens=100, weighting=weighting, min_weight=0)
     prompt = "Explain in detail why the sky is blue."
