@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import os
 import pickle
@@ -393,7 +394,7 @@ async def test_a_server_answers_through_kill_9(trio, make_member):
     assert wire.ask("process") != before
 
 
-def test_ray_specs(trio, tmp_path, make_member):
+def test_ray_specs(trio, tmp_path, make_member, monkeypatch):
     local = make_member("llama", 1)
     local.model.save_pretrained(tmp_path / "m")
     local.tokenizer.save_pretrained(tmp_path / "m")
@@ -403,5 +404,19 @@ def test_ray_specs(trio, tmp_path, make_member):
     assert Pack([member], max_tokens=8).generate(PROMPTS[0]).text == expected
     with pytest.raises(LoadError, match=r"no worker can be placed: resources=\{'GPU': 64.0\}.*ask for less"):
         Loader().members([f"ray[GPU=64]:{tmp_path / 'm'}"])
+    for wrong, said in (("-1", "cannot be negative"), ("1.5", "")):
+        monkeypatch.setattr(workers, "_check_placeable", lambda needed: None)
+        with pytest.raises(LoadError, match=rf"no worker can be placed: resources=\{{'GPU': {wrong}.*{said}"):
+            Loader().members([f"ray[GPU={wrong}]:{tmp_path / 'm'}"])
+    monkeypatch.undo()
+    every = workers.ray.cluster_resources()["CPU"]
+    (greedy,) = Loader().members([f"ray[CPU={every:g}]:{tmp_path / 'm'}"])
+    monkeypatch.setattr(workers, "PLACING", 0.0)
+    for words in ("", "[CPU=1]"):
+        with pytest.raises(LoadError, match=r"no worker can be placed: resources=\{'CPU': 1.0\}, and only .* are free"):
+            Loader().members([f"ray{words}:{tmp_path / 'm'}"])
+    monkeypatch.undo()
+    del greedy
+    gc.collect()
     with pytest.raises(LoadError, match=r"worker of '\./nothing': .*does not exist"):
         Loader().members(["ray:./nothing"])

@@ -39,6 +39,7 @@ __all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
 log = logging.getLogger("packllm")
 
 ENGINES = ("llama.cpp", "transformers")
+_ELSEWHERE = "for a model on a server https://HOST/v1#MODEL, for one in a worker ray:SPEC"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMS = "a hub id, a folder, a .gguf file or base+adapter"
 _REMOTE = re.compile(r"(?:([\w.-]+)=)?ray(?:\[([^]]*)\])?:(.+)")
@@ -406,7 +407,7 @@ def _split(spec: str) -> tuple[str, str | None]:
         if part.endswith(".gguf"):
             raise LoadError(f"model file {part!r} does not exist")
         if engine := re.match(r"([A-Za-z][\w.-]+):", part):
-            raise LoadError(f"model {part!r} names no engine that there is: {engine[1]!r}; give {_FORMS}")
+            raise LoadError(f"model {part!r} names no engine that there is: {engine[1]!r}; give {_FORMS}; {_ELSEWHERE}")
         if not _HUB_ID.fullmatch(part):
             raise LoadError(f"model {part!r} does not exist; give {_FORMS}")
     return parts

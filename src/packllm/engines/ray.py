@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -34,6 +35,9 @@ AT_ONCE = 64
 
 TRIES = 3
 """How often a call is repeated if its worker dies."""
+
+PLACING = 30.0
+"""Seconds to wait for resources that other workers hold."""
 
 PATIENCE = 0.05
 """Seconds between checks whether a read is still wanted."""
@@ -64,14 +68,14 @@ class ActorWire:
     ) -> None:
         _join()
         needed = dict(resources or {})
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(machine.get(name, 0) >= amount_ for name, amount_ in needed.items()) for machine in machines):
-            have = [{name: amount for name, amount in machine.items() if ":" not in name} for machine in machines]
-            raise LoadError(f"no worker can be placed: resources={needed}, and the machines have {have}; ask for less")
+        _check_placeable(needed)
         arguments: dict[str, Any] = {"max_restarts": -1, "max_task_retries": TRIES, "max_concurrency": AT_ONCE}
         standard = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         arguments |= {argument: needed.pop(name) for name, argument in standard.items() if name in needed}
-        self.actor = ray.remote(worker).options(**arguments, resources=needed).remote(load)
+        try:
+            self.actor = ray.remote(worker).options(**arguments, resources=needed).remote(load)
+        except ValueError as error:  # a negative amount, one and a half GPUs
+            raise LoadError(f"no worker can be placed: resources={dict(resources or {})}: {error}") from error
 
     def call(self, gate: Callable[[], object], stop: Callable[[], object], name: str, *args: Any) -> Any:
         gate()
@@ -131,6 +135,27 @@ def resources(text: str) -> dict[str, float]:
         return {name.strip(): float(amount) for name, _, amount in pairs}
     except ValueError:
         raise LoadError(f"ray[{text}]: write resources as GPU=1,CPU=2") from None
+
+
+def _check_placeable(needed: Mapping[str, float]) -> None:
+    """Raise LoadError if no machine has these resources, or others hold them: Ray would wait for ever."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(machine.get(name, 0) >= amount for name, amount in needed.items()) for machine in machines):
+        have = [_named(machine) for machine in machines]
+        raise LoadError(f"no worker can be placed: resources={needed}, and the machines have {have}; ask for less")
+    start = {"CPU": 1.0, **needed}  # Ray places an actor where a CPU is free, also if it asks for none
+    until = time.monotonic() + PLACING
+    while any(free.get(name, 0) < amount for free in [ray.available_resources()] for name, amount in start.items()):
+        if time.monotonic() > until:
+            raise LoadError(
+                f"no worker can be placed: resources={start}, and only {_named(ray.available_resources())} are free; "
+                "close packs whose workers hold the others, or ask for less"
+            )
+        time.sleep(PATIENCE)
+
+
+def _named(machine: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in machine.items() if ":" not in name}
 
 
 def _join() -> None:
