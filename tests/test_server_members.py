@@ -540,6 +540,34 @@ def test_greedy_tokens_are_proved(serve, minds, tokenizer_folder, pool, few):
     print(f"{pool}, top {member.tops.count}: {rounds / tokens:.2f} rounds a token, {at_once / tokens:.0%} at once")
 
 
+@pytest.mark.parametrize("pool", ["linear", "log"])
+def test_this_project_s_own_server(byte_tokenizer, tokenizer_folder, pool):
+    """A judge whose tokens are proved, as with vLLM; without its tokenizer, one whose words are."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    from test_serve_clients import on_loopback
+
+    from packllm.serve.app import create_app
+
+    near, far = (
+        english(byte_tokenizer, name, CORPUS[a:b], apart=1e-3) for name, a, b in (("near", 1, 5), ("far", 0, 3))
+    )
+    here = Pack([near, far], max_tokens=20, pool=pool)
+    with on_loopback(create_app(Pack([far], max_tokens=20))) as url:
+        mixed = Pack.load([near, f"far={url}#pack{tokenizer_folder}"], max_tokens=20, pool=pool)
+        assert mixed.members[1].kind == "judge"
+        assert "its 20 most likely next tokens, and requested ids" in repr(mixed.members[1])
+        assert mixed.weigh(QUESTION).values == pytest.approx(here.weigh(QUESTION).values, rel=1e-3)
+        for weights in ((0.5, 0.5), (0.2, 0.8)):
+            options = {"weighting": dict(zip(("near", "far"), weights, strict=True))}
+            proved, plain = (pack.generate(QUESTION, **options) for pack in (mixed, here))
+            assert (proved.text, proved.decoding) == (plain.text, "tokens")
+        by_words = Pack.load([f"far={url}#pack"], max_tokens=20)
+        assert by_words.members[0].kind == "judge"
+        told, right = (pack.weigh(CORPUS[0], unit="byte", chat_template=False).nll for pack in (by_words, Pack([far])))
+        assert told == pytest.approx(right, rel=1e-3)
+        assert by_words.generate(QUESTION).text == Pack([far], max_tokens=20).generate(QUESTION).text
+
+
 @pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
 def test_a_gguf_file_beside_a_server_writes_what_one_engine_writes(serve, minds, tokenizer_folder, tmp_path, engine):
     """Token by token, and segment by segment."""
