@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import logging
+import os
 import pickle
 import threading
 from itertools import count
@@ -353,6 +354,16 @@ def test_a_stream_that_breaks_goes_on_where_it_broke(serve):
         assert again.usage.servers["far"]["unreported"] == len(cuts)
 
 
+@pytest.mark.parametrize("usage", ["many", 3, [], {"prompt_tokens": "many", "completion_tokens": -1}])
+def test_a_count_of_tokens_that_is_none(serve, minds, usage):
+    server = serve()
+    expected = Pack([minds[1]], max_tokens=8).generate(QUESTION).text
+    server.change = lambda path, answer: {**answer, "usage": usage}
+    pack = Pack.load([server.spec()], max_tokens=8)
+    assert pack.generate(QUESTION).text == expected
+    assert pack.score("The", [" end"])
+
+
 def test_a_restart_in_the_middle(serve, minds):
     server = serve()
     pack = Pack.load([minds[0], server.spec()], max_tokens=30)
@@ -497,6 +508,16 @@ def test_keys_are_told_to_nobody(serve, monkeypatch, caplog, tmp_path):
     assert not [text for text in told if KEY in text]
     assert pickle.loads(pickle.dumps(member)).name == "far"
     assert copy.deepcopy(member).endpoint is member.endpoint
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"Bearer {KEY}", f"{KEY}é", f"{KEY}\x00"])
+def test_a_key_that_no_header_can_hold_is_not_quoted(serve, monkeypatch, key):
+    monkeypatch.setattr(os, "environ", {**os.environ, "SOME_KEY": key})
+    server = serve()
+    with pytest.raises(LoadError, match="'SOME_KEY' holds no API key") as caught:
+        Pack.load([server.spec(words="?key=SOME_KEY")])
+    assert (caught.value.__cause__, caught.value.__context__, server.log) == (None, None, [])
+    assert "d0nt" not in str(caught.value)
 
 
 def test_a_key_that_goes_unencrypted_is_warned_of(monkeypatch):

@@ -18,6 +18,7 @@ SILENCE = 300.0
 
 _SPEC = re.compile(r"(?:([\w.-]+)=)?(https?://\S+)", re.IGNORECASE)
 _WORDS = ("key", "tokenizer", "timeout")
+_KEY = re.compile(r"[!-~]+")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
@@ -104,7 +105,7 @@ class Address:
         """The API key, read from the environment variable; None if the spec names no variable.
 
         Raises:
-            LoadError: the variable is not set.
+            LoadError: the variable is not set, or holds what no header can; the message does not quote it.
         """
         if self.variable is None:
             return None
@@ -112,6 +113,11 @@ class Address:
         if not value:
             raise LoadError(
                 f"the environment variable {self.variable!r}, which should hold the API key of {self.url}, is not set"
+            )
+        if not _KEY.fullmatch(value):  # the libraries below would quote it
+            raise LoadError(
+                f"the environment variable {self.variable!r} holds no API key (white space or characters beyond ASCII); "
+                "set it to the key alone, without 'Bearer'"
             )
         host = urlsplit(self.url).hostname or ""
         if self.url.startswith("http://") and not is_loopback(host):

@@ -265,6 +265,8 @@ class Call:
             return (ServerError if fatal else TransientError)(f"{self._what}: {message}")
         if not isinstance(item, dict):
             return TransientError(f"{self._what} returned a JSON {type(item).__name__} instead of an object")
+        if not isinstance(item.get("usage"), dict):
+            item.pop("usage", None)
         self._items.put(item)
         return None
 
