@@ -116,8 +116,8 @@ class Address:
             )
         if not _KEY.fullmatch(value):  # the libraries below would quote it
             raise LoadError(
-                f"the environment variable {self.variable!r} holds no API key (white space or characters beyond ASCII); "
-                "set it to the key alone, without 'Bearer'"
+                f"the environment variable {self.variable!r} holds no API key: white space or characters beyond "
+                "ASCII; set it to the key alone, without 'Bearer'"
             )
         host = urlsplit(self.url).hostname or ""
         if self.url.startswith("http://") and not is_loopback(host):
