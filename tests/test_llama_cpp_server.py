@@ -91,12 +91,11 @@ def minds(byte_tokenizer) -> tuple[Member, Member]:
 
 @pytest.fixture(scope="module")
 def tiny(run, minds, tmp_path_factory) -> tuple[LlamaServer, str]:
-    """A server of the second one in float32, and its spec with a tokenizer."""
+    """A server of the second one in float32, and its spec with the file's tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     write_gguf(minds[1], folder / "far.gguf")
-    minds[1].tokenizer.save_pretrained(folder / "tokenizer")
     server = run(folder / "far.gguf")
-    return server, f"far={server.url}?tokenizer={folder / 'tokenizer'}"
+    return server, f"far={server.url}?tokenizer={folder / 'far.gguf'}"
 
 
 # Equal numbers: the answers of a pack whose members all run here
@@ -186,11 +185,10 @@ def smol(run) -> tuple[LlamaServer, list[Member]]:
 
 @pytest.mark.real
 @pytest.mark.parametrize("pool", ["linear", "log"])
-def test_the_starter_beside_a_server(smol, tmp_path, pool):
+def test_the_starter_beside_a_server(smol, pool):
     """The same text, up to a token where the two best are as near as rounding moves them."""
     server, (general, medicine) = smol
-    general.tokenizer.save_pretrained(tmp_path)
-    far = Pack.load([medicine, f"general={server.url}?tokenizer={tmp_path}"], max_tokens=16, pool=pool)
+    far = Pack.load([medicine, f"general={server.url}?tokenizer={starter.base_file()}"], max_tokens=16, pool=pool)
     here = Pack([medicine, general], max_tokens=16, pool=pool)
     agreed = 0
     for prompt in (QUESTION, "Name three symptoms of diabetes."):

@@ -36,7 +36,7 @@ class Address:
         url: the server's base URL, including /v1.
         model: the model's name on the server; None: the server's only model.
         variable: the environment variable that holds the API key.
-        tokenizer: hub id or folder of the server's tokenizer, or None.
+        tokenizer: hub id, folder or .gguf file of the server's tokenizer, or None.
         timeout: seconds without a byte from the server after which a request fails.
     """
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from packllm.align.vocabulary import Vocabulary
@@ -53,9 +54,17 @@ def connect(spec: str) -> ServerMember:
 
 
 def _tokenizer(source: str) -> Encoder:
+    """The encoder of a hub id, a folder, or a .gguf file, whose weights are not read."""
     from transformers import AutoTokenizer
 
-    with loading(f"tokenizer {source!r}"):
+    from packllm.engines.transformers.gguf_header import check_parts, parts
+    from packllm.engines.transformers.gguf_tokenizer import tokenizer_of
+
+    what = f"tokenizer {source!r}"
+    with loading(what):
+        if source.endswith(".gguf"):
+            _, header = check_parts(parts(Path(source)))
+            return Encoder(tokenizer_of(header.metadata, what))
         return Encoder(AutoTokenizer.from_pretrained(source))
 
 
