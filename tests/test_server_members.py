@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import threading
+import warnings
 from itertools import count
 
 import pytest
@@ -522,11 +523,14 @@ def test_a_key_that_no_header_can_hold_is_not_quoted(serve, monkeypatch, key):
 
 def test_a_key_that_goes_unencrypted_is_warned_of(monkeypatch):
     monkeypatch.setenv("SOME_KEY", KEY)
-    with pytest.warns(UserWarning, match="SOME_KEY is sent to http://host.example/v1 unencrypted") as caught:
-        assert Address.of("http://host.example/v1#m?key=SOME_KEY").key().get_secret_value() == KEY
-    assert KEY not in str(caught[0].message)
-    assert Address.of("http://127.0.0.1/v1#m?key=SOME_KEY").key()
-    assert Address.of("https://host.example/v1#m?key=SOME_KEY").key()
+    for url in ("http://host.example/v1", "http://127.0.0.1.example/v1", "HTTP://10.0.0.7:80/v1"):
+        with pytest.warns(UserWarning, match=f"SOME_KEY is sent to {url.lower()} unencrypted") as caught:
+            assert Address.of(f"{url}#m?key=SOME_KEY").key().get_secret_value() == KEY
+        assert KEY not in str(caught[0].message)
+    with warnings.catch_warnings(action="error"):
+        for url in ("http://127.0.0.1/v1", "http://127.1.2.3/v1", "http://[::1]:8080/v1", "http://LocalHost/v1"):
+            assert Address.of(f"{url}#m?key=SOME_KEY").key()
+        assert Address.of("https://host.example/v1#m?key=SOME_KEY").key()
 
 
 # Token by token, proved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import queue
 import random
@@ -288,7 +289,9 @@ class Call:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name means the local machine."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host == "localhost"
 
 
 def _seconds(header: str | None) -> float | None:
