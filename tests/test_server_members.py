@@ -466,6 +466,9 @@ def test_addresses():
         ("https://host/v1#m?kee=K", "did you mean 'key'"),
         ("https://host/v1#m?timeout=soon", "number of seconds"),
         ("https:///v1#m", "no host"),
+        ("http://[::1/v1#m", "a host or a port that cannot be"),
+        ("http://℀/v1#m", "a host or a port that cannot be"),
+        ("http://h:port/v1#m", "a host or a port that cannot be"),
     ):
         with pytest.raises(LoadError, match=said) as caught:
             Address.of(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -55,11 +56,15 @@ class Address:
             LoadError: the spec is not a valid address. The message does not quote it if it may hold a secret.
         """
         match = _SPEC.fullmatch(spec)
-        parts = urlsplit(match[2]) if match else None
-        if match is None or parts is None or not parts.hostname:
+        parts = None
+        if match is not None:
+            with suppress(ValueError):  # [::1, or a port that is no number
+                split = urlsplit(match[2])
+                parts = split if split.hostname and split.port != 0 else None
+        if match is None or parts is None:
             raise LoadError(
-                "the address of a server must have the form https://HOST/v1#MODEL; this one has no host, or contains "
-                "white space"
+                "the address of a server must have the form https://HOST/v1#MODEL; this one has no host, a host or a "
+                "port that cannot be, or white space"
             )
         if parts.username is not None or parts.password is not None:
             raise LoadError(
