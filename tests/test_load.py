@@ -151,6 +151,10 @@ def test_unknown_path(spec):
     assert f"model {path!r} does not exist; give a hub id, a folder, a .gguf file or base+adapter" in refused(spec)
 
 
+def test_a_name_that_is_too_long_for_a_file():
+    assert "cannot load model 'xxx" in refused("x" * 5000)
+
+
 @pytest.mark.parametrize(
     ("spec", "engine"),
     [

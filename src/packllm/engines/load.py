@@ -167,7 +167,7 @@ class Loader:
     def _adapter_folder(self, source: str) -> Path | None:
         """The folder of an adapter; None for anything else."""
         folder = Path(source)
-        if folder.is_dir():
+        if os.path.isdir(folder):  # unlike Path's, false of a name that is too long
             if not (folder / lora.CONFIG).is_file():
                 return None
             if any(path.suffix == ".safetensors" and path.name != lora.WEIGHTS for path in folder.iterdir()):
@@ -176,7 +176,7 @@ class Loader:
                     "and name the one to load: MODEL or MODEL+ADAPTER"
                 )
             return folder
-        if folder.exists():
+        if os.path.exists(folder):
             return None
         from transformers.utils import cached_file
 
