@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the members' weights")
     parser.add_argument("--limit", type=int, help="first rows of each corpus and use only")
     parser.add_argument("--set", action="append", choices=("rag", "lm", "choice"), help="read these only")
+    parser.add_argument("--joined", action="store_true", help="passages: two questions of a corpus in one message")
     parser.add_argument("--count", type=int, help="answer, passages: the first so many questions of each corpus only")
     parser.add_argument("--batch", type=int, default=100, help="prompts that are answered together")
     args = parser.parse_args()
@@ -31,7 +32,16 @@ def main() -> None:
     if args.step == "read":
         reading.read(members, args.data, args.out, args.device, args.limit, args.set or reading.SETS)
     elif args.step == "passages":
-        passages.read(members, args.data, args.out, args.device, args.limit, args.count)
+        passages.read(
+            members,
+            args.data,
+            args.out,
+            args.device,
+            args.limit,
+            args.count,
+            args.batch,
+            "joined" if args.joined else "rag",
+        )
     else:
         answers.answer(members, args.data, args.out, args.device, args.limit, args.batch, args.count)
 

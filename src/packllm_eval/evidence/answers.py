@@ -51,7 +51,7 @@ def answer(
     test.sort(key=lambda pair: number(pair[0]))  # each batch has rows of all corpora
     test = [pair for pair in test if count is None or number(pair[0]) < count]
     path = out / "answers.jsonl"
-    existing = {(one["id"], one["method"]) for one in _lines(path)}
+    existing = {(one["id"], one["method"]) for one in lines_of(path)}
     models: list[Alone] = []
     for start in range(0, len(test), batch):
         group = test[start : start + batch]
@@ -83,7 +83,7 @@ def number(row: Row) -> int:
     return int(row.id.rpartition("-")[2])
 
 
-def _lines(path: Path) -> list[dict]:
+def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 

@@ -1,10 +1,13 @@
-"""Other ways to use passages, on the gold answers: each passage in a prompt of its own, mixed (REPLUG with members),
-and all passages against none (context-aware contrast)."""
+"""Other ways to use passages: each in a prompt of its own, mixed (REPLUG with members), and all passages against none
+(context-aware contrast). The likelihood of gold answers, and greedy answers."""
 
 from __future__ import annotations
 
+import json
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +15,41 @@ import torch
 from torch import Tensor
 
 from packllm.chat.messages import check, with_context
-from packllm.chat.prompt import Encoded, Encoder
 from packllm.engines.member import Member
 from packllm.weights.adaptive import Adaptive
-from packllm_eval.evidence import reading
-from packllm_eval.evidence.answers import number
-from packllm_eval.evidence.methods import dropped, em, together
-from packllm_eval.evidence.reading import Alone, Row, Scores, told
+from packllm_eval.evidence import prompts, reading
+from packllm_eval.evidence.answers import MAX_TOKENS, lines_of, number
+from packllm_eval.evidence.methods import dropped, em
+from packllm_eval.evidence.prompts import Read
+from packllm_eval.evidence.reading import Alone, Row, told
 from packllm_eval.evidence.show import table, versus
+from packllm_eval.evidence.texts import f1, holds, repeated
+from packllm_eval.statistics import proportion
 
 CONTRASTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """a in p ∝ p(with passages)^(1 + a) / p(without)^a."""
 
-AGAINST = ("one prompt, em", "the likeliest passage alone")
+WRITTEN = 0.25
+"""The a that answers are written with."""
 
 TEMPERATURES = (1.0, 4.0)
 """Nats of a question's likelihood after its passages that make their weights differ by a factor of e."""
 
+ONE, LIKELIEST = "one prompt, em", "the likeliest passage alone"
+TWO, MIXTURE = "the two likeliest passages in one prompt", "mixture of passages"
 
-def questions(
-    data: Path, out: Path, names: Sequence[str], limit: int | None, count: int | None
-) -> list[tuple[Row, list[Scores]]]:
-    """The test questions with what all members gave them, the first `count` of each corpus."""
-    rows = reading.load(reading.rows_of(data, limit), "rag", out, names)
-    test = [(row, scores) for row, scores in rows if row.use == "test" and (count is None or number(row) < count)]
-    return sorted(test, key=lambda pair: (number(pair[0]), pair[0].corpus))
+SETS = ("rag", "joined")
+"""The questions, and pairs of them in one message."""
+
+Arrays = dict[str, np.ndarray]
+
+
+def questions(data: Path, limit: int | None, count: int | None, name: str = "rag") -> list[Row]:
+    """The first `count` test questions of each corpus; of the set "joined", those made of them."""
+    rows = [row for row in reading.rows_of(data, limit) if row.set == "rag" and row.use == "test"]
+    rows.sort(key=lambda row: (number(row), row.corpus))
+    rows = rows if name == "rag" else joined(rows)
+    return [row for row in rows if count is None or number(row) < count]
 
 
 def apart(content: str) -> tuple[str, list[str]]:
@@ -46,91 +59,177 @@ def apart(content: str) -> tuple[str, list[str]]:
     return question, context.split("\n\n")
 
 
-def read(members: Sequence[Member], data: Path, out: Path, device: str, limit: int | None, count: int | None) -> None:
-    """Write passages-<question>.npz for every question that has none yet."""
-    names = [member.name for member in members]
-    models: list[Alone] = []
-    for row, scores in questions(data, out, names, limit, count):
-        path = out / f"passages-{row.id}.npz"
-        if path.exists():
-            continue
-        models = models or [Alone(member, device) for member in members]
-        started = time.perf_counter()
-        reading.save(path, _arrays(models, row, scores))
-        told(f"{path.name}: {time.perf_counter() - started:.1f} s")
+def joined(rows: Sequence[Row]) -> list[Row]:
+    """Questions whose answer is in two passages: two questions of a corpus in one message, with the right passage of
+    each and one wrong one. Pairs without two different right passages are left out."""
+    found = []
+    for corpus in dict.fromkeys(row.corpus for row in rows):
+        of_corpus = [row for row in rows if row.corpus == corpus]
+        for at, pair in enumerate(zip(of_corpus[::2], of_corpus[1::2], strict=False)):
+            asked, shown = zip(*(apart(row.prompt[0]["content"]) for row in pair), strict=True)
+            golds = [row.texts[0] for row in pair]
+            right = {p for gold, passages in zip(golds, shown, strict=True) for p in passages if _right(gold, p)}
+            passages = sorted([*right, *[p for p in shown[0] if p not in right][:1]])
+            random.Random(f"joined {corpus} {at}").shuffle(passages)
+            prompt = [{"role": "user", "content": with_context(" Also: ".join(asked), passages)}]
+            if len(right) == 2:
+                found.append(Row(f"joined-{corpus}-{at}", "joined", corpus, "test", prompt, [" ".join(golds), *golds]))
+    return sorted(found, key=lambda row: (number(row), row.corpus))
 
 
-def _arrays(models: Sequence[Alone], row: Row, scores: Sequence[Scores]) -> dict[str, np.ndarray]:
+def _right(gold: str, passage: str) -> bool:
+    return gold[:60] in passage
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What all members read of a question: all its passages, none, each; and the likeliest two if it needs two."""
+
+    everything: Read
+    nothing: Read
+    each: list[Read]
+    two: Read | None
+
+
+def read(
+    members: Sequence[Member],
+    data: Path,
+    out: Path,
+    device: str,
+    limit: int | None,
+    count: int | None,
+    batch: int,
+    name: str = "rag",
+) -> None:
+    """Write passages-<question>.npz, and append to passages.jsonl the answers, of every question that has none yet.
+
+    Args:
+        batch: questions answered together.
+        name: one of SETS.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "passages.jsonl"
+    existing = {one["id"] for one in lines_of(path)}
+    missing = [
+        row for row in questions(data, limit, count, name) if row.id not in existing or not _path(out, row).exists()
+    ]
+    models = [Alone(member, device) for member in members] if missing else []
+    for start in range(0, len(missing), batch):
+        group: list[tuple[Row, Reads, Arrays]] = []
+        for row in missing[start : start + batch]:
+            started = time.perf_counter()
+            group.append((row, *_reads(models, row)))
+            reading.save(_path(out, row), group[-1][-1])
+            told(f"{row.id}: {time.perf_counter() - started:.1f} s")
+        unanswered = [one for one in group if one[0].id not in existing]
+        written = list(_answers(models, unanswered)) if unanswered else []
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written)
+
+
+def _path(out: Path, row: Row) -> Path:
+    return out / f"passages-{row.id}.npz"
+
+
+def _reads(models: Sequence[Alone], row: Row) -> tuple[Reads, Arrays]:
     encoder = models[0].member.encoder
     question, passages = apart(row.prompt[0]["content"])
     answer = encoder.continuation(row.texts[0])
-    told_one = [_encoded(encoder, with_context(question, [passage])) for passage in passages]
-    everything, nothing = _encoded(encoder, row.prompt[0]["content"]), _encoded(encoder, question)
-    weights = dropped(em(together(row, scores, ["one"] * len(models))[0]))
-    found: dict[str, list[np.ndarray]] = {"long": [], "none": []}
-    fused: dict[str, Tensor] = {}
-    for k, model in enumerate(models):
-        for at, encoded in enumerate(told_one):
-            given = _logprobs(model, encoded, answer)
-            places = [place - encoded.positions[0] for place in encoded.positions]
-            chosen = _of(given, [*encoded.ids[encoded.positions[0] :], *answer])
-            found.setdefault(f"prompt{at}", []).append(chosen[places])
-            found.setdefault(f"answer{at}", []).append(chosen[-len(answer) :])
-        for name, encoded in (("long", everything), ("none", nothing)):
-            given = _logprobs(model, encoded, answer)[-len(answer) :]
-            found[name].append(_of(given, answer))
-            part = given.exp() * float(weights[k])
-            fused[name] = fused[name] + part if name in fused else part
-    with_, without = (fused[name].clamp_min(1e-30).log() for name in ("long", "none"))
-    contrasts = [((1 + a) * with_ - a * without).log_softmax(-1) for a in CONTRASTS]
-    arrays = {name: np.stack(values) for name, values in found.items()}
-    arrays |= {f"spans{at}": np.array([e.starts, e.ends]).T for at, e in enumerate(told_one)}
-    arrays |= {f"question{at}": np.array(e.text.rfind(question)) for at, e in enumerate(told_one)}
-    arrays["weights"] = weights
-    arrays["contrast"] = np.stack([_of(given, answer) for given in contrasts])
-    arrays["likeliest"] = np.stack([given.argmax(-1).cpu().numpy() == np.array(answer) for given in contrasts])
-    arrays["right"] = np.array([row.texts[0][:60] in passage for passage in passages])
-    return arrays
+
+    def after(*shown: str) -> tuple[Read, Tensor]:
+        encoded = encoder.encode(check([{"role": "user", "content": with_context(question, shown)}], False))
+        return prompts.read(models, encoded, answer)
+
+    (everything, with_), (nothing, without) = after(*passages), after()
+    each = [after(passage)[0] for passage in passages]
+    weights = torch.from_numpy(everything.weights[None, None]).expand(len(answer), -1, -1)
+    both = torch.stack([with_, without], 2)
+    contrasts = [prompts.fused(both, weights, a).log_softmax(-1) for a in CONTRASTS]
+    arrays = {"long": everything.gold, "none": nothing.gold, "weights": everything.weights}
+    for at, one in enumerate(each):
+        arrays |= {f"prompt{at}": one.scored, f"answer{at}": one.gold}
+        arrays[f"spans{at}"] = np.array([one.encoded.starts, one.encoded.ends]).T
+        arrays[f"question{at}"] = np.array(one.encoded.text.rfind(question))
+    arrays["contrast"] = np.stack([prompts.of(one, answer) for one in contrasts])
+    arrays["likeliest"] = np.stack([one.argmax(-1).cpu().numpy() == np.array(answer) for one in contrasts])
+    parts = row.texts[1:] or row.texts
+    arrays["right"] = np.array([any(_right(gold, passage) for gold in parts) for passage in passages])
+    if len(parts) == 1:
+        return Reads(everything, nothing, each, None), arrays
+    first, second = sorted(np.argsort(relevances(arrays))[-2:])
+    two, _ = after(passages[first], passages[second])
+    return Reads(everything, nothing, each, two), arrays | {"two": two.gold, "two_weights": two.weights}
 
 
-def _encoded(encoder: Encoder, content: str) -> Encoded:
-    return encoder.encode(check([{"role": "user", "content": content}], False))
+def _answers(models: Sequence[Alone], group: Sequence[tuple[Row, Reads, Arrays]]) -> Iterator[dict]:
+    """Lines of passages.jsonl: each way's answers to a group of questions of one set."""
+    tokenizer, device = models[0].member.tokenizer, models[0].device
+    ways = [_written(reads, arrays) for _, reads, arrays in group]
+    limit = MAX_TOKENS * max(1, len(group[0][0].texts) - 1)
+    for label, (_, _, _, contrast) in ways[0].items():
+        inputs = [one[label] for one in ways]
+        started = prompts.clock(device)
+        weights = np.stack([weights for _, _, weights, _ in inputs])
+        answers = prompts.greedy(models, [after for _, after, _, _ in inputs], weights, limit, contrast)
+        seconds = (prompts.clock(device) - started) / len(group)
+        told(f"{label}: {len(group)} answers, {seconds:.1f} s each")
+        for (row, _, _), (chosen_by, after, used, _), ids in zip(group, inputs, answers, strict=True):
+            readers = {id(one): one for one in [*chosen_by, *after]}.values()
+            running = int((used > 0).sum()) * (1 if contrast is None else 2)
+            line = {"id": row.id, "method": label, "text": tokenizer.decode(ids, skip_special_tokens=True)}
+            line |= {
+                "tokens": len(ids),
+                "running": running,
+                "read": len(models) * sum(len(one.encoded.ids) for one in readers),
+            }
+            yield line | {"seconds": seconds + sum(one.seconds for one in readers)}
 
 
-def _logprobs(model: Alone, encoded: Encoded, answer: Sequence[int]) -> Tensor:
-    """(n, V) before each token from the first scored one of a prompt to the end of the answer."""
-    ids = torch.tensor([[*encoded.ids, *answer]], device=model.device)
-    with torch.inference_mode():
-        logits = model.model(input_ids=ids, use_cache=False).logits[0, encoded.positions[0] - 1 : -1]
-        return model.real(logits).log_softmax(-1)
+def _written(reads: Reads, arrays: Arrays) -> dict[str, tuple[list[Read], list[Read], np.ndarray, float | None]]:
+    """By way: the prompts that choose or weigh passages, those that the answer follows, their weights (P, K), and a."""
+    rated, own = relevances(arrays), np.stack([one.weights for one in reads.each])
+    best, whole = int(rated.argmax()), reads.everything.weights[None]
+    mixed = {label: share[:, None] * own for label, share in shares(rated).items()}
+    sharp, alike = f"{MIXTURE}, by the question, τ = 1", f"{MIXTURE}, alike"
+    found: dict[str, tuple[list[Read], list[Read], np.ndarray, float | None]] = {
+        ONE: ([], [reads.everything], whole, None),
+        LIKELIEST: (reads.each, [reads.each[best]], own[best][None], None),
+        sharp: ([], reads.each, mixed[sharp], None),
+    }
+    if reads.two is None:
+        found[f"contrast, a = {WRITTEN:g}"] = ([], [reads.everything, reads.nothing], whole, WRITTEN)
+    else:
+        found[alike] = ([], reads.each, mixed[alike], None)
+        found[TWO] = (reads.each, [reads.two], reads.two.weights[None], None)
+    return {f"{label} + adapt": way for label, way in found.items()}
 
 
-def _of(given: Tensor, ids: Sequence[int]) -> np.ndarray:
-    return given.gather(-1, torch.tensor(ids, device=given.device)[:, None])[:, 0].cpu().numpy().astype(np.float64)
+def tables(data: Path, out: Path, limit: int | None) -> list[str]:
+    """NLL of the gold answers and greedy answers under each way, of the questions that there are arrays for."""
+    headings = ("## Passages one by one, and contrast", "### Questions that need two passages")
+    parts = []
+    for name, heading in zip(SETS, headings, strict=True):
+        rows = [row for row in questions(data, limit, None, name) if _path(out, row).exists()]
+        if rows:
+            parts += [f"{heading}\n\n{_likelihoods(rows, out)}", *_written_table(rows, out)]
+    return parts
 
 
-def tables(data: Path, out: Path, names: Sequence[str], limit: int | None) -> list[str]:
-    """NLL of the gold answers under each way, of the questions that there are arrays for."""
+def _likelihoods(rows: Sequence[Row], out: Path) -> str:
     nats: dict[str, list[float]] = {}
-    hits: list[np.ndarray] = []
-    sizes, corpora, best_is_right = [], [], []
-    for row, _ in questions(data, out, names, limit, None):
-        path = out / f"passages-{row.id}.npz"
-        if not path.exists():
-            continue
-        with np.load(path) as file:
+    hits, sizes, found_right = [], [], []
+    for row in rows:
+        with np.load(_path(out, row)) as file:
             arrays = dict(file)
         for label, value in ways(arrays).items():
             nats.setdefault(label, []).append(value)
         hits.append(arrays["likeliest"].sum(1))
         sizes.append(arrays["long"].shape[1])
-        corpora.append(row.corpus)
-        best_is_right.append(bool(arrays["right"][np.argmax(relevances(arrays))]))
-    if not nats:
-        return []
+        right = arrays["right"]
+        found_right.append(bool(right[np.argsort(relevances(arrays))[-max(1, right.sum()) :]].all()))
     counted, found = np.array(sizes), {label: np.array(values) for label, values in nats.items()}
-    places = {corpus: [at for at, one in enumerate(corpora) if one == corpus] for corpus in dict.fromkeys(corpora)}
-    bases = [found[label] for label in AGAINST]
+    places = _places(rows)
+    bases = [found[label] for label in (ONE, f"{ONE} + adapt", f"{LIKELIEST} + adapt")]
     lines: list[list[str]] = []
     for label, values in sorted(found.items(), key=lambda item: item[1].sum()):
         cells = [f"{values[at].sum() / counted[at].sum():.4f}" for at in places.values()]
@@ -139,12 +238,51 @@ def tables(data: Path, out: Path, names: Sequence[str], limit: int | None) -> li
     counts = ", ".join(f"{corpus} {len(at)}" for corpus, at in places.items())
     share = np.array(hits).sum(0) / counted.sum()
     likeliest = ", ".join(f"a = {a:g}: {value:.4f}" for a, value in zip(CONTRASTS, share, strict=True))
-    rows = table(["way", *places, "nats/token", *(f"against {label}" for label in AGAINST)], lines)
-    return [
-        f"## Passages one by one, and contrast\n\n{len(sizes)} questions: {counts}. The passage after which the "
-        f"question is likeliest is the right one in {np.mean(best_is_right):.1%}. Share of answer tokens that are the "
-        f"likeliest, by contrast: {likeliest}.\n\n{rows}"
-    ]
+    against = [f"against {label}" for label in ("one prompt, em", "the same + adapt", f"{LIKELIEST} + adapt")]
+    return (
+        f"{len(sizes)} questions: {counts}. The passages after which the question is likeliest are the right ones in "
+        f"{np.mean(found_right):.1%}. Share of answer tokens that are the likeliest, by contrast: {likeliest}.\n\n"
+        + table(["way", *places, "nats/token", *against], lines)
+    )
+
+
+def _places(rows: Sequence[Row]) -> dict[str, list[int]]:
+    corpora = sorted({row.corpus for row in rows})
+    return {corpus: [at for at, row in enumerate(rows) if row.corpus == corpus] for corpus in corpora}
+
+
+def _written_table(rows: Sequence[Row], out: Path) -> Iterator[str]:
+    """The greedy answers of all questions that have them under every way."""
+    by: dict[str, dict[str, dict]] = {row.id: {} for row in rows}
+    for line in lines_of(out / "passages.jsonl"):
+        by.get(line["id"], {})[line["method"]] = line
+    answered = [row for row in rows if by[row.id]]
+    if not answered:
+        return
+    places = _places(answered)
+    by_way = {label: [by[row.id][label] for row in answered] for label in by[answered[0].id]}
+    f1s = {
+        label: np.array([f1(line["text"], row.texts[0]) for row, line in zip(answered, lines, strict=True)])
+        for label, lines in by_way.items()
+    }
+    bases = [f1s[f"{label} + adapt"] for label in (ONE, LIKELIEST)]
+    found = []
+    for label, values in sorted(f1s.items(), key=lambda item: -item[1].mean()):
+        lines = by_way[label]
+        contains = [
+            all(holds(line["text"], gold) for gold in row.texts[1:] or row.texts)
+            for row, line in zip(answered, lines, strict=True)
+        ]
+        share = proportion(contains)
+        cells = [f"{values[at].mean():.4f}" for at in places.values()]
+        gold = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
+        repetition = f"{np.mean([repeated(line['text']) for line in lines]):.4f}"
+        costs = [np.mean([line[key] for line in lines]) for key in ("seconds", "read", "running")]
+        found.append([label, *cells, f"{values.mean():.4f}", *(versus(values, base) for base in bases), gold])
+        found[-1] += [repetition, f"{costs[0]:.2f}", f"{costs[1]:.0f}", f"{costs[2]:.1f}"]
+    headings = ["way", *places, "F1", "against one prompt", "against the likeliest passage", "holds the gold answer"]
+    headings += ["repeated 3-grams", "s", "tokens read", "lines run a token"]
+    yield f"Greedy answers to {len(answered)} of them:\n\n{table(headings, found)}"
 
 
 def relevances(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -157,27 +295,39 @@ def relevances(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(found)
 
 
-def ways(arrays: dict[str, np.ndarray]) -> dict[str, float]:
+def shares(rated: np.ndarray) -> dict[str, np.ndarray]:
+    """The weights (P,) of passages in each mixture, from the question's likelihood after each."""
+    found = {f"{MIXTURE}, alike": np.full(len(rated), 1 / len(rated))}
+    for temperature in TEMPERATURES:
+        share = np.exp((rated - rated.max()) / temperature)
+        found[f"{MIXTURE}, by the question, τ = {temperature:g}"] = share / share.sum()
+    return found
+
+
+def ways(arrays: Arrays) -> dict[str, float]:
     """Nats of the gold answer under each way."""
     count, weights = len(arrays["right"]), arrays["weights"]
     rated, own = relevances(arrays), [dropped(em(arrays[f"prompt{at}"])) for at in range(count)]
     answers = [arrays[f"answer{at}"] for at in range(count)]
-    one = [float(-np.log(w @ np.exp(a)).sum()) for w, a in zip(own, answers, strict=True)]
-    right = np.flatnonzero(arrays["right"])
-    found = {
-        "one prompt, em": float(-np.log(weights @ np.exp(arrays["long"])).sum()),
-        "one prompt, em + adapt": _adapted(weights, arrays["long"]),
-        "no passage": float(-np.log(weights @ np.exp(arrays["none"])).sum()),
-        "the likeliest passage alone": one[int(rated.argmax())],
-        "the right passage alone (in hindsight)": one[int(right[0] if len(right) else rated.argmax())],
+    one = [_nats(w, a) for w, a in zip(own, answers, strict=True)]
+    best, right = int(rated.argmax()), np.flatnonzero(arrays["right"])
+    mixed = {
+        label: (np.concatenate([s * w for s, w in zip(share, own, strict=True)]), np.concatenate(answers))
+        for label, share in shares(rated).items()
     }
-    for label, temperature in [("alike", np.inf), *((f"by the question, τ = {t:g}", t) for t in TEMPERATURES)]:
-        share = np.exp((rated - rated.max()) / temperature)
-        both = np.concatenate([s * w for s, w in zip(share / share.sum(), own, strict=True)])
-        found[f"mixture of passages, {label}"] = float(-np.log(both @ np.exp(np.concatenate(answers))).sum())
-        found[f"mixture of passages, {label} + adapt"] = _adapted(both, np.concatenate(answers))
+    mixed |= {ONE: (weights, arrays["long"]), LIKELIEST: (own[best], answers[best])}
+    if "two" in arrays:
+        mixed[TWO] = arrays["two_weights"], arrays["two"]
+    found = {label: _nats(*way) for label, way in mixed.items()}
+    found |= {f"{label} + adapt": _adapted(*way) for label, way in mixed.items()}
+    found["no passage"] = _nats(weights, arrays["none"])
+    found["the right passage alone (in hindsight)"] = min(one[at] for at in right) if len(right) else one[best]
     found |= {f"contrast, a = {a:g}": float(-c.sum()) for a, c in zip(CONTRASTS, arrays["contrast"], strict=True) if a}
     return found
+
+
+def _nats(weights: np.ndarray, logprobs: np.ndarray) -> float:
+    return float(-np.log(weights @ np.exp(logprobs)).sum())
 
 
 def _adapted(weights: np.ndarray, logprobs: np.ndarray) -> float:

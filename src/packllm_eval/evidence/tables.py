@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from packllm_eval.evidence.methods import (
 from packllm_eval.evidence.races import raced
 from packllm_eval.evidence.reading import Row, Scores
 from packllm_eval.evidence.show import table, versus
+from packllm_eval.evidence.texts import f1, holds, repeated
 from packllm_eval.statistics import proportion
 
 PROMPTS = (32, 128, 256)
@@ -48,7 +47,7 @@ def told(data: Path, out: Path, limit: int | None) -> str:
     alike = [one["name"] for one in members if one["vocabulary"] == members[0]["vocabulary"]]
     all_names = [one["name"] for one in members]
     families = [one["vocabulary"] for one in members]
-    parts = [*rag(rows, out, alike, families[0]), *passages.tables(data, out, alike, limit)]
+    parts = [*rag(rows, out, alike, families[0]), *passages.tables(data, out, limit)]
     for names in [alike, all_names] if len(all_names) > len(alike) else [alike]:
         families_of_names = [families[all_names.index(name)] for name in names]
         parts += language(reading.load(rows, "lm", out, names), names, families_of_names)
@@ -128,40 +127,18 @@ def written(test: Sequence[Pair], out: Path, names: Sequence[str]) -> Iterator[s
         ids = [i for i in by[label] if i in by["em"]]
         own, em_own = (np.array([f1s[name][i] for i in ids]) for name in (label, "em"))
         one = [by[label][i] for i in ids]
-        holds = proportion([same(gold[i]) in same(o["text"]) for i, o in zip(ids, one, strict=True)])
+        held = proportion([holds(o["text"], gold[i]) for i, o in zip(ids, one, strict=True)])
         repetition = np.mean([repeated(o["text"]) for o in one])
         members = 1 if label.startswith("member ") else len(names)
         tokens_read = np.mean(
             [prompts[i] * members + o["tokens"] * o["running"] for i, o in zip(ids, one, strict=True)]
         )
         seconds = np.mean([o["seconds"] for o in one])
-        gold_share = f"{holds.value:.3f} [{holds.low:.3f}, {holds.high:.3f}]"
+        gold_share = f"{held.value:.3f} [{held.low:.3f}, {held.high:.3f}]"
         figures = f"{repetition:.4f}", f"{seconds:.3f}", f"{tokens_read:.0f}"
         lines.append([label, str(len(ids)), f"{own.mean():.4f}", versus(own, em_own), gold_share, *figures])
     headings = ["method", "questions", "F1", "against em on the same", "holds the gold answer", "repeated 3-grams"]
     yield f"### Greedy answers\n\n{table([*headings, 's', 'tokens read'], lines)}"
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def same(text: str) -> str:
-    return " ".join(words(text))
-
-
-def f1(text: str, gold: str) -> float:
-    """F1 of the words, as in SQuAD."""
-    a, b = Counter(words(text)), Counter(words(gold))
-    common = sum((a & b).values())
-    return 2 * common / (sum(a.values()) + sum(b.values())) if common else 0.0
-
-
-def repeated(text: str) -> float:
-    """Share of word 3-grams that occurred earlier in the text."""
-    tokens = words(text)
-    grams = [*zip(tokens, tokens[1:], tokens[2:], strict=False)]
-    return 1 - len({*grams}) / len(grams) if grams else 0.0
 
 
 # Language modelling
