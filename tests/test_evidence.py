@@ -13,7 +13,7 @@ import pytest
 from packllm import DataError, Member, Pack
 from packllm.chat.messages import with_context
 from packllm.weights import Adaptive, calibrate, em
-from packllm_eval.evidence import answers, methods, passages, races, reading, tables
+from packllm_eval.evidence import answers, methods, passages, prompts, races, reading, tables
 
 QUESTIONS = ["What is the capital of France?", "Who lived in the house?", "What does the court order?"]
 ANSWERS = ["The capital of France is Paris.", "a little girl with her dog", "relief under chapter 7"]
@@ -181,44 +181,129 @@ def test_sleeping_of_nobody_is_adapt_and_of_many_runs_fewer():
     assert em(answer) == pytest.approx(methods.em(answer))
 
 
-def test_passages_one_by_one_and_contrast(data, members):
-    """Against weights and prompts by hand."""
-    row = next(line for line in lines() if line["set"] == "rag")
-    shown = ["The fox says Paris.", "A court says relief."]
-    row["prompt"] = [{"role": "user", "content": with_context("What does it say?", shown)}]
-    row["texts"] = ["The fox says Paris."]
+SHOWN = ["The fox says Paris, the capital.", "A court says relief.", "A dog sleeps."]
+
+
+@pytest.fixture
+def asked(data) -> Path:
+    """Two questions of one corpus, each with a right passage."""
+    questions = [
+        ("What does it say?", "The fox says Paris", SHOWN),
+        ("And the court?", "A court says relief", SHOWN[::-1]),
+    ]
     with gzip.open(data / "texts.jsonl.gz", "wt") as file:
-        file.write(json.dumps(row) + "\n")
-    assert passages.apart(row["prompt"][0]["content"]) == ("What does it say?", shown)
-    reading.read(members, data, data / "out", "cpu", None, ("rag",))
-    passages.read(members, data, data / "out", "cpu", None, 1)
-    with np.load(data / "out" / f"passages-{row['id']}.npz") as file:
+        for at, (question, gold, shown) in enumerate(questions):
+            prompt = [{"role": "user", "content": with_context(question, shown)}]
+            row = {"id": f"rag-fox-{at}", "set": "rag", "corpus": "fox", "use": "test", "prompt": prompt}
+            file.write(json.dumps({**row, "texts": [gold]}) + "\n")
+    return data
+
+
+def slowly(members, ids, weights: np.ndarray, contrast: float | None = None, ends=frozenset()) -> list[int]:
+    """A greedy answer of up to 6 tokens after prompts `ids` under weights (P, K): whole passes, token by token."""
+    state, answer = Adaptive(weights.reshape(-1)), []
+    while len(answer) < 6:
+        each = [[naive.next_logprobs(m, [*one, *answer]).double().exp().numpy() for m in members] for one in ids]
+        p = np.array(each)  # (P, K, V)
+        fused = (state.weights().reshape(weights.shape)[..., None] * p).sum(1)
+        token = int((fused.sum(0) if contrast is None else fused[0] ** (1 + contrast) / fused[1] ** contrast).argmax())
+        if token in ends:
+            break
+        answer.append(token)
+        state.observe(p[: len(weights), :, token].reshape(-1))
+    return answer
+
+
+def test_passages_one_by_one_and_contrast(asked, members, monkeypatch):
+    """Against weights and prompts by hand."""
+    monkeypatch.setattr(passages, "MAX_TOKENS", 6)
+    out, encoder = asked / "out", members[0].encoder
+    row, _ = passages.questions(asked, None, None)
+    question, shown = passages.apart(row.prompt[0]["content"])
+    assert (question, shown) == ("What does it say?", SHOWN)
+    passages.read(members, asked, out, "cpu", None, None, 2)
+    with np.load(out / f"passages-{row.id}.npz") as file:
         arrays = dict(file)
-    assert arrays["right"].tolist() == [True, False]
+    assert arrays["right"].tolist() == [True, False, False]
     pack = Pack(members, adapt=False)
 
-    def scored(content: str) -> float:
-        return pack.score([{"role": "user", "content": content}], row["texts"])[0]
+    def asking(*shown: str) -> list[dict]:
+        return [{"role": "user", "content": with_context(question, shown)}]
 
-    found = passages.ways(arrays)
-    each = [scored(with_context("What does it say?", [passage])) for passage in shown]
-    assert found["one prompt, em"] == pytest.approx(-scored(row["prompt"][0]["content"]), abs=1e-3)
-    assert found["the right passage alone (in hindsight)"] == pytest.approx(-each[0], abs=1e-3)
-    answer, mixed = members[0].encoder.continuation(row["texts"][0]), 0.0
-    for passage in shown:
-        prompt = [{"role": "user", "content": with_context("What does it say?", [passage])}]
-        read = members[0].encoder.encode(prompt).ids
-        for member, weight in zip(members, pack.weigh(prompt).values, strict=True):
-            mixed += weight / 2 * naive.token_logprobs(member, [*read, *answer])[-len(answer) :].exp().numpy()
+    def scored(prompt: list[dict], **options) -> float:
+        return -pack.score(prompt, row.texts, **options)[0]
+
+    found, best = passages.ways(arrays), SHOWN[int(passages.relevances(arrays).argmax())]
+    for label, prompt in (("one prompt, em", row.prompt), ("the likeliest passage alone", asking(best))):
+        assert found[label] == pytest.approx(scored(prompt), abs=1e-3)
+    assert found["the right passage alone (in hindsight)"] == pytest.approx(scored(asking(SHOWN[0])), abs=1e-3)
+    answer, mixed = encoder.continuation(row.texts[0]), 0.0
+    singles, none = [encoder.encode(asking(passage)).ids for passage in SHOWN], encoder.encode(asking()).ids
+    own = np.array([pack.weigh(asking(passage)).values for passage in SHOWN])
+    for ids, weights in zip(singles, own, strict=True):
+        for member, weight in zip(members, weights, strict=True):
+            mixed += weight / 3 * naive.token_logprobs(member, [*ids, *answer])[-len(answer) :].exp().numpy()
     assert found["mixture of passages, alike"] == pytest.approx(-np.log(mixed).sum(), abs=1e-3)
     assert found["contrast, a = 1"] != pytest.approx(found["one prompt, em"], abs=1e-3)
-    weights, fused = pack.weigh(row["prompt"]).values, {}
-    for name, content in (("with", row["prompt"][0]["content"]), ("without", "What does it say?")):
-        start = members[0].encoder.encode([{"role": "user", "content": content}]).ids
-        parts = [naive.next_logprobs(member, start) for member in members]
-        fused[name] = naive.fused(parts, list(weights), "linear").log()
-    first = (1.5 * fused["with"] - 0.5 * fused["without"]).log_softmax(-1)[answer[0]]
-    at = passages.CONTRASTS.index(0.5)
-    assert arrays["contrast"][at][0] == pytest.approx(float(first), abs=1e-3)
-    (told,) = passages.tables(data, data / "out", [member.name for member in members], None)
-    assert "mixture of passages, by the question, τ = 1 + adapt" in told
+    whole, long = np.array(pack.weigh(row.prompt).values), encoder.encode(row.prompt).ids
+    with_, without = (
+        naive.fused([naive.next_logprobs(member, ids) for member in members], [*whole], "linear").log()
+        for ids in (long, none)
+    )
+    first = (1.5 * with_ - 0.5 * without).log_softmax(-1)[answer[0]]
+    assert arrays["contrast"][passages.CONTRASTS.index(0.5)][0] == pytest.approx(float(first), abs=1e-3)
+    share = np.exp(passages.relevances(arrays))[:, None]
+    at = SHOWN.index(best)
+    expected = {
+        "one prompt, em + adapt": slowly(members, [long], whole[None]),
+        "the likeliest passage alone + adapt": slowly(members, [singles[at]], own[at][None]),
+        "mixture of passages, by the question, τ = 1 + adapt": slowly(members, singles, share / share.sum() * own),
+        "contrast, a = 0.25 + adapt": slowly(members, [long, none], whole[None], 0.25),
+    }
+    written = [json.loads(line) for line in (out / "passages.jsonl").read_text().splitlines()]
+    texts = {one["method"]: one["text"] for one in written if one["id"] == row.id}
+    assert texts == {label: members[0].tokenizer.decode(ids) for label, ids in expected.items()}
+    monkeypatch.setattr(passages, "Alone", None)  # whoever reads again fails
+    passages.read(members, asked, out, "cpu", None, None, 2)
+    (likelihoods, answers_) = passages.tables(asked, out, None)
+    assert "of 2 questions" in likelihoods
+    assert "on 2 questions that" in answers_
+    assert "nan" not in likelihoods + answers_
+
+
+def test_questions_that_need_two_passages(asked, members, monkeypatch):
+    monkeypatch.setattr(passages, "MAX_TOKENS", 3)
+    (row,) = passages.questions(asked, None, None, "joined")
+    question, shown = passages.apart(row.prompt[0]["content"])
+    assert question == "What does it say? Also: And the court?"
+    assert sorted(shown) == sorted(SHOWN)
+    assert row.texts == ["The fox says Paris A court says relief", "The fox says Paris", "A court says relief"]
+    passages.read(members, asked, asked / "out", "cpu", None, None, 2, "joined")
+    with np.load(asked / "out" / f"passages-{row.id}.npz") as file:
+        arrays = dict(file)
+    assert [shown[at] for at in np.flatnonzero(~arrays["right"])] == [SHOWN[2]]
+    two = [shown[at] for at in sorted(np.argsort(passages.relevances(arrays))[1:])]
+    prompt = [{"role": "user", "content": with_context(question, two)}]
+    (expected,) = Pack(members, adapt=False).score(prompt, row.texts[:1])
+    assert passages.ways(arrays)[passages.TWO] == pytest.approx(-expected, abs=1e-3)
+    _, answers_ = passages.tables(asked, asked / "out", None)
+    assert "mixture of passages, alike + adapt" in answers_
+
+
+def test_answers_of_a_batch_end_one_by_one(members):
+    """Each as if it were written alone, whatever ends before it."""
+    models = [reading.Alone(member, "cpu") for member in members]
+    encoder = members[0].encoder
+    encoded = [encoder.encode(text) for text in (*QUESTIONS, *ANSWERS)]
+    reads = [prompts.read(models, one, encoder.continuation("gold"))[0] for one in encoded]
+    weights = np.random.default_rng(0).dirichlet(np.ones(6), 3).reshape(3, 2, 3)
+    pairs = [[reads[0], reads[5]], [reads[1], reads[4]], [reads[3], reads[2]]]
+    ids = [[one.encoded.ids for one in pair] for pair in pairs]
+    whole = [slowly(members, *one) for one in zip(ids, weights, strict=True)]
+    assert prompts.greedy(models, pairs, weights, 6) == whole
+    ends = frozenset([whole[1][2]])
+    members[0].end_ids = ends
+    expected = [slowly(members, *one, None, ends) for one in zip(ids, weights, strict=True)]
+    assert len(expected[1]) < 3
+    assert len({len(one) for one in expected}) > 1
+    assert prompts.greedy(models, pairs, weights, 6) == expected

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from packllm.chat.messages import check, with_context
 from packllm.engines.member import Member
-from packllm.weights.adaptive import Adaptive
 from packllm_eval.evidence import prompts, reading
 from packllm_eval.evidence.answers import MAX_TOKENS, lines_of, number
-from packllm_eval.evidence.methods import dropped, em
+from packllm_eval.evidence.methods import dropped, em, nll
 from packllm_eval.evidence.prompts import Read
 from packllm_eval.evidence.reading import Alone, Row, told
 from packllm_eval.evidence.show import table, versus
@@ -36,10 +35,14 @@ TEMPERATURES = (1.0, 4.0)
 """Nats of a question's likelihood after its passages that make their weights differ by a factor of e."""
 
 ONE, LIKELIEST = "one prompt, em", "the likeliest passage alone"
-TWO, MIXTURE = "the two likeliest passages in one prompt", "mixture of passages"
+TWO, CONTRAST = "the two likeliest passages in one prompt", f"contrast, a = {WRITTEN:g}"
+SHARP, ALIKE = "mixture of passages, by the question, τ = 1", "mixture of passages, alike"
 
-SETS = ("rag", "joined")
-"""The questions, and pairs of them in one message."""
+SETS = {"rag": (ONE, LIKELIEST, SHARP, CONTRAST), "joined": (ONE, LIKELIEST, SHARP, ALIKE, TWO)}
+"""The questions, and pairs of them in one message; the ways in which answers to them are written, all with adapt."""
+
+COSTS = (("seconds", 1), ("read", 0), ("running", 1))
+"""Fields of an answer, with the decimals that they are shown with."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -81,14 +84,87 @@ def _right(gold: str, passage: str) -> bool:
     return gold[:60] in passage
 
 
-@dataclass(frozen=True)
-class Reads:
-    """What all members read of a question: all its passages, none, each; and the likeliest two if it needs two."""
+class Question:
+    """A row whose prompts are read by all members, each once, when they are asked for."""
 
-    everything: Read
-    nothing: Read
-    each: list[Read]
-    two: Read | None
+    def __init__(self, models: Sequence[Alone], row: Row) -> None:
+        self.row, self._models = row, models
+        self.text, self.passages = apart(row.prompt[0]["content"])
+        self._answer = models[0].member.encoder.continuation(row.texts[0])
+        self._reads: dict[tuple[str, ...], Read] = {}
+
+    def after(self, *passages: str) -> Read:
+        if passages not in self._reads:
+            self._read(*passages)
+        return self._reads[passages]
+
+    def _read(self, *passages: str) -> Tensor:
+        prompt = check([{"role": "user", "content": with_context(self.text, passages)}], False)
+        encoded = self._models[0].member.encoder.encode(prompt)
+        self._reads[passages], logprobs = prompts.read(self._models, encoded, self._answer)
+        return logprobs
+
+    @property
+    def everything(self) -> Read:
+        return self.after(*self.passages)
+
+    @property
+    def each(self) -> list[Read]:
+        return [self.after(passage) for passage in self.passages]
+
+    def two(self, rated: np.ndarray) -> Read:
+        first, second = sorted(np.argsort(rated)[-2:])
+        return self.after(self.passages[first], self.passages[second])
+
+    def arrays(self) -> Arrays:
+        """What ways() takes."""
+        found = self.singles() | self.contrasts()
+        found |= {"long": self.everything.gold, "weights": self.everything.weights, "none": self.after().gold}
+        if self.row.set == "joined":
+            two = self.two(relevances(found))
+            found |= {"two": two.gold, "two_weights": two.weights}
+        return found
+
+    def singles(self) -> Arrays:
+        golds = self.row.texts[1:] or self.row.texts
+        found = {"right": np.array([any(_right(gold, passage) for gold in golds) for passage in self.passages])}
+        for at, one in enumerate(self.each):
+            found |= {f"prompt{at}": one.scored, f"answer{at}": one.gold}
+            found[f"spans{at}"] = np.array([one.encoded.starts, one.encoded.ends]).T
+            found[f"question{at}"] = np.array(one.encoded.text.rfind(self.text))
+        return found
+
+    def contrasts(self) -> Arrays:
+        both = torch.stack([self._read(*self.passages), self._read()], 2)
+        weights = torch.from_numpy(self.everything.weights[None, None]).expand(len(self._answer), -1, -1)
+        found = [prompts.fused(both, weights, a).log_softmax(-1) for a in CONTRASTS]
+        likeliest = [one.argmax(-1).cpu().numpy() == np.array(self._answer) for one in found]
+        return {
+            "contrast": np.stack([prompts.of(one, self._answer) for one in found]),
+            "likeliest": np.stack(likeliest),
+        }
+
+
+@dataclass(frozen=True)
+class Way:
+    """The prompts that an answer follows, their weights (P, K), what else was read to choose them, and a."""
+
+    after: list[Read]
+    weights: np.ndarray
+    chosen_by: Sequence[Read] = ()
+    contrast: float | None = None
+
+
+def way(label: str, question: Question, arrays: Arrays) -> Way:
+    rated, each = relevances(arrays), question.each
+    if label == ONE:
+        return Way([question.everything], question.everything.weights[None])
+    if label == CONTRAST:
+        return Way([question.everything, question.after()], question.everything.weights[None], contrast=WRITTEN)
+    if label in (LIKELIEST, TWO):
+        chosen = each[int(rated.argmax())] if label == LIKELIEST else question.two(rated)
+        return Way([chosen], chosen.weights[None], each)
+    return Way(each, shares(rated)[label][:, None] * np.stack([one.weights for one in each]))
 
 
 def read(
@@ -101,7 +177,8 @@ def read(
     batch: int,
     name: str = "rag",
 ) -> None:
-    """Write passages-<question>.npz, and append to passages.jsonl the answers, of every question that has none yet.
+    """Write passages-<question>.npz, and append to passages.jsonl {"id", "method", "text", "tokens", "running", "read",
+    "seconds"} per line, of every question of which something is missing.
 
     Args:
         batch: questions answered together.
@@ -109,183 +186,147 @@ def read(
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "passages.jsonl"
-    existing = {one["id"] for one in lines_of(path)}
-    missing = [
-        row for row in questions(data, limit, count, name) if row.id not in existing or not _path(out, row).exists()
-    ]
+    existing = {(one["id"], one["method"]) for one in lines_of(path)}
+
+    def unwritten(row: Row) -> list[str]:
+        return [label for label in SETS[name] if (row.id, f"{label} + adapt") not in existing]
+
+    missing = [r for r in questions(data, limit, count, name) if unwritten(r) or not _path(out, r).exists()]
     models = [Alone(member, device) for member in members] if missing else []
     for start in range(0, len(missing), batch):
-        group: list[tuple[Row, Reads, Arrays]] = []
-        for row in missing[start : start + batch]:
+        group = [Question(models, row) for row in missing[start : start + batch]]
+        arrays = []
+        for question in group:
             started = time.perf_counter()
-            group.append((row, *_reads(models, row)))
-            reading.save(_path(out, row), group[-1][-1])
-            told(f"{row.id}: {time.perf_counter() - started:.1f} s")
-        unanswered = [one for one in group if one[0].id not in existing]
-        written = list(_answers(models, unanswered)) if unanswered else []
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in written)
+            arrays.append(question.arrays())
+            reading.save(_path(out, question.row), arrays[-1])
+            told(f"{question.row.id}: {time.perf_counter() - started:.1f} s")
+        for label in SETS[name]:
+            pairs = [(q, found) for q, found in zip(group, arrays, strict=True) if label in unwritten(q.row)]
+            with open(path, "a", encoding="utf-8") as file:
+                for line in answers(models, label, pairs) if pairs else ():
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _path(out: Path, row: Row) -> Path:
     return out / f"passages-{row.id}.npz"
 
 
-def _reads(models: Sequence[Alone], row: Row) -> tuple[Reads, Arrays]:
-    encoder = models[0].member.encoder
-    question, passages = apart(row.prompt[0]["content"])
-    answer = encoder.continuation(row.texts[0])
-
-    def after(*shown: str) -> tuple[Read, Tensor]:
-        encoded = encoder.encode(check([{"role": "user", "content": with_context(question, shown)}], False))
-        return prompts.read(models, encoded, answer)
-
-    (everything, with_), (nothing, without) = after(*passages), after()
-    each = [after(passage)[0] for passage in passages]
-    weights = torch.from_numpy(everything.weights[None, None]).expand(len(answer), -1, -1)
-    both = torch.stack([with_, without], 2)
-    contrasts = [prompts.fused(both, weights, a).log_softmax(-1) for a in CONTRASTS]
-    arrays = {"long": everything.gold, "none": nothing.gold, "weights": everything.weights}
-    for at, one in enumerate(each):
-        arrays |= {f"prompt{at}": one.scored, f"answer{at}": one.gold}
-        arrays[f"spans{at}"] = np.array([one.encoded.starts, one.encoded.ends]).T
-        arrays[f"question{at}"] = np.array(one.encoded.text.rfind(question))
-    arrays["contrast"] = np.stack([prompts.of(one, answer) for one in contrasts])
-    arrays["likeliest"] = np.stack([one.argmax(-1).cpu().numpy() == np.array(answer) for one in contrasts])
-    parts = row.texts[1:] or row.texts
-    arrays["right"] = np.array([any(_right(gold, passage) for gold in parts) for passage in passages])
-    if len(parts) == 1:
-        return Reads(everything, nothing, each, None), arrays
-    first, second = sorted(np.argsort(relevances(arrays))[-2:])
-    two, _ = after(passages[first], passages[second])
-    return Reads(everything, nothing, each, two), arrays | {"two": two.gold, "two_weights": two.weights}
-
-
-def _answers(models: Sequence[Alone], group: Sequence[tuple[Row, Reads, Arrays]]) -> Iterator[dict]:
-    """Lines of passages.jsonl: each way's answers to a group of questions of one set."""
+def answers(models: Sequence[Alone], label: str, group: Sequence[tuple[Question, Arrays]]) -> Iterator[dict]:
+    """Lines of passages.jsonl: the answers to questions of one set, written together in one way."""
     tokenizer, device = models[0].member.tokenizer, models[0].device
-    ways = [_written(reads, arrays) for _, reads, arrays in group]
-    limit = MAX_TOKENS * max(1, len(group[0][0].texts) - 1)
-    for label, (_, _, _, contrast) in ways[0].items():
-        inputs = [one[label] for one in ways]
-        started = prompts.clock(device)
-        weights = np.stack([weights for _, _, weights, _ in inputs])
-        answers = prompts.greedy(models, [after for _, after, _, _ in inputs], weights, limit, contrast)
-        seconds = (prompts.clock(device) - started) / len(group)
-        told(f"{label}: {len(group)} answers, {seconds:.1f} s each")
-        for (row, _, _), (chosen_by, after, used, _), ids in zip(group, inputs, answers, strict=True):
-            readers = {id(one): one for one in [*chosen_by, *after]}.values()
-            running = int((used > 0).sum()) * (1 if contrast is None else 2)
-            line = {"id": row.id, "method": label, "text": tokenizer.decode(ids, skip_special_tokens=True)}
-            line |= {
-                "tokens": len(ids),
-                "running": running,
-                "read": len(models) * sum(len(one.encoded.ids) for one in readers),
-            }
-            yield line | {"seconds": seconds + sum(one.seconds for one in readers)}
-
-
-def _written(reads: Reads, arrays: Arrays) -> dict[str, tuple[list[Read], list[Read], np.ndarray, float | None]]:
-    """By way: the prompts that choose or weigh passages, those that the answer follows, their weights (P, K), and a."""
-    rated, own = relevances(arrays), np.stack([one.weights for one in reads.each])
-    best, whole = int(rated.argmax()), reads.everything.weights[None]
-    mixed = {label: share[:, None] * own for label, share in shares(rated).items()}
-    sharp, alike = f"{MIXTURE}, by the question, τ = 1", f"{MIXTURE}, alike"
-    found: dict[str, tuple[list[Read], list[Read], np.ndarray, float | None]] = {
-        ONE: ([], [reads.everything], whole, None),
-        LIKELIEST: (reads.each, [reads.each[best]], own[best][None], None),
-        sharp: ([], reads.each, mixed[sharp], None),
-    }
-    if reads.two is None:
-        found[f"contrast, a = {WRITTEN:g}"] = ([], [reads.everything, reads.nothing], whole, WRITTEN)
-    else:
-        found[alike] = ([], reads.each, mixed[alike], None)
-        found[TWO] = (reads.each, [reads.two], reads.two.weights[None], None)
-    return {f"{label} + adapt": way for label, way in found.items()}
+    used = [way(label, *one) for one in group]
+    started = prompts.clock(device)
+    limit = MAX_TOKENS * max(1, len(group[0][0].row.texts) - 1)
+    weights = np.stack([one.weights for one in used])
+    found = prompts.greedy(models, [one.after for one in used], weights, limit, used[0].contrast)
+    seconds = (prompts.clock(device) - started) / len(group)
+    told(f"{label}: {len(group)} answers, {seconds:.1f} s each")
+    for (question, _), one, ids in zip(group, used, found, strict=True):
+        reads = {id(read): read for read in [*one.chosen_by, *one.after]}.values()
+        line = {"id": question.row.id, "method": f"{label} + adapt"}
+        line |= {"text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids)}
+        line["running"] = int((one.weights > 0).sum()) * (1 if one.contrast is None else 2)
+        line["read"] = len(models) * sum(len(read.encoded.ids) for read in reads)
+        yield line | {"seconds": seconds + sum(read.seconds for read in reads)}
 
 
 def tables(data: Path, out: Path, limit: int | None) -> list[str]:
-    """NLL of the gold answers and greedy answers under each way, of the questions that there are arrays for."""
+    """NLL of the gold answers and greedy answers in each way, of the questions that there are arrays for."""
     headings = ("## Passages one by one, and contrast", "### Questions that need two passages")
     parts = []
     for name, heading in zip(SETS, headings, strict=True):
         rows = [row for row in questions(data, limit, None, name) if _path(out, row).exists()]
         if rows:
-            parts += [f"{heading}\n\n{_likelihoods(rows, out)}", *_written_table(rows, out)]
+            parts += [f"{heading}\n\n{_likelihoods(rows, out)}", *_written(rows, out)]
     return parts
 
 
 def _likelihoods(rows: Sequence[Row], out: Path) -> str:
-    nats: dict[str, list[float]] = {}
-    hits, sizes, found_right = [], [], []
+    nats: dict[str, dict[str, float]] = {}
+    hits, sizes, all_right = [], {}, []
     for row in rows:
         with np.load(_path(out, row)) as file:
             arrays = dict(file)
         for label, value in ways(arrays).items():
-            nats.setdefault(label, []).append(value)
-        hits.append(arrays["likeliest"].sum(1))
-        sizes.append(arrays["long"].shape[1])
+            nats.setdefault(label, {})[row.id] = value
+        sizes[row.id] = arrays["answer0"].shape[1]
+        if "likeliest" in arrays:
+            hits.append((arrays["likeliest"].sum(1), sizes[row.id]))
         right = arrays["right"]
-        found_right.append(bool(right[np.argsort(relevances(arrays))[-max(1, right.sum()) :]].all()))
-    counted, found = np.array(sizes), {label: np.array(values) for label, values in nats.items()}
-    places = _places(rows)
-    bases = [found[label] for label in (ONE, f"{ONE} + adapt", f"{LIKELIEST} + adapt")]
-    lines: list[list[str]] = []
-    for label, values in sorted(found.items(), key=lambda item: item[1].sum()):
-        cells = [f"{values[at].sum() / counted[at].sum():.4f}" for at in places.values()]
-        total = f"{values.sum() / counted.sum():.4f}"
-        lines.append([label, *cells, total, *(versus(values, base, counted) for base in bases)])
-    counts = ", ".join(f"{corpus} {len(at)}" for corpus, at in places.items())
-    share = np.array(hits).sum(0) / counted.sum()
+        all_right.append(bool(right[np.argsort(relevances(arrays))[-max(1, right.sum()) :]].all()))
+    share = np.array([hit for hit, _ in hits]).sum(0) / sum(size for _, size in hits)
     likeliest = ", ".join(f"a = {a:g}: {value:.4f}" for a, value in zip(CONTRASTS, share, strict=True))
-    against = [f"against {label}" for label in ("one prompt, em", "the same + adapt", f"{LIKELIEST} + adapt")]
+    bases = {
+        "one prompt, em": ONE,
+        "the same + adapt": f"{ONE} + adapt",
+        f"{LIKELIEST} + adapt": f"{LIKELIEST} + adapt",
+    }
+    headings, lines = _compared(rows, nats, bases, sizes)
     return (
-        f"{len(sizes)} questions: {counts}. The passages after which the question is likeliest are the right ones in "
-        f"{np.mean(found_right):.1%}. Share of answer tokens that are the likeliest, by contrast: {likeliest}.\n\n"
-        + table(["way", *places, "nats/token", *against], lines)
+        f"The passages after which the question is likeliest are the right ones in {np.mean(all_right):.1%} of "
+        f"{len(rows)} questions. Share of answer tokens that are the likeliest, by contrast: {likeliest}.\n\n"
+        + table([*headings[:-3], "nats/token", *headings[-3:]], lines)
     )
 
 
-def _places(rows: Sequence[Row]) -> dict[str, list[int]]:
+def _compared(
+    rows: Sequence[Row], values: dict[str, dict[str, float]], bases: dict[str, str], sizes: dict[str, int]
+) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of a table: each way's mean by domain and over all, and against others on the same
+    questions."""
     corpora = sorted({row.corpus for row in rows})
-    return {corpus: [at for at, row in enumerate(rows) if row.corpus == corpus] for corpus in corpora}
+    of = {row.id: row.corpus for row in rows}
+
+    def mean(label: str, ids: Sequence[str]) -> str:
+        return f"{sum(values[label][i] for i in ids) / sum(sizes[i] for i in ids):.4f}" if ids else "–"
+
+    lines = []
+    for label, by_id in values.items():
+        line = [label, str(len(by_id)), *(mean(label, [i for i in by_id if of[i] == c]) for c in corpora)]
+        line.append(mean(label, [*by_id]))
+        for base in bases.values():
+            ids = [i for i in by_id if i in values.get(base, {})]
+            own, others = (np.array([values[name][i] for i in ids]) for name in (label, base) if ids)
+            line.append(versus(own, others, np.array([sizes[i] for i in ids])) if ids else "–")
+        lines.append(line)
+    lines.sort(key=lambda line: float(line[len(corpora) + 2]))
+    return ["way", "questions", *corpora, *(f"against {name}" for name in bases)], lines
 
 
-def _written_table(rows: Sequence[Row], out: Path) -> Iterator[str]:
-    """The greedy answers of all questions that have them under every way."""
-    by: dict[str, dict[str, dict]] = {row.id: {} for row in rows}
+def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
+    """The table of greedy answers. Those of the one prompt may also be among the answers of all methods."""
+    golds = {row.id: row.texts for row in rows}
+    by: dict[str, dict[str, dict]] = {}
     for line in lines_of(out / "passages.jsonl"):
-        by.get(line["id"], {})[line["method"]] = line
-    answered = [row for row in rows if by[row.id]]
-    if not answered:
+        if line["id"] in golds:
+            by.setdefault(line["method"], {})[line["id"]] = line
+    if not by:
         return
-    places = _places(answered)
-    by_way = {label: [by[row.id][label] for row in answered] for label in by[answered[0].id]}
-    f1s = {
-        label: np.array([f1(line["text"], row.texts[0]) for row, line in zip(answered, lines, strict=True)])
-        for label, lines in by_way.items()
-    }
-    bases = [f1s[f"{label} + adapt"] for label in (ONE, LIKELIEST)]
-    found = []
-    for label, values in sorted(f1s.items(), key=lambda item: -item[1].mean()):
-        lines = by_way[label]
-        contains = [
-            all(holds(line["text"], gold) for gold in row.texts[1:] or row.texts)
-            for row, line in zip(answered, lines, strict=True)
-        ]
-        share = proportion(contains)
-        cells = [f"{values[at].mean():.4f}" for at in places.values()]
-        gold = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
-        repetition = f"{np.mean([repeated(line['text']) for line in lines]):.4f}"
-        costs = [np.mean([line[key] for line in lines]) for key in ("seconds", "read", "running")]
-        found.append([label, *cells, f"{values.mean():.4f}", *(versus(values, base) for base in bases), gold])
-        found[-1] += [repetition, f"{costs[0]:.2f}", f"{costs[1]:.0f}", f"{costs[2]:.1f}"]
-    headings = ["way", *places, "F1", "against one prompt", "against the likeliest passage", "holds the gold answer"]
-    headings += ["repeated 3-grams", "s", "tokens read", "lines run a token"]
-    yield f"Greedy answers to {len(answered)} of them:\n\n{table(headings, found)}"
+    one, chosen = f"{ONE} + adapt", f"{LIKELIEST} + adapt"
+    side_by_side = set.intersection(*(set(lines) for lines in by.values()))
+    for line in lines_of(out / "answers.jsonl"):
+        if line["method"] == "em + adapt" and line["id"] in by[chosen]:
+            by.setdefault(one, {}).setdefault(line["id"], line)
+    f1s = {label: {i: f1(x["text"], golds[i][0]) for i, x in lines.items()} for label, lines in by.items()}
+    bases = {"one prompt": one, "the likeliest passage alone": chosen}
+    headings, found = _compared(rows, f1s, bases, dict.fromkeys(golds, 1))
+    for line in found:
+        lines = by[line[0]]
+        held = proportion([all(holds(x["text"], gold) for gold in golds[i][1:] or golds[i]) for i, x in lines.items()])
+        timed = [lines[i] for i in side_by_side]
+        costs = [f"{np.mean([x[key] for x in timed]):.{places}f}" if timed else "–" for key, places in COSTS]
+        line += [f"{held.value:.3f} [{held.low:.3f}, {held.high:.3f}]"]
+        line += [f"{np.mean([repeated(x['text']) for x in lines.values()]):.4f}", *costs]
+    columns = [*headings[:-2], "F1", *headings[-2:], "holds the gold answer", "repeated 3-grams"]
+    yield (
+        f"Greedy answers; seconds of one thread, tokens read and lines run a token on {len(side_by_side)} questions "
+        "that were answered in all ways side by side:\n\n"
+        + table([*columns, "s", "tokens read", "lines a token"], found[::-1])
+    )
 
 
-def relevances(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def relevances(arrays: Arrays) -> np.ndarray:
     """log p of the question after each passage, under the `em` of its prompt."""
     found = []
     for at in range(len(arrays["right"])):
@@ -297,42 +338,36 @@ def relevances(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def shares(rated: np.ndarray) -> dict[str, np.ndarray]:
     """The weights (P,) of passages in each mixture, from the question's likelihood after each."""
-    found = {f"{MIXTURE}, alike": np.full(len(rated), 1 / len(rated))}
+    found = {ALIKE: np.full(len(rated), 1 / len(rated))}
     for temperature in TEMPERATURES:
         share = np.exp((rated - rated.max()) / temperature)
-        found[f"{MIXTURE}, by the question, τ = {temperature:g}"] = share / share.sum()
+        found[f"mixture of passages, by the question, τ = {temperature:g}"] = share / share.sum()
     return found
 
 
 def ways(arrays: Arrays) -> dict[str, float]:
-    """Nats of the gold answer under each way."""
+    """Nats of the gold answer in each way that there are arrays for."""
     count, weights = len(arrays["right"]), arrays["weights"]
     rated, own = relevances(arrays), [dropped(em(arrays[f"prompt{at}"])) for at in range(count)]
-    answers = [arrays[f"answer{at}"] for at in range(count)]
-    one = [_nats(w, a) for w, a in zip(own, answers, strict=True)]
+    after = [arrays[f"answer{at}"] for at in range(count)]
     best, right = int(rated.argmax()), np.flatnonzero(arrays["right"])
     mixed = {
-        label: (np.concatenate([s * w for s, w in zip(share, own, strict=True)]), np.concatenate(answers))
+        label: (np.concatenate([s * w for s, w in zip(share, own, strict=True)]), np.concatenate(after))
         for label, share in shares(rated).items()
     }
-    mixed |= {ONE: (weights, arrays["long"]), LIKELIEST: (own[best], answers[best])}
+    mixed |= {ONE: (weights, arrays["long"]), LIKELIEST: (own[best], after[best])}
     if "two" in arrays:
         mixed[TWO] = arrays["two_weights"], arrays["two"]
-    found = {label: _nats(*way) for label, way in mixed.items()}
-    found |= {f"{label} + adapt": _adapted(*way) for label, way in mixed.items()}
-    found["no passage"] = _nats(weights, arrays["none"])
-    found["the right passage alone (in hindsight)"] = min(one[at] for at in right) if len(right) else one[best]
-    found |= {f"contrast, a = {a:g}": float(-c.sum()) for a, c in zip(CONTRASTS, arrays["contrast"], strict=True) if a}
+    found = {label: _nats(*one) for label, one in mixed.items()}
+    found |= {f"{label} + adapt": _nats(*one, adapt=True) for label, one in mixed.items()}
+    found["the right passage alone (in hindsight)"] = min(
+        _nats(own[at], after[at]) for at in (right if len(right) else [best])
+    )
+    if "none" in arrays:
+        found["no passage"] = _nats(weights, arrays["none"])
+        found |= {f"contrast, a = {a:g}": -c.sum() for a, c in zip(CONTRASTS, arrays["contrast"], strict=True) if a}
     return found
 
 
-def _nats(weights: np.ndarray, logprobs: np.ndarray) -> float:
-    return float(-np.log(weights @ np.exp(logprobs)).sum())
-
-
-def _adapted(weights: np.ndarray, logprobs: np.ndarray) -> float:
-    state, nats = Adaptive(weights), 0.0
-    for given in np.exp(logprobs).T:
-        nats -= float(np.log(state.weights() @ given))
-        state.observe(given)
-    return nats
+def _nats(weights: np.ndarray, logprobs: np.ndarray, adapt: bool = False) -> float:
+    return float(nll(weights[None], [logprobs], adapt)[0])
