@@ -257,41 +257,35 @@ def _likelihoods(rows: Sequence[Row], out: Path) -> str:
         all_right.append(bool(right[np.argsort(relevances(arrays))[-max(1, right.sum()) :]].all()))
     share = np.array([hit for hit, _ in hits]).sum(0) / sum(size for _, size in hits)
     likeliest = ", ".join(f"a = {a:g}: {value:.4f}" for a, value in zip(CONTRASTS, share, strict=True))
-    bases = {
-        "one prompt, em": ONE,
-        "the same + adapt": f"{ONE} + adapt",
-        f"{LIKELIEST} + adapt": f"{LIKELIEST} + adapt",
-    }
-    headings, lines = _compared(rows, nats, bases, sizes)
+    against = [ONE, *(f"{label} + adapt" for label in (ONE, LIKELIEST, TWO) if label in nats)]
     return (
         f"The passages after which the question is likeliest are the right ones in {np.mean(all_right):.1%} of "
         f"{len(rows)} questions. Share of answer tokens that are the likeliest, by contrast: {likeliest}.\n\n"
-        + table([*headings[:-3], "nats/token", *headings[-3:]], lines)
+        + table(*_compared("nats/token", rows, nats, against, sizes))
     )
 
 
 def _compared(
-    rows: Sequence[Row], values: dict[str, dict[str, float]], bases: dict[str, str], sizes: dict[str, int]
+    unit: str, rows: Sequence[Row], values: dict[str, dict[str, float]], bases: Sequence[str], sizes: dict[str, int]
 ) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of a table: each way's mean by domain and over all, and against others on the same
-    questions."""
-    corpora = sorted({row.corpus for row in rows})
-    of = {row.id: row.corpus for row in rows}
-
-    def mean(label: str, ids: Sequence[str]) -> str:
-        return f"{sum(values[label][i] for i in ids) / sum(sizes[i] for i in ids):.4f}" if ids else "–"
-
-    lines = []
-    for label, by_id in values.items():
-        line = [label, str(len(by_id)), *(mean(label, [i for i in by_id if of[i] == c]) for c in corpora)]
-        line.append(mean(label, [*by_id]))
-        for base in bases.values():
-            ids = [i for i in by_id if i in values.get(base, {})]
-            own, others = (np.array([values[name][i] for i in ids]) for name in (label, base) if ids)
-            line.append(versus(own, others, np.array([sizes[i] for i in ids])) if ids else "–")
-        lines.append(line)
-    lines.sort(key=lambda line: float(line[len(corpora) + 2]))
-    return ["way", "questions", *corpora, *(f"against {name}" for name in bases)], lines
+    """Headings and lines of a table: Σ values / Σ sizes of each way by domain and over all, the lowest first, and
+    against other ways on the same questions."""
+    corpora = {corpus: {row.id for row in rows if row.corpus == corpus} for corpus in sorted({r.corpus for r in rows})}
+    everywhere = {row.id for row in rows}
+    lines: list[tuple[float, list[str]]] = []
+    for label, own in values.items():
+        means = []
+        for places in (*corpora.values(), everywhere):
+            ids = [i for i in own if i in places]
+            means.append(sum(own[i] for i in ids) / sum(sizes[i] for i in ids) if ids else np.nan)
+        cells = [f"{mean:.4f}" for mean in means]
+        for base in bases:
+            ids = [i for i in own if i in values[base]]
+            pair = (np.array([found[i] for i in ids]) for found in (own, values[base]))
+            cells.append(versus(*pair, np.array([sizes[i] for i in ids])) if ids else "–")
+        lines.append((means[-1], [label, str(len(own)), *cells]))
+    headings = ["way", "questions", *corpora, unit, *(f"against {base}" for base in bases)]
+    return headings, [line for _, line in sorted(lines, key=lambda item: item[0])]
 
 
 def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
@@ -309,8 +303,7 @@ def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
         if line["method"] == "em + adapt" and line["id"] in by[chosen]:
             by.setdefault(one, {}).setdefault(line["id"], line)
     f1s = {label: {i: f1(x["text"], golds[i][0]) for i, x in lines.items()} for label, lines in by.items()}
-    bases = {"one prompt": one, "the likeliest passage alone": chosen}
-    headings, found = _compared(rows, f1s, bases, dict.fromkeys(golds, 1))
+    headings, found = _compared("F1", rows, f1s, [one, chosen], dict.fromkeys(golds, 1))
     for line in found:
         lines = by[line[0]]
         held = proportion([all(holds(x["text"], gold) for gold in golds[i][1:] or golds[i]) for i, x in lines.items()])
@@ -318,11 +311,10 @@ def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
         costs = [f"{np.mean([x[key] for x in timed]):.{places}f}" if timed else "–" for key, places in COSTS]
         line += [f"{held.value:.3f} [{held.low:.3f}, {held.high:.3f}]"]
         line += [f"{np.mean([repeated(x['text']) for x in lines.values()]):.4f}", *costs]
-    columns = [*headings[:-2], "F1", *headings[-2:], "holds the gold answer", "repeated 3-grams"]
+    headings += ["holds the gold answer", "repeated 3-grams", "s", "tokens read", "lines a token"]
     yield (
         f"Greedy answers; seconds of one thread, tokens read and lines run a token on {len(side_by_side)} questions "
-        "that were answered in all ways side by side:\n\n"
-        + table([*columns, "s", "tokens read", "lines a token"], found[::-1])
+        f"that were answered in all ways side by side:\n\n{table(headings, found[::-1])}"
     )
 
 
