@@ -16,6 +16,7 @@ from torch import Tensor
 
 from packllm.chat.messages import check, with_context
 from packllm.engines.member import Member
+from packllm.weights.adaptive import Adaptive
 from packllm_eval.evidence import prompts, reading
 from packllm_eval.evidence.answers import MAX_TOKENS, lines_of, number
 from packllm_eval.evidence.methods import dropped, em, nll
@@ -112,17 +113,20 @@ class Question:
     def each(self) -> list[Read]:
         return [self.after(passage) for passage in self.passages]
 
-    def two(self, rated: np.ndarray) -> Read:
-        first, second = sorted(np.argsort(rated)[-2:])
-        return self.after(self.passages[first], self.passages[second])
+    def chosen(self, rated: np.ndarray) -> list[str]:
+        """The passage after which the question is likeliest; two if it needs two."""
+        best = np.argsort(rated)[-2 if self.row.set == "joined" else -1 :]
+        return [self.passages[at] for at in sorted(best)]
 
     def arrays(self) -> Arrays:
         """What ways() takes."""
-        found = self.singles() | self.contrasts()
+        found = self.singles()
+        found["contrast"], found["likeliest"] = self.contrasts(self.passages)
         found |= {"long": self.everything.gold, "weights": self.everything.weights, "none": self.after().gold}
+        chosen = self.chosen(relevances(found))
+        found["contrast_chosen"], _ = self.contrasts(chosen, adapt=True)
         if self.row.set == "joined":
-            two = self.two(relevances(found))
-            found |= {"two": two.gold, "two_weights": two.weights}
+            found |= {"two": self.after(*chosen).gold, "two_weights": self.after(*chosen).weights}
         return found
 
     def singles(self) -> Arrays:
@@ -134,15 +138,18 @@ class Question:
             found[f"question{at}"] = np.array(one.encoded.text.rfind(self.text))
         return found
 
-    def contrasts(self) -> Arrays:
-        both = torch.stack([self._read(*self.passages), self._read()], 2)
-        weights = torch.from_numpy(self.everything.weights[None, None]).expand(len(self._answer), -1, -1)
-        found = [prompts.fused(both, weights, a).log_softmax(-1) for a in CONTRASTS]
+    def contrasts(self, passages: Sequence[str], adapt: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """For each a, log-probabilities of the gold answer's tokens, and which of them are the likeliest: (a, n)."""
+        both = torch.stack([self._read(*passages), self._read()], 2)
+        read = self.after(*passages)
+        state, weights = Adaptive(read.weights), []
+        for given in np.exp(read.gold).T:
+            weights.append(state.weights() if adapt else read.weights)
+            state.observe(given)
+        used = torch.from_numpy(np.stack(weights))[:, None]
+        found = [prompts.fused(both, used, a).log_softmax(-1) for a in CONTRASTS]
         likeliest = [one.argmax(-1).cpu().numpy() == np.array(self._answer) for one in found]
-        return {
-            "contrast": np.stack([prompts.of(one, self._answer) for one in found]),
-            "likeliest": np.stack(likeliest),
-        }
+        return np.stack([prompts.of(one, self._answer) for one in found]), np.stack(likeliest)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def way(label: str, question: Question, arrays: Arrays) -> Way:
     if label == CONTRAST:
         return Way([question.everything, question.after()], question.everything.weights[None], contrast=WRITTEN)
     if label in (LIKELIEST, TWO):
-        chosen = each[int(rated.argmax())] if label == LIKELIEST else question.two(rated)
+        chosen = each[int(rated.argmax())] if label == LIKELIEST else question.after(*question.chosen(rated))
         return Way([chosen], chosen.weights[None], each)
     return Way(each, shares(rated)[label][:, None] * np.stack([one.weights for one in each]))
 
@@ -291,17 +298,17 @@ def _compared(
 def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
     """The table of greedy answers. Those of the one prompt may also be among the answers of all methods."""
     golds = {row.id: row.texts for row in rows}
-    by: dict[str, dict[str, dict]] = {}
+    one, chosen = f"{ONE} + adapt", f"{LIKELIEST} + adapt"
+    by: dict[str, dict[str, dict]] = {one: {}, chosen: {}}
     for line in lines_of(out / "passages.jsonl"):
         if line["id"] in golds:
             by.setdefault(line["method"], {})[line["id"]] = line
-    if not by:
-        return
-    one, chosen = f"{ONE} + adapt", f"{LIKELIEST} + adapt"
     side_by_side = set.intersection(*(set(lines) for lines in by.values()))
     for line in lines_of(out / "answers.jsonl"):
         if line["method"] == "em + adapt" and line["id"] in by[chosen]:
-            by.setdefault(one, {}).setdefault(line["id"], line)
+            by[one].setdefault(line["id"], line)
+    if not all(by.values()):
+        return
     f1s = {label: {i: f1(x["text"], golds[i][0]) for i, x in lines.items()} for label, lines in by.items()}
     headings, found = _compared("F1", rows, f1s, [one, chosen], dict.fromkeys(golds, 1))
     for line in found:
@@ -358,6 +365,10 @@ def ways(arrays: Arrays) -> dict[str, float]:
     if "none" in arrays:
         found["no passage"] = _nats(weights, arrays["none"])
         found |= {f"contrast, a = {a:g}": -c.sum() for a, c in zip(CONTRASTS, arrays["contrast"], strict=True) if a}
+    if "contrast_chosen" in arrays:
+        chosen = TWO if "two" in arrays else LIKELIEST
+        for a, logprobs in zip(CONTRASTS[1:], arrays["contrast_chosen"][1:], strict=True):
+            found[f"{chosen}, contrast, a = {a:g} + adapt"] = -logprobs.sum()
     return found
 
 
