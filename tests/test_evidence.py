@@ -252,7 +252,7 @@ def test_passages_one_by_one_and_contrast(asked, members, monkeypatch):
     )
     first = (1.5 * with_ - 0.5 * without).log_softmax(-1)[answer[0]]
     assert arrays["contrast"][passages.CONTRASTS.index(0.5)][0] == pytest.approx(float(first), abs=1e-3)
-    assert -arrays["contrast_chosen"][0].sum() == pytest.approx(found["the likeliest passage alone + adapt"], abs=1e-3)
+    assert -arrays["chosen_contrast"][0].sum() == pytest.approx(found["the likeliest passage alone + adapt"], abs=1e-3)
     share = np.exp(passages.relevances(arrays))[:, None]
     at = SHOWN.index(best)
     expected = {

@@ -120,11 +120,10 @@ class Question:
 
     def arrays(self) -> Arrays:
         """What ways() takes."""
-        found = self.singles()
-        found["contrast"], found["likeliest"] = self.contrasts(self.passages)
+        found = self.singles() | self.contrasts(self.passages)
         found |= {"long": self.everything.gold, "weights": self.everything.weights, "none": self.after().gold}
         chosen = self.chosen(relevances(found))
-        found["contrast_chosen"], _ = self.contrasts(chosen, adapt=True)
+        found |= {f"chosen_{name}": array for name, array in self.contrasts(chosen, adapt=True).items()}
         if self.row.set == "joined":
             found |= {"two": self.after(*chosen).gold, "two_weights": self.after(*chosen).weights}
         return found
@@ -138,8 +137,9 @@ class Question:
             found[f"question{at}"] = np.array(one.encoded.text.rfind(self.text))
         return found
 
-    def contrasts(self, passages: Sequence[str], adapt: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """For each a, log-probabilities of the gold answer's tokens, and which of them are the likeliest: (a, n)."""
+    def contrasts(self, passages: Sequence[str], adapt: bool = False) -> Arrays:
+        """For each a, log-probabilities of the gold answer's tokens, and which of them are the likeliest: (a, n). And
+        the log-probabilities under p(with passages)^(1 + a): what of a gain is mere sharpening."""
         both = torch.stack([self._read(*passages), self._read()], 2)
         read = self.after(*passages)
         state, weights = Adaptive(read.weights), []
@@ -148,8 +148,12 @@ class Question:
             state.observe(given)
         used = torch.from_numpy(np.stack(weights))[:, None]
         found = [prompts.fused(both, used, a).log_softmax(-1) for a in CONTRASTS]
-        likeliest = [one.argmax(-1).cpu().numpy() == np.array(self._answer) for one in found]
-        return np.stack([prompts.of(one, self._answer) for one in found]), np.stack(likeliest)
+        sharp = [((1 + a) * found[0]).log_softmax(-1) for a in CONTRASTS]
+        return {
+            "contrast": np.stack([prompts.of(one, self._answer) for one in found]),
+            "sharpened": np.stack([prompts.of(one, self._answer) for one in sharp]),
+            "likeliest": np.stack([one.argmax(-1).cpu().numpy() == np.array(self._answer) for one in found]),
+        }
 
 
 @dataclass(frozen=True)
@@ -364,11 +368,12 @@ def ways(arrays: Arrays) -> dict[str, float]:
     )
     if "none" in arrays:
         found["no passage"] = _nats(weights, arrays["none"])
-        found |= {f"contrast, a = {a:g}": -c.sum() for a, c in zip(CONTRASTS, arrays["contrast"], strict=True) if a}
-    if "contrast_chosen" in arrays:
-        chosen = TWO if "two" in arrays else LIKELIEST
-        for a, logprobs in zip(CONTRASTS[1:], arrays["contrast_chosen"][1:], strict=True):
-            found[f"{chosen}, contrast, a = {a:g} + adapt"] = -logprobs.sum()
+    chosen = TWO if "two" in arrays else LIKELIEST
+    for start, prefix, adapted in (("", "", ""), (f"{chosen}, ", "chosen_", " + adapt")):
+        for kind in ("contrast", "sharpened"):
+            for a, logprobs in zip(CONTRASTS, arrays.get(prefix + kind, ()), strict=False):
+                if a:
+                    found[f"{start}{kind}, a = {a:g}{adapted}"] = -logprobs.sum()
     return found
 
 
