@@ -269,9 +269,15 @@ def _likelihoods(rows: Sequence[Row], out: Path) -> str:
     share = np.array([hit for hit, _ in hits]).sum(0) / sum(size for _, size in hits)
     likeliest = ", ".join(f"a = {a:g}: {value:.4f}" for a, value in zip(CONTRASTS, share, strict=True))
     against = [ONE, *(f"{label} + adapt" for label in (ONE, LIKELIEST, TWO) if label in nats)]
+    gains = []
+    for label, by_id in nats.items():
+        if "contrast" in label and (control := nats.get(label.replace("contrast", "sharpened"))):
+            pair = (np.array([values[i] for i in control]) for values in (by_id, control))
+            gains.append(f"{label}: {versus(*pair, np.array([sizes[i] for i in control]))}")
     return (
         f"The passages after which the question is likeliest are the right ones in {np.mean(all_right):.1%} of "
         f"{len(rows)} questions. Share of answer tokens that are the likeliest, by contrast: {likeliest}.\n\n"
+        + (f"Contrast against as much sharpening, p(with passages)^(1 + a): {'; '.join(gains)}.\n\n" if gains else "")
         + table(*_compared("nats/token", rows, nats, against, sizes))
     )
 
