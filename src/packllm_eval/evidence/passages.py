@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -235,7 +236,7 @@ def answers(models: Sequence[Alone], label: str, group: Sequence[tuple[Question,
     told(f"{label}: {len(group)} answers, {seconds:.1f} s each")
     for (question, _), one, ids in zip(group, used, found, strict=True):
         reads = {id(read): read for read in [*one.chosen_by, *one.after]}.values()
-        line = {"id": question.row.id, "method": f"{label} + adapt"}
+        line: dict[str, Any] = {"id": question.row.id, "method": f"{label} + adapt"}
         line |= {"text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids)}
         line["running"] = int((one.weights > 0).sum()) * (1 if one.contrast is None else 2)
         line["read"] = len(models) * sum(len(read.encoded.ids) for read in reads)
@@ -272,8 +273,7 @@ def _likelihoods(rows: Sequence[Row], out: Path) -> str:
     gains = []
     for label, by_id in nats.items():
         if "contrast" in label and (control := nats.get(label.replace("contrast", "sharpened"))):
-            pair = (np.array([values[i] for i in control]) for values in (by_id, control))
-            gains.append(f"{label}: {versus(*pair, np.array([sizes[i] for i in control]))}")
+            gains.append(f"{label}: {_versus(by_id, control, sizes)}")
     return (
         f"The passages after which the question is likeliest are the right ones in {np.mean(all_right):.1%} of "
         f"{len(rows)} questions. Share of answer tokens that are the likeliest, by contrast: {likeliest}.\n\n"
@@ -296,13 +296,18 @@ def _compared(
             ids = [i for i in own if i in places]
             means.append(sum(own[i] for i in ids) / sum(sizes[i] for i in ids) if ids else np.nan)
         cells = [f"{mean:.4f}" for mean in means]
-        for base in bases:
-            ids = [i for i in own if i in values[base]]
-            pair = (np.array([found[i] for i in ids]) for found in (own, values[base]))
-            cells.append(versus(*pair, np.array([sizes[i] for i in ids])) if ids else "–")
+        cells += [_versus(own, values[base], sizes) for base in bases]
         lines.append((means[-1], [label, str(len(own)), *cells]))
     headings = ["way", "questions", *corpora, unit, *(f"against {base}" for base in bases)]
     return headings, [line for _, line in sorted(lines, key=lambda item: item[0])]
+
+
+def _versus(own: dict[str, float], base: dict[str, float], sizes: dict[str, int]) -> str:
+    ids = [i for i in own if i in base]
+    if not ids:
+        return "–"
+    first, second, size = (np.array([float(values[i]) for i in ids]) for values in (own, base, sizes))
+    return versus(first, second, size)
 
 
 def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
@@ -320,18 +325,18 @@ def _written(rows: Sequence[Row], out: Path) -> Iterator[str]:
     if not all(by.values()):
         return
     f1s = {label: {i: f1(x["text"], golds[i][0]) for i, x in lines.items()} for label, lines in by.items()}
-    headings, found = _compared("F1", rows, f1s, [one, chosen], dict.fromkeys(golds, 1))
-    for line in found:
-        lines = by[line[0]]
+    headings, cells = _compared("F1", rows, f1s, [one, chosen], dict.fromkeys(golds, 1))
+    for row in cells:
+        lines = by[row[0]]
         held = proportion([all(holds(x["text"], gold) for gold in golds[i][1:] or golds[i]) for i, x in lines.items()])
         timed = [lines[i] for i in side_by_side]
-        costs = [f"{np.mean([x[key] for x in timed]):.{places}f}" if timed else "–" for key, places in COSTS]
-        line += [f"{held.value:.3f} [{held.low:.3f}, {held.high:.3f}]"]
-        line += [f"{np.mean([repeated(x['text']) for x in lines.values()]):.4f}", *costs]
+        row += [f"{held.value:.3f} [{held.low:.3f}, {held.high:.3f}]"]
+        row += [f"{np.mean([repeated(x['text']) for x in lines.values()]):.4f}"]
+        row += [f"{np.mean([x[key] for x in timed]):.{places}f}" if timed else "–" for key, places in COSTS]
     headings += ["holds the gold answer", "repeated 3-grams", "s", "tokens read", "lines a token"]
     yield (
         f"Greedy answers; seconds of one thread, tokens read and lines run a token on {len(side_by_side)} questions "
-        f"that were answered in all ways side by side:\n\n{table(headings, found[::-1])}"
+        f"that were answered in all ways side by side:\n\n{table(headings, cells[::-1])}"
     )
 
 
