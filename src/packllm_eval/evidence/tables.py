@@ -221,7 +221,7 @@ def sleeping(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) 
     if lines:
         headings = ["text", "block", "θ", "pure, against adapt", "mixed, against adapt", "all, against adapt"]
         headings += ["all, against em", "members run without", "members run", "passes that catch up, a token"]
-        yield f"## Members that sleep, of {', '.join(names)}\n\nBits per byte.\n\n{table(headings, lines)}"
+        yield f"## Members that sleep\n\nBits per byte; {', '.join(names)}.\n\n{table(headings, lines)}"
 
 
 def pure_and_mixed(rows: Sequence[Any]) -> list[tuple[str, list[Any]]]:
