@@ -70,21 +70,22 @@ def _observe(members: Sequence[Member]) -> None:
 
 
 def _calibration(times: dict[str, list[float]], members: Sequence[Member], rows: int) -> None:
-    """A calibration, and a bare prefill of the same texts."""
+    """Seconds a token of a calibration, and of reading the same texts with scores, as every prompt is read."""
     text = prose()
     pieces = [text[at : at + ROW] for at in range(0, rows * ROW, ROW)]
     asked = [{"question": piece[: 2 * ROW // 3], "answer": piece[2 * ROW // 3 :]} for piece in pieces]
-    pack = Pack(members, chat_template=False)
-    timed(times, "calibrate", calibrate, pack, asked)
+    prior = timed(times, "calibrate", calibrate, Pack(members, chat_template=False), asked)
     ids = [member.encoder.encode(piece).ids for piece in pieces for member in members]
     timed(times, "calibrate_prefill", _prefill, members, ids)
+    times["calibrate"][-1] /= prior.worth.tokens
+    times["calibrate_prefill"][-1] /= sum(map(len, ids))
 
 
 def _prefill(members: Sequence[Member], rows: Sequence[Sequence[int]]) -> None:
-    """Read rows, member by member in turn, as many together as calibration does."""
+    """Read and score rows, of the members in turn, as many together as calibration does."""
     for start in range(0, len(rows), TOGETHER * len(members)):
         group = rows[start : start + TOGETHER * len(members)]
-        reads = [Read(members[at % len(members)].open(), ids, "last") for at, ids in enumerate(group)]
+        reads = [Read(members[at % len(members)].open(), ids[:-1], ids[1:]) for at, ids in enumerate(group)]
         read_together(reads)
         for read in reads:
             read.sequence.close()

@@ -48,7 +48,7 @@ TARGETS: dict[str, Target] = {
     "moving.adapt": Target("adapting, 3 members / a step of theirs", limit=0.005),
     "moving.sleep_models": Target("3 models, one awake: speed / all awake", "x", 1.5, least=True),
     "moving.sleep_adapters": Target("adapters, one awake: speed / all awake", "x", 1.2, least=True),
-    "moving.calibrate": Target("calibration / bare prefill of its rows", limit=1.1),
+    "moving.calibrate": Target("calibration / scoring prefill, a token", limit=1.1),
     "modes.cool": Target("segments (cool) / the members alone, summed"),
     "modes.cool+rerank": Target("cool+rerank / the members alone, summed"),
     "modes.mined": Target("mined / the members alone, summed"),
