@@ -117,7 +117,14 @@ def test_methods_weigh_and_write_as_the_pack_does(done, members):
 
 def test_tables_tell_every_method(done):
     found = tables.told(done, done / "out", None)
-    for heading in ("RAG answers", "Greedy answers", "Racing prefill", "Language modelling", "Multiple choice"):
+    for heading in (
+        "RAG answers",
+        "Greedy answers",
+        "Racing prefill",
+        "Language modelling",
+        "Members that sleep",
+        "Multiple choice",
+    ):
         assert heading in found
     assert "| best member in hindsight |" in found
     assert "half-PMI per byte" in found

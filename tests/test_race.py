@@ -53,6 +53,17 @@ def test_who_falls_behind_reads_no_more(members):
     assert raced.values == pytest.approx(full.values, abs=1e-3)
 
 
+def test_chunks_double(members):
+    """While nobody falls behind, the ends of the chunks are 32, 64, 128 and 256 scored tokens."""
+    twin = speaker("twin", ROUND, 0.9)
+    pack = Pack([members[0], twin], min_weight=0.1, prefix_cache_mb=0)
+    before = [member.engine.forwards for member in pack.members]
+    tokens, _ = read(pack, RIGHT, race=32)
+    passes = [member.engine.forwards - b for member, b in zip(pack.members, before, strict=True)]
+    assert tokens[0] == tokens[1] == read(pack, RIGHT)[0][0]
+    assert passes == [5, 5]
+
+
 def test_rows_of_a_batch_race_by_themselves(members):
     pack = Pack(members, min_weight=0.1, max_tokens=6, race=32, prefix_cache_mb=0)
     plain = pack.generate_batch([RIGHT, LEFT], race=0)

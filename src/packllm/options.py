@@ -122,8 +122,8 @@ class OptionFields(BaseModel):
     min_weight: Number = Field(0.01, ge=0.0, lt=1.0)
     """Members with a smaller weight do not run; the other weights are renormalised."""
     race: Count = Field(0, ge=0)
-    """Only weighting `em`: read prompts in chunks of so many tokens; members that cannot reach min_weight any more stop
-    reading. 0: all members read everything."""
+    """Only weighting `em`: read prompts in chunks, the first of so many tokens; members that cannot reach min_weight
+    stop reading. 0: all members read everything."""
     tau: Number = Field(0.1, gt=0.0)
     """Temperature of the weightings `sim` and `cbtm`."""
     alpha: Number = Field(1.0, ge=0.0)

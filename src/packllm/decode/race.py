@@ -61,10 +61,11 @@ class Race:
         return torch.cat([self.scores[slot], later])
 
     def run(self, chunk: int, minimum: float) -> dict[Slot, Exception]:
-        """Read until each prompt has one member left, or less than a chunk to read.
+        """Read until each prompt has one member left, or less than a chunk to read. Chunks grow: each is as long as all
+        before it, because passes over few tokens cost more by the token.
 
         Args:
-            chunk: scored tokens per chunk, counted in the tokens of a prompt's first member.
+            chunk: scored tokens of the first chunk, counted in the tokens of a prompt's first member.
             minimum: members that cannot reach this weight stop; 0: nothing is read and no member stops.
 
         Returns:
@@ -73,7 +74,7 @@ class Race:
         failed: dict[Slot, Exception] = {}
         tokens_read = 0
         while minimum > 0:
-            tokens_read += chunk
+            tokens_read = 2 * tokens_read or chunk
             counts: dict[Slot, int] = {}
             for row in {r for _, r in self.going}:
                 slots = self._slots(row)

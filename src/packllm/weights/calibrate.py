@@ -274,12 +274,14 @@ def _encoded(member: Member, prompt: Prompt, answer: str, options: Options) -> t
 
 
 def _row_logprobs(members: Sequence[Member], rows: Sequence[list[tuple[Encoded, Encoded]]]) -> Iterator[list[Tensor]]:
-    """Each member's log-probabilities of a row's ids, except the first: K tensors float64 (n - 1,) a row."""
+    """Each member's log-probabilities of a row's ids, except the first: K tensors float64 (n - 1,) a row; NaN where the
+    prompt is not scored."""
     reads = []
     for row in rows:
         for member, (prompt, answer) in zip(members, row, strict=True):
-            ids = [*prompt.ids, *answer.ids]
-            reads.append(Read(member.open(), ids[:-1], ids[1:]))
+            ids, scored = [*prompt.ids, *answer.ids], {*prompt.positions}
+            targets = [i if at in scored or at >= len(prompt.ids) else -1 for at, i in enumerate(ids)]
+            reads.append(Read(member.open(), ids[:-1], targets[1:]))
     try:
         answers = read_together(reads)
     finally:

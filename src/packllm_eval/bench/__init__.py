@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from packllm.errors import OptionError
-from packllm_eval.bench import company, figures, serving, speed
+from packllm_eval.bench import company, figures, moving, serving, speed
 from packllm_eval.bench.report import Report, show
 from packllm_eval.bench.subjects import build, machine, text_of
 
@@ -28,6 +28,7 @@ GROUPS = (
     "prefix",
     "batches",
     "naive",
+    "moving",
     "modes",
     "company",
     "beside",
@@ -93,6 +94,9 @@ def run(
         "prefix": lambda: speed.prefix(report, pack, text_of(pack, long), 1 if quick else min(repeat, 3)),
         "batches": lambda: speed.batches(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
         "naive": lambda: speed.naive(report, pack, text_of(pack, naive_prompt), naive_tokens, samples),
+        "moving": lambda: moving.moving(
+            report, pack, text_of(pack, prompt_tokens), new_tokens, repeat, 4 if quick else moving.ROWS
+        ),
         "modes": lambda: speed.modes(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
         "company": lambda: company.company(report, pack, text_of(pack, prompt_tokens), new_tokens, repeat),
         "beside": lambda: company.beside(report, pack, text_of(pack, wall), new_tokens, repeat),

@@ -30,9 +30,9 @@ HEADINGS = [
 def racing(prompt: np.ndarray, least: float, chunk: int) -> tuple[np.ndarray, float]:
     """Which members read a prompt (K, t) to its end under the option race, and the share of tokens that was read."""
     members, tokens = prompt.shape
-    left, read = np.ones(members, bool), 0
-    for start in range(0, tokens, chunk):
-        end = min(start + chunk, tokens)
+    left, read, end = np.ones(members, bool), 0, 0
+    while end < tokens:
+        start, end = end, min(2 * end or chunk, tokens)
         read += int(left.sum()) * (end - start)
         here = np.flatnonzero(left)
         if end < tokens and len(here) > 1:

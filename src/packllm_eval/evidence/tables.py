@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ REST = 256
 
 ASLEEP, BLOCK = 0.05, 8
 
+THRESHOLDS, BLOCKS = (0.02, 0.05, 0.1), (8, 12, 16, 24, 32)
+"""What members may sleep below, and for how many tokens."""
+
 Pair = tuple[Row, list[Scores]]
 
 
@@ -50,7 +54,10 @@ def told(data: Path, out: Path, limit: int | None) -> str:
     parts = [*rag(rows, out, alike, families[0]), *passages.tables(data, out, limit)]
     for names in [alike, all_names] if len(all_names) > len(alike) else [alike]:
         families_of_names = [families[all_names.index(name)] for name in names]
-        parts += language(reading.load(rows, "lm", out, names), names, families_of_names)
+        scored = reading.load(rows, "lm", out, names)
+        parts += language(scored, names, families_of_names)
+        if names is alike:
+            parts += sleeping(rows, out, names, families[0])
     parts += raced(to_race(rows, out, alike, families[0]), "RAG questions")
     parts += choice(reading.load(rows, "choice", out, alike), alike, families[0])
     return "\n\n".join(parts)
@@ -150,21 +157,48 @@ def language(scored: Sequence[Pair], names: Sequence[str], families: Sequence[st
     unit = "token" if len({*families}) == 1 else "word"
     lines = []
     for length in PROMPTS:
-        split_rows = [(row, *at_length(row, scores, families, length)) for row, scores in scored]
-        fit = [
-            (row, p, a, size)
-            for row, p, a, size in split_rows
-            if a.shape[1] >= REST // 4 // (1 if unit == "token" else 2)
-        ]
-        for half in ("choose", "report"):
-            part = [one for at, one in enumerate(fit) if at % 2 == (half == "report")]
-            for kind, group in pure_and_mixed(part):
+        fit = long_enough(scored, families, length)
+        for at, half in enumerate(("choose", "report")):
+            for kind, group in pure_and_mixed(fit[at::2]):
                 if group:
                     lines.append([str(length), half, kind, str(len(group)), *compared(group)])
     if lines:
         headings = ["prompt", "half", "text", "documents", "em, bits/byte", "uniform", "top1", "+ adapt", "+ sleeping"]
         headings += ["members run a " + unit, f"em, min_weight {ASLEEP:g}"]
         yield f"## Language modelling, {unit}s of {', '.join(names)}\n\n{table(headings, lines)}"
+
+
+def long_enough(scored: Sequence[Pair], families: Sequence[str], length: int) -> list[Any]:
+    """(row, *at_length()) of the documents that go on for long enough after so many tokens."""
+    least = REST // 4 // (1 if len({*families}) == 1 else 2)
+    cut = [(row, *at_length(row, scores, families, length)) for row, scores in scored]
+    return [one for one in cut if one[2].shape[1] >= least]
+
+
+def sleeping(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> Iterator[str]:
+    """The effect of sleeping members by block and threshold, on answers and on the odd documents."""
+    scored, lines = reading.load(rows, "lm", out, names), []
+    texts_of = {"RAG answers": gold(rows, out, names, family)}
+    texts_of |= {f"after {size}": long_enough(scored, [family] * len(names), size)[1::2] for size in PROMPTS}
+    for heading, found in texts_of.items():
+        if not found:
+            continue
+        weights = np.stack([dropped(em(prompt)) for _, prompt, _, _ in found])
+        texts, sizes = [text for _, _, text, _ in found], np.array([size for *_, size in found])
+        mixed = np.array([row.corpus == "mixed" for row, *_ in found])
+        still, moved = (nll(weights, texts, adapt) / np.log(2) for adapt in (False, True))
+        running = adapting(weights, texts)[1]
+        for block, threshold in itertools.product(BLOCKS, THRESHOLDS):
+            nats, run = adapting(weights, texts, threshold, block)
+            bits = nats / np.log(2)
+            cells = [versus(bits[at], moved[at], sizes[at], 5) if at.any() else "" for at in (~mixed, mixed)]
+            cells += [versus(bits, moved, sizes, 5), versus(bits, still, sizes, 5)]
+            figures = f"{running:.2f}", f"{run:.2f}", f"{(running - run) / block:.3f}"
+            lines.append([heading, str(block), f"{threshold:g}", *cells, *figures])
+    if lines:
+        headings = ["text", "block", "θ", "pure, against adapt", "mixed, against adapt", "all, against adapt"]
+        headings += ["all, against em", "members run without", "members run", "passes that catch up, a token"]
+        yield f"## Members that sleep\n\nBits per byte; {', '.join(names)}.\n\n{table(headings, lines)}"
 
 
 def pure_and_mixed(rows: Sequence[Any]) -> list[tuple[str, list[Any]]]:
@@ -186,21 +220,25 @@ def at_length(
     return matrix[:, :first], matrix[:, first:last], max(1, len(text.encode()))
 
 
+def gold(rows: Sequence[Row], out: Path, names: Sequence[str], family: str) -> list[Any]:
+    """(row, log-probabilities (K, n) of the prompt, (K, m) of the gold answer, its bytes) of the questions with
+    passages."""
+    families = [family] * len(names)
+    return [
+        (r, together(r, s, families)[0], answers_together(r, s, families)[0], len(r.texts[0].encode()))
+        for r, s in reading.load(rows, "rag", out, names)
+        if r.use == "test"
+    ]
+
+
 def to_race(
     rows: Sequence[Row], out: Path, names: Sequence[str], family: str
 ) -> dict[str, list[tuple[np.ndarray, np.ndarray, int]]]:
     """What members race on, with what follows and its bytes: questions with passages, and the first 256 tokens of the
     documents that language() reports on."""
     families = [family] * len(names)
-    test = [pair for pair in reading.load(rows, "rag", out, names) if pair[0].use == "test"]
-    found = {
-        "RAG questions": [
-            (together(r, s, families)[0], answers_together(r, s, families)[0], len(r.texts[0].encode()))
-            for r, s in test
-        ]
-    }
-    cut = [(r, *at_length(r, s, families, PROMPTS[-1])) for r, s in reading.load(rows, "lm", out, names)]
-    fit = [one for one in cut if one[2].shape[1] >= REST // 4][1::2]
+    found = {"RAG questions": [one[1:] for one in gold(rows, out, names, family)]}
+    fit = long_enough(reading.load(rows, "lm", out, names), families, PROMPTS[-1])[1::2]
     found |= {f"{kind} documents": [one[1:] for one in part] for kind, part in pure_and_mixed(fit) if kind != "all"}
     return {heading: part for heading, part in found.items() if part}
 
