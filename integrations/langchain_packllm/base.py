@@ -13,7 +13,10 @@ from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 import packllm
 
-LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory", "engine")
+LOADING = (
+    *("dtype", "device_map", "trust_remote_code", "model_kwargs"),
+    *("quantization", "max_memory", "engine", "prepack"),
+)
 OPTIONS = tuple(packllm.OptionFields.model_fields)
 
 
@@ -42,6 +45,7 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
         quantization: Any = None,
         max_memory: Any = None,
         engine: str | None = None,
+        prepack: bool = False,
         **fields: Any,
     ) -> None:
         """Load `models`, or use `pack`: exactly one of the two.
@@ -53,7 +57,7 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
             device_map: the devices of `models`, as for Pack.load.
             trust_remote_code: whether code that comes with `models` may run.
             model_kwargs: further arguments of transformers' from_pretrained, as for Pack.load.
-            quantization, max_memory, engine: as for Pack.load.
+            quantization, max_memory, engine, prepack: as for Pack.load.
             fields: packllm's options (see packllm.OptionFields) and LangChain's own fields (cache, tags, ...).
 
         Raises:
@@ -62,7 +66,8 @@ class PackModel(packllm.OptionFields, BaseLanguageModel):
         """
         loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         further = {"model_kwargs": model_kwargs, "quantization": quantization, "max_memory": max_memory}
-        loading |= {name: value for name, value in {**further, "engine": engine}.items() if value is not None}
+        further |= {"engine": engine, "prepack": prepack or None}
+        loading |= {name: value for name, value in further.items() if value is not None}
         if (models is None) == (pack is None):
             raise packllm.OptionError(f"{type(self).__name__} takes exactly one of models=[...] and pack=Pack")
         if pack is not None:

@@ -32,7 +32,7 @@ from packllm.weights import Weights, find
 
 LOADING = (
     *("models", "dtype", "device_map", "trust_remote_code", "model_kwargs"),
-    *("quantization", "max_memory", "engine"),
+    *("quantization", "max_memory", "engine", "prepack"),
 )
 """Arguments of Pack.load that are not options of a request."""
 
@@ -67,6 +67,7 @@ class Pack(Ratings):
         quantization: Any = None,
         max_memory: int | str | Mapping[Any, Any] | None = None,
         engine: str | None = None,
+        prepack: bool = False,
         **options: Any,
     ) -> Pack:
         """Load a pack from hub ids, local folders, .gguf files, "base+adapter" LoRA experts, models on servers
@@ -87,7 +88,9 @@ class Pack(Ratings):
                 (see estimate). A mapping {0: "20GiB", "cpu": "30GiB"} is passed to accelerate, which distributes the
                 layers.
             engine: what runs .gguf files: "llama.cpp" (unconverted), "transformers" (converted to float32 once), or
-                None: llama.cpp if it is installed and neither dtype nor model_kwargs are given.
+                None: llama.cpp if it is installed and none of the arguments that are only for transformers are given.
+            prepack: for CPUs and float32: hold the linear layers a second time, in oneDNN's layout. Passes over several
+                tokens (prompts, batches, adapters of one base) are faster, and weights take nearly twice the memory.
             options: defaults of all requests (see Options).
 
         Raises:
@@ -100,9 +103,10 @@ class Pack(Ratings):
             find(asked.weighting)
         models = as_list(models)
         words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        words |= {"model_kwargs": model_kwargs, "quantization": quantization, "engine": engine}
+        words |= {"model_kwargs": model_kwargs, "quantization": quantization, "engine": engine, "prepack": prepack}
         spread = max_memory if isinstance(max_memory, Mapping) else None
         loader = Loader(**words, max_memory=spread)
+        trust_remote_code, prepack = loader.trust, loader.prepack
         if (most := memory.bytes_of(max_memory)) is not None:
             memory.refuse(models, most, **words)
         with bars_if_slow():
@@ -111,6 +115,7 @@ class Pack(Ratings):
         recipe = {"models": specs, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         written = without_secrets({"quantization": quantization}) or {}
         further = {"model_kwargs": without_secrets(model_kwargs), "max_memory": max_memory, **written, "engine": engine}
+        further["prepack"] = prepack or None
         recipe |= {name: word for name, word in further.items() if word is not None}
         return cls(members, recipe=recipe if len(specs) == len(members) else None, **options)
 
@@ -122,6 +127,7 @@ class Pack(Ratings):
         device_map: Any = "auto",
         model_kwargs: Mapping[str, Any] | None = None,
         engine: str | None = None,
+        prepack: bool = False,
         **options: Any,
     ) -> Pack:
         """Load the starter pack: SmolLM2-135M-Instruct as `general`, and LoRA experts of it for `medicine`, US `law`
@@ -129,8 +135,10 @@ class Pack(Ratings):
 
         Args:
             engine: "llama.cpp" runs that package's file unconverted; otherwise transformers runs it in float32.
+            dtype, device_map, model_kwargs, prepack: as for load().
         """
-        words = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs, "engine": engine}
+        words: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "model_kwargs": model_kwargs}
+        words |= {"engine": engine, "prepack": prepack}
         specs = starter.specs(engine)
         try:
             return cls.load(specs, **words, **options)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from packllm.chat.prompt import Encoder
 from packllm.engines.llama_cpp import adapters as llama_cpp_adapters
@@ -60,6 +61,7 @@ class Loader:
         max_memory: accelerate's mapping of devices to sizes.
         engine: the engine of .gguf files: "llama.cpp", "transformers" (converted to float32 once), or None: llama.cpp
             if it is installed and no argument is only for transformers.
+        prepack: as in Pack.load.
     """
 
     def __init__(
@@ -71,21 +73,24 @@ class Loader:
         quantization: Any = None,
         max_memory: Mapping[Any, Any] | None = None,
         engine: str | None = None,
+        prepack: bool = False,
     ) -> None:
+        trust_remote_code, prepack = _switch("trust_remote_code", trust_remote_code), _switch("prepack", prepack)
         if engine not in (None, *ENGINES):
             raise OptionError(f"engine={engine!r} is unknown; valid: {', '.join(ENGINES)}")
-        as_stored = dtype in ("auto", "fastest") and not model_kwargs and quantization is None and max_memory is None
+        as_stored = dtype in ("auto", "fastest") and not (model_kwargs or quantization or max_memory or prepack)
         if engine == "llama.cpp" and not as_stored:
             raise OptionError(
-                "engine='llama.cpp' cannot convert a file: dtype, model_kwargs and quantization are for transformers; "
+                "engine='llama.cpp' cannot convert a file: dtype, model_kwargs, quantization and prepack are for "
+                "transformers; "
                 "leave them out, or use engine='transformers'"
             )
         if engine == "llama.cpp":
             binding()
-        self._engine = engine
+        self._engine, self.prepack = engine, prepack
         self._by_default = as_stored
         self._files: dict[str, llama_cpp.File] = {}
-        self._asked = dtype, device_map, trust_remote_code, model_kwargs, quantization, max_memory, engine
+        self._asked = dtype, device_map, trust_remote_code, model_kwargs, quantization, max_memory, engine, prepack
         self._words = files.check_model_kwargs(model_kwargs)
         self._hub = {name: self._words[name] for name in files.HUB if name in self._words}
         if not isinstance(dtype, str | torch.dtype):
@@ -102,7 +107,7 @@ class Loader:
             if value is not None and name in self._words:
                 raise OptionError(f"model_kwargs[{name!r}] and an argument of Pack.load say the same; give one of them")
             self._words |= {} if value is None else {name: value}
-        self._trust = trust_remote_code
+        self.trust = trust_remote_code
         self._bases: dict[str, _Base] = {}
 
     def members(self, models: Any) -> list[Member]:
@@ -137,6 +142,9 @@ class Loader:
                 member = copy.copy(member)  # a copy: the object may be in another pack too, with its name
                 member.name = name
             members.append(member)
+        for engine in {id(member.engine): member.engine for member in members if isinstance(member, Member)}.values():
+            if self.prepack and isinstance(engine, Engine):
+                engine.prepack()
         return members
 
     def _remote(self, model: Any) -> Any:
@@ -194,7 +202,7 @@ class Loader:
         if os.path.isfile(spec.base) and self._as_it_is():
             with loading(f"model {spec.base!r}"):
                 return llama_cpp.footprint(_gguf(spec.base))
-        return footprint(spec.base, self._dtype, self._trust, self._words)
+        return footprint(spec.base, self._dtype, self.trust, self._words, self.prepack)
 
     def adapter(self, name: str, weights: bool = True) -> lora.Adapter:
         """The files of an adapter, see lora.open_adapter."""
@@ -261,7 +269,7 @@ class Loader:
             else:
                 source, arguments = spec.base, self._words
             try:
-                model, tokenizer = files.read(source, self._dtype, self.device_map, self._trust, arguments)
+                model, tokenizer = files.read(source, self._dtype, self.device_map, self.trust, arguments)
             except LoadError as error:
                 if spec.adapter is None:
                     raise
@@ -270,6 +278,14 @@ class Loader:
                 encoder = _encoder(tokenizer)
                 self._bases[spec.key] = _Base(model, tokenizer, encoder, Engine(model, encoder.vocabulary))
         return self._bases[spec.key]
+
+
+def _switch(name: str, value: Any) -> bool:
+    """A loading argument that is on or off; the command line gives words, and "false" must not turn it on."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise OptionError(f"{name}={value!r} must be True or False") from None
 
 
 def _tell_cost(path: Path) -> None:

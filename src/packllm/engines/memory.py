@@ -144,6 +144,7 @@ def estimate(
     model_kwargs: Mapping[str, Any] | None = None,
     quantization: Any = None,
     engine: str | None = None,
+    prepack: bool = False,
 ) -> Estimate:
     """Estimate the memory of a pack before it is loaded, from configs and file headers; no weights are read.
 
@@ -151,13 +152,13 @@ def estimate(
 
     Args:
         models: as for Pack.load; Member objects count what they need already.
-        dtype, device_map, trust_remote_code, model_kwargs, quantization, engine: as for Pack.load.
+        dtype, device_map, trust_remote_code, model_kwargs, quantization, engine, prepack: as for Pack.load.
 
     Raises:
         LoadError: a model does not exist or cannot be loaded. A hub id that is not in the local cache is no error: its
             row says what is unknown.
     """
-    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization, engine=engine)
+    loader = Loader(dtype, device_map, trust_remote_code, model_kwargs, quantization, engine=engine, prepack=prepack)
     models_ = as_list(models)
     servers = {
         at: os.fspath(model) for at, model in enumerate(models_) if is_spec(model) and is_address(os.fspath(model))

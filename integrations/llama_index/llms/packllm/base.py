@@ -37,7 +37,10 @@ Response = TypeVar("Response", CompletionResponse, ChatResponse)
 # (piece of text, raw, whether it is the last, piece of reasoning) -> response
 Reply = Callable[[str, dict[str, Any], bool, str], Response]
 
-LOADING = ("dtype", "device_map", "trust_remote_code", "model_kwargs", "quantization", "max_memory", "engine")
+LOADING = (
+    *("dtype", "device_map", "trust_remote_code", "model_kwargs"),
+    *("quantization", "max_memory", "engine", "prepack"),
+)
 Prompt = str | list[dict[str, Any]]
 HERE_ONLY = {"callback_manager", "rate_limiter"}  # specific to the process, so not part of to_dict()
 
@@ -73,6 +76,8 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
     """Limit on the memory of the weights, as in Pack.load."""
     engine: str | None = None
     """Engine of .gguf files, as in Pack.load."""
+    prepack: bool = False
+    """Whether linear layers are held in a second, faster layout, as in Pack.load."""
 
     _pack: Pack = PrivateAttr()
 

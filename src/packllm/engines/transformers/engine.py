@@ -24,6 +24,7 @@ from packllm.engines.transformers import footprint, kv, packed, quantization
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.architecture import Architecture, decoder, device_of
 from packllm.engines.transformers.generation import asks_for
+from packllm.engines.transformers.prepacked import Prepacked
 from packllm.engines.transformers.sequence import Sequence
 from packllm.engines.transformers.threads import Threads
 from packllm.machine import settle_threads
@@ -93,6 +94,7 @@ class Engine(Passes[Sequence]):
             self.most = 2**31
         self.meeting = Meeting.at(self.place)
         self._threads = Threads()
+        self._prepacked: Prepacked | None = None
 
     # The interface of an engine
 
@@ -127,7 +129,18 @@ class Engine(Passes[Sequence]):
         if adapter is not None and self.adapters is not None:
             tensors += [factor for pair in self.adapters.factors(adapter).values() for factor in pair]
         tensors = [part for tensor in tensors for part in quantization.parts(tensor) if not part.is_meta]
-        return {(tensor.device, tensor.data_ptr()): tensor.numel() * tensor.element_size() for tensor in tensors}
+        held: dict[Hashable, int] = {
+            (tensor.device, tensor.data_ptr()): tensor.numel() * tensor.element_size() for tensor in tensors
+        }
+        return held | ({self._prepacked: self._prepacked.size} if self._prepacked else {})
+
+    def prepack(self) -> None:
+        """Hold a second copy of the weights, with which passes over several tokens are faster on a CPU.
+
+        Raises:
+            LoadError: see Prepacked.
+        """
+        self._prepacked = self._prepacked or Prepacked(self.model)
 
     # For log-pool optimisers (base.KeepsHidden)
 
@@ -168,7 +181,8 @@ class Engine(Passes[Sequence]):
     def compute(self, rows: List[Row[Sequence]], whole: List[int], some: List[int], targets: List[int]) -> Numbers:
         count = sum(len(row.ids) for row in rows)
         threads = self._threads.of_pass(count) if self.device.type == "cpu" else nullcontext()
-        with torch.inference_mode(), threads:
+        layout = self._prepacked.use() if self._prepacked else nullcontext()
+        with torch.inference_mode(), threads, layout:
             hidden, logits_of = self._forward(
                 [row.sequence for row in rows], [row.ids for row in rows], sorted([*whole, *some])
             )

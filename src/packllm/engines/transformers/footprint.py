@@ -21,6 +21,7 @@ from packllm.engines.transformers.architecture import CARRIERS, text_part
 from packllm.engines.transformers.gguf import config_of
 from packllm.engines.transformers.gguf_header import check_parts, parts
 from packllm.engines.transformers.gguf_tokenizer import tokenizer_of
+from packllm.engines.transformers.prepacked import second_layout
 from packllm.engines.transformers.quantization import bits_of
 from packllm.errors import LoadError, first_line, loading
 from packllm.machine import free_memory
@@ -156,12 +157,15 @@ class Footprint:
     engine: str = "transformers"
 
 
-def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, Any]) -> Footprint:
+def of(
+    source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, Any], prepack: bool = False
+) -> Footprint:
     """The memory that a folder, a hub id or a .gguf file will take once it is loaded. No weights are read.
 
     Args:
         dtype: as in Pack.load, without "fastest".
         words: further arguments of from_pretrained.
+        prepack: as in Pack.load.
 
     Raises:
         LoadError: the config is not available, cannot be read, or does not fit the weights.
@@ -206,7 +210,7 @@ def of(source: str, dtype: str | torch.dtype, trust: bool, words: Mapping[str, A
         text = config.get_text_config(decoder=True)
         return Footprint(
             parameters=sum(parameter.numel() for parameter in twin.parameters()),
-            weights=size,
+            weights=size + (second_layout(twin) if prepack else 0),
             dtype=kind,
             cache=cache_of(type(twin), config, chosen),
             window=getattr(text, "max_position_embeddings", None),
