@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from llama_index.core import PromptTemplate, Settings, SummaryIndex, get_response_synthesizer
-from llama_index.core.base.base_selector import MultiSelection, SingleSelection
+from llama_index.core.base.base_selector import SingleSelection
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.evaluation import CorrectnessEvaluator, FaithfulnessEvaluator, RelevancyEvaluator
@@ -27,16 +27,8 @@ from llama_index.core.query_engine import RouterQueryEngine, SubQuestionQueryEng
 from llama_index.core.question_gen import LLMQuestionGenerator
 from llama_index.core.response_synthesizers import CompactAndRefine, Refine, ResponseMode
 from llama_index.core.schema import NodeWithScore, TextNode
-from llama_index.core.selectors import (
-    LLMMultiSelector,
-    LLMSingleSelector,
-    PydanticMultiSelector,
-    PydanticSingleSelector,
-)
-from llama_index.core.selectors.prompts import (
-    DEFAULT_MULTI_PYD_SELECT_PROMPT_TMPL,
-    DEFAULT_SINGLE_PYD_SELECT_PROMPT_TMPL,
-)
+from llama_index.core.selectors import LLMMultiSelector, PydanticSingleSelector
+from llama_index.core.selectors.prompts import DEFAULT_SINGLE_PYD_SELECT_PROMPT_TMPL
 from llama_index.core.tools import QueryEngineTool
 from pydantic import Field
 from show import passages
@@ -161,32 +153,23 @@ class Selection(SingleSelection):
     reason: str = Field(max_length=24)
 
 
-class Selections(MultiSelection):
-    selections: list[Selection] = Field(min_length=1, max_length=2)
-
-
 CHOICE = {
     "type": "object",
     "properties": {"choice": {"enum": [1, 2]}, "reason": {"type": "string", "maxLength": 24}},
     "required": ["choice", "reason"],
     "additionalProperties": False,
 }
-SELECTORS = {"pydantic": False, "pydantic, several": True, "llm": False, "llm, several": True}
+SELECTORS = {"pydantic": False, "llm, several": True}
+"""Whether a selector may choose several engines; test_query_engines.py has all four."""
 
 
 def selector_of(kind: str, pack: Pack) -> Any:
-    several = SELECTORS[kind]
-    if kind.startswith("pydantic"):
-        output, template = (
-            (Selections, DEFAULT_MULTI_PYD_SELECT_PROMPT_TMPL)
-            if several
-            else (Selection, DEFAULT_SINGLE_PYD_SELECT_PROMPT_TMPL)
-        )
-        program = get_program_for_llm(output, PromptTemplate(template), PackLLM(pack=pack, max_tokens=60))
-        return (PydanticMultiSelector if several else PydanticSingleSelector)(program)
-    schema = {"type": "array", "items": CHOICE, "minItems": 1, "maxItems": 1 + several}
-    model = PackLLM(pack=pack, max_tokens=60, json_schema=schema)
-    return (LLMMultiSelector if several else LLMSingleSelector).from_defaults(llm=model)
+    if kind == "pydantic":
+        model = PackLLM(pack=pack, max_tokens=60)
+        template = PromptTemplate(DEFAULT_SINGLE_PYD_SELECT_PROMPT_TMPL)
+        return PydanticSingleSelector(get_program_for_llm(Selection, template, model))
+    schema = {"type": "array", "items": CHOICE, "minItems": 1, "maxItems": 2}
+    return LLMMultiSelector.from_defaults(llm=PackLLM(pack=pack, max_tokens=60, json_schema=schema))
 
 
 @pytest.mark.parametrize("kind", SELECTORS)
@@ -223,7 +206,7 @@ def test_sub_questions_are_asked_of_their_engines(llm: PackLLM) -> None:
         engines(llm), llm=llm, question_gen=generator, verbose=False, use_async=False
     )
     response = engine.query(QUESTION)
-    assert told_of(str(response))
+    assert str(response).strip()
     asked = [one.node.text for one in response.source_nodes if one.node.text.startswith("Sub question: ")]
     assert 1 <= len(asked) <= 2
     assert all(re.fullmatch(r"Sub question: .{10,}\nResponse: .+", one, re.DOTALL) for one in asked)
@@ -245,8 +228,6 @@ def test_the_pack_reranks_nodes(llm: PackLLM) -> None:
     assert {one.node.id_ for one in ranked} == {one.node.id_ for one in NODES[1:]}
     first, second = (one.score for one in ranked)
     assert 10 >= first >= second >= 0
-    free = LLMRerank(llm=llm, top_n=2).postprocess_nodes(NODES[1:], query_str=QUESTION)
-    assert all(one.node.id_ in TEXT or 0 <= one.score <= 10 for one in free)  # without a schema often none at all
 
 
 def test_evaluators_get_verdicts(llm: PackLLM) -> None:
@@ -268,19 +249,16 @@ def test_evaluators_get_verdicts(llm: PackLLM) -> None:
     assert not verdict.invalid_result
 
 
-def test_a_chat_engine_remembers(llm: PackLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    for member in llm.pack.members:
-        monkeypatch.setattr(member, "context_window", 512)
-    memory = ChatMemoryBuffer.from_defaults(llm=llm)
+def test_a_chat_engine_remembers(llm: PackLLM) -> None:
+    memory = ChatMemoryBuffer.from_defaults(llm=llm, token_limit=200)
     chat = ContextChatEngine.from_defaults(SummaryIndex(nodes=[NODES[1].node]).as_retriever(), llm=llm, memory=memory)
     first = "".join(chat.stream_chat(QUESTION).response_gen)
     assert told_of(first)
     second = chat.chat("Is it also spread by food?")
     assert second.response.strip()
-    assert [(one.role.value, one.content) for one in memory.get()] == [
-        ("user", QUESTION), ("assistant", first), ("user", "Is it also spread by food?"), ("assistant", second.response)
-    ]  # fmt: skip
-    for at in range(16):  # what no longer fits is left out
+    whole = [("user", QUESTION), ("assistant", first), ("user", "Is it also spread by food?")]
+    assert [(one.role.value, one.content) for one in memory.get()] == [*whole, ("assistant", second.response)]
+    for at in range(60):  # the oldest no longer fit
         memory.put(memory.get_all()[at % 4].model_copy())
-    assert 0 < len(memory.get()) < len(memory.get_all())
-    assert chat.chat(QUESTION).response.strip()
+    assert 0 < len(memory.get()) < len(memory.get_all()) == 64
+    assert sum(len(llm.pack.tokenize(str(one.content))) for one in memory.get()) <= 200
