@@ -7,11 +7,12 @@
 The models to choose from are the members of one pack, each alone: what is decided once costs one member afterwards, not
 all of them. The whole pack decides, by the probability of each label after the question. Models as small as the
 starter's often decide wrongly: of the 15 questions in data/questions.jsonl they send 11 to the right member. The
-probabilities tell how little they are sure.
+probabilities tell how little they are sure. LangChain's router is in beta: its API may change.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from langchain.agents import create_agent
@@ -30,6 +31,8 @@ except ImportError:
         "This program needs ModelRouterMiddleware of langchain 1.5 and decisions of langchain-core 1.8: "
         'pip install -U "langchain>=1.5" "langchain-core>=1.8"'
     ) from None
+
+warnings.filterwarnings("ignore", "The middleware `ModelRouterMiddleware` is in beta")
 
 ROUTES = {"A doctor": "medicine", "A lawyer": "law", "A database administrator": "databases"}
 """What is decided between: labels that a model would write, and the member that each stands for."""
