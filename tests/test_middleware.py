@@ -275,7 +275,7 @@ def test_the_starter_pack_under_all_of_them(real: ChatPackLLM) -> None:
 def test_the_starter_pack_keeps_todos_and_is_stopped_by_a_limit(real: ChatPackLLM) -> None:
     around = [
         middleware.TodoListMiddleware(system_prompt="", tool_description="Keep a list of what is to be done."),
-        middleware.ToolCallLimitMiddleware(run_limit=1, exit_behavior="end"),
+        middleware.ModelCallLimitMiddleware(run_limit=1, exit_behavior="end"),
         Innermost("write_todos"),
     ]
     llm = ChatPackLLM(pack=real.pack, max_tokens=48)
