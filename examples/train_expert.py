@@ -204,7 +204,7 @@ def main() -> None:
     print(f"{len(documents)} documents, {len(held_out)} held out")
     if not train or not held_out:
         parser.error(
-            "there must be documents to train on and held-out ones to evaluate on; give more text, or --hold-out"
+            "there must be documents to train on and held-out ones to evaluate on; give more text, or --hold-out 3"
         )
 
     import torch
