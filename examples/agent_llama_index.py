@@ -62,7 +62,17 @@ class Steps(BaseEventHandler):
 
     def show(self) -> None:
         names = self._seen[0][1]["names"]
-        table = Table("step", *names, "perplexity", "read", "written", "seconds", box=None, header_style="dim")
+        table = Table(
+            "step",
+            *names,
+            "perplexity",
+            "read",
+            "written",
+            "seconds",
+            box=None,
+            padding=(0, 1, 0, 0),
+            header_style="dim",
+        )
         for number, (agent, record) in enumerate(self._seen, 1):
             weights, perplexity = record["start"] or record["weights"], record["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)
