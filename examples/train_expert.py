@@ -47,12 +47,21 @@ class Document:
 
 
 def read_documents(path: Path, group_by: str | None = None, one_in: int = HELD_OUT) -> list[Document]:
+    """The documents of a file that are not blank. OSError or ValueError if it cannot be read."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         if ".jsonl" in path.name:
-            documents = [_from_row(json.loads(line), group_by) for line in file if line.strip()]
+            documents = [_from_line(line, at, group_by) for at, line in enumerate(file, 1) if line.strip()]
         else:
             documents = [Document(key=text, text=text) for text in _cut(file.read())]
-    return [replace(document, one_in=one_in) for document in documents]
+    return [replace(document, one_in=one_in) for document in documents if document.text.strip()]
+
+
+def _from_line(line: str, number: int, group_by: str | None) -> Document:
+    try:
+        return _from_row(json.loads(line), group_by)
+    except (ValueError, KeyError, TypeError) as error:
+        fields = "'text', or 'question' and 'answer'" + (f", and {group_by!r}" if group_by else "")
+        raise ValueError(f"line {number} must be a JSON object with {fields} ({error!r})") from error
 
 
 def _from_row(row: dict, group_by: str | None) -> Document:
@@ -175,7 +184,9 @@ def main() -> None:
     parser.add_argument("--licence", default="unknown", help="licence of the data, for the card")
     parser.add_argument("--source", help="name of the data, for the card (default: the file's name)")
     parser.add_argument("--group-by", help="JSONL field whose rows are held out together")
-    parser.add_argument("--hold-out", type=int, default=HELD_OUT, help="hold out one document in this many")
+    parser.add_argument(
+        "--hold-out", type=int, default=HELD_OUT, help="hold out one document in this many; few for a small file"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=512, help="tokens a step")
     parser.add_argument("--rank", type=int, default=16)
@@ -184,6 +195,17 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=60, help="held-out documents to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        documents = read_documents(args.data, args.group_by, args.hold_out)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.data} cannot be read: {error}")
+    train = [d for d in documents if not d.held_out]
+    held_out = [d for d in documents if d.held_out]
+    print(f"{len(documents)} documents, {len(held_out)} held out")
+    if not train or not held_out:
+        parser.error(
+            "there must be documents to train on and held-out ones to evaluate on; give more text, or --hold-out 3"
+        )
 
     import torch
     from peft import LoraConfig, get_peft_model
@@ -194,12 +216,7 @@ def main() -> None:
         from packllm.starter import HUB_ID, base_model
 
         args.base, args.base_name = base_model(), args.base_name or HUB_ID
-    documents = read_documents(args.data, args.group_by, args.hold_out)
-    train = [d for d in documents if not d.held_out]
-    held_out = [d for d in documents if d.held_out]
     sample = random.Random(args.seed).sample(held_out, min(args.evaluate, len(held_out)))
-    print(f"{len(documents)} documents, {len(held_out)} held out")
-
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16)

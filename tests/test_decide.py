@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import follows, llama3_like
 
-from packllm import OptionError, PromptError, Weights
+from packllm import ContextOverflowError, OptionError, PromptError, Weights
 from packllm.decode.decide import begun, decision
 
 PROMPT = "Is insulin a hormone? Answer: "
@@ -137,7 +137,8 @@ def test_any_labels_have_probabilities(labels, data):
 
 
 @pytest.mark.parametrize(
-    "choices", [[" ", "yes"], ["\n", "a"], [], ["yes"], ["yes", ""], ["yes", "yes"], "yes", [1, 2], None]
+    "choices",
+    [[" ", "yes"], ["\n", "a"], ["\ufeff", "a"], [], ["yes"], ["yes", ""], ["yes", "yes"], "yes", [1, 2], None],
 )
 def test_labels_that_are_no_choice(pack, choices):
     with pytest.raises(OptionError, match="choices"):
@@ -145,5 +146,16 @@ def test_labels_that_are_no_choice(pack, choices):
 
 
 def test_labels_that_are_no_text(pack):
-    with pytest.raises(PromptError, match="surrogate"):
-        pack.decide(PROMPT, ["\ud800", "a"])
+    with pytest.raises(PromptError, match=r"choices\[1\] holds a lone surrogate"):
+        pack.decide(PROMPT, ["a", "\ud800"])
+
+
+@pytest.mark.parametrize("length", [600, 9000])  # more than the window, and so long that it is not tokenized whole
+def test_a_label_that_is_too_long_is_named(pack, length):
+    forwards = [member.engine.forwards for member in pack.members]
+    for name, rate in (("choices", pack.decide), ("continuations", pack.score), ("continuations", pack.rerank)):
+        with pytest.raises(ContextOverflowError, match=rf"plus {name}\[1\] of .*; shorten the prompt, ") as caught:
+            rate(PROMPT, ["yes", "7" * length])
+        assert caught.value.text == f"{name}[1]"
+        assert caught.value.prompt_tokens < 100 < 500 < caught.value.max_tokens
+    assert [member.engine.forwards for member in pack.members] == forwards

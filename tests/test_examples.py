@@ -57,6 +57,44 @@ def test_passages_are_whole_prose() -> None:
     assert not wrong
 
 
+def test_the_command_line_gives_the_question(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import show
+
+    def asked(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["example.py", *words])
+        return list(show.questions())
+
+    assert asked() == list(show.QUESTIONS)
+    assert asked("Who may", "appeal?") == ["Who may appeal?"]
+    with pytest.raises(SystemExit, match="The question is empty"):
+        asked(" ")
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "An example.")
+    with pytest.raises(SystemExit) as ended:
+        asked("--help")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "An example.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"text": "Bread."}\n{"texts": "Bread."}\n', "line 2 must be a JSON object with 'text', or"),
+        ("a.jsonl", "Bread.\n", "line 1 must be a JSON object"),
+        ("a.txt", "", "0 held out"),
+        (None, "", "cannot be read"),
+    ],
+)
+def test_training_says_what_is_wrong_with_the_file(name, text, message, tmp_path, monkeypatch, capsys) -> None:
+    import train_expert
+
+    if name is not None:
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "argv", ["train_expert.py", str(tmp_path / (name or "none.txt")), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        train_expert.main()
+    assert message in "".join(capsys.readouterr())
+
+
 def fault(text: str) -> str | None:
     if not 80 <= len(text.split()) <= 160:
         return "too short or too long"

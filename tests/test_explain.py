@@ -13,7 +13,7 @@ import naive
 import pytest
 from conftest import TextPack
 
-from packllm import CancelledError, Explanation, Pack, PromptError
+from packllm import CancelledError, ContextOverflowError, Explanation, Pack, PromptError
 from packllm.carried import part, shares
 
 PROMPT = "Insulin helps glucose. The court shall order relief. What is the capital of France?"
@@ -91,6 +91,12 @@ def test_each_message_of_the_user_is_told(members):
     question = "What is the capital of France?"
     with pytest.raises(PromptError, match=r"passages\[0\]='Insulin helps glucose.' .*score_on='What is the"):
         Pack(members).weigh(PROMPT, passages=PASSAGES, score_on=question)
+    for length in (600, 9000):
+        long = [PASSAGES[0], "7" * length, PASSAGES[1]]
+        with pytest.raises(ContextOverflowError, match=r"shorten passages\[1\], the longest with \d+ tokens") as caught:
+            Pack(members).generate("\n".join(long), passages=long)
+        assert caught.value.longest[0] == 1
+        assert caught.value.longest[1] > 500
 
 
 @pytest.mark.parametrize(

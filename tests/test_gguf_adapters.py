@@ -185,7 +185,7 @@ def spoilt(tensors: dict[str, np.ndarray], fault: str) -> tuple[dict[str, np.nda
         ("empty", "it holds no weights"),
         ("architecture", "it is for models of architecture 'qwen2', and its base is 'llama'"),
         ("type", "it is of the type 'control_vector'; llama.cpp runs 'lora' alone"),
-        ("invoked", "it is an activated LoRA, which counts after certain tokens alone"),
+        ("invoked", "it is an activated LoRA (aLoRA), which applies only after certain tokens; it is not supported"),
         ("alpha", "adapter.lora.alpha=nan is no number"),
     ],
 )

@@ -257,6 +257,13 @@ def test_models_are_loaded_with_the_given_words(monkeypatch):
     assert (llm.models, llm.dtype, llm.device_map, llm.max_tokens) == (["a", "b"], "bfloat16", "auto", 4)
 
 
+def test_several_answers_are_refused_when_the_model_is_made_and_when_it_is_asked(pack):
+    for refused in (lambda: PackLLM(pack=pack, n=2), lambda: PackLLM(pack=pack).complete("Hello", n=2)):
+        with pytest.raises(OptionError, match=r"n=2: .*call pack\.generate\(prompt, n=2\)"):
+            refused()
+    assert PackLLM(pack=pack, n=1).complete("Hello").text == PackLLM(pack=pack).complete("Hello").text
+
+
 def test_wrong_words_are_refused_before_loading(monkeypatch):
     monkeypatch.setattr(packllm.Pack, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(OptionError, match=r"'temprature'.*temperature.*system_prompt"):

@@ -1,5 +1,5 @@
 """LlamaIndex's query engines, synthesizers, rerankers, evaluators and memories over a model that was taught what to
-answer (see taught.py)."""
+answer (see taught.py). test_real_passes.py has the same with the starter pack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("llama_index.core")
 
 from llama_index.core import Settings, SummaryIndex, evaluation, get_response_synthesizer
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
-from llama_index.core.chat_engine import ContextChatEngine, SimpleChatEngine
+from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import LLMRerank
@@ -32,7 +32,6 @@ from llama_index.core.selectors import (
 from llama_index.core.tools import QueryEngineTool
 
 from llama_index.llms.packllm import PackLLM
-from packllm import Pack
 
 QUESTION = "How many beds has ward 3?"
 BEDS = NodeWithScore(node=TextNode(text="Ward 3 has 12 beds."), score=1.0)
@@ -307,27 +306,3 @@ def test_a_query_engine_counts_the_packs_tokens(mode: str, streaming: bool) -> N
     assert counter.prompt_llm_token_count == sum(usage.prompt_tokens for usage in told)
     assert counter.completion_llm_token_count == sum(usage.completion_tokens for usage in told)
     assert counter.total_llm_token_count == sum(usage.total_tokens for usage in told)
-
-
-# -- the real thing -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.real
-def test_the_starter_pack_selects_writes_and_judges_in_the_form_that_is_promised(starter_pack: Pack) -> None:
-    """It need not be right."""
-    llm = PackLLM(pack=Pack(starter_pack.members[:2]), max_tokens=12)
-    Settings.llm, Settings.tokenizer = llm, starter_pack.tokenize
-    router = RouterQueryEngine.from_defaults(
-        engines(llm),
-        llm=llm,
-        selector=PydanticSingleSelector.from_defaults(llm=PackLLM(pack=llm.pack, max_tokens=36)),
-    )
-    response = router.query(QUESTION)
-    assert response.metadata["selector_result"].inds[0] in (0, 1)
-    assert str(response)
-    assert response.source_nodes[0].node in (BEDS.node, DOORS.node)
-    chat = ContextChatEngine.from_defaults(
-        SummaryIndex(nodes=[BEDS.node]).as_retriever(), llm=llm, memory=ChatMemoryBuffer.from_defaults(llm=llm)
-    )
-    assert "".join(chat.stream_chat(QUESTION).response_gen)
-    assert [message.role.value for message in chat.chat_history] == ["user", "assistant"]

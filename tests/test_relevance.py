@@ -87,10 +87,10 @@ def test_async_and_cancelled(pack):
 
 def test_bad_input(pack, members):
     assert pack.relevance(QUESTION, []) == []
-    for question in ("", " \n", None, 7):
+    for question in ("", " \n", "\ufeff", None, 7):
         with pytest.raises(PromptError, match="question="):
             pack.relevance(question, PASSAGES)
-    for passages in ([PASSAGES[0], " "], [PASSAGES[0], None]):
+    for passages in ([PASSAGES[0], " "], [PASSAGES[0], "\ufeff\u200b\n"], [PASSAGES[0], None], [PASSAGES[0], "\ud800"]):
         with pytest.raises(PromptError, match=r"passages\[1\]"):
             pack.relevance(QUESTION, passages)
     with pytest.raises(PromptError, match="list of texts"):
@@ -101,6 +101,12 @@ def test_bad_input(pack, members):
             pack.relevance(QUESTION, [*PASSAGES[:2], "7 " * length])
         assert caught.value.passage == 2
         assert caught.value.limit == 512
+        assert "split the passage" in str(caught.value)
+        assert "shorten the question" not in str(caught.value)
+    with pytest.raises(ContextOverflowError, match="shorten the question"):
+        pack.relevance("7 " * 480, PASSAGES)
+    with pytest.raises(PromptError, match="question holds a lone surrogate"):
+        pack.relevance("\ud800", PASSAGES)
     assert [member.engine.forwards for member in members] == forwards
 
 

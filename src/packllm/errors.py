@@ -38,23 +38,38 @@ class ContextOverflowError(PromptError):
         max_tokens: requested tokens.
         passage: only from Pack.relevance: the index of the passage that is too long. Its prompt is the instruction with
             the passage, and max_tokens is the length of the question.
+        text: only from Pack.decide, score and rerank: the text after the prompt, such as "choices[1]"; max_tokens is
+            its length.
+        longest: (index, tokens) of the longest text in the option `passages`, if it is set.
     """
 
     def __init__(
-        self, member: str, limit: int, prompt_tokens: int, max_tokens: int, passage: int | None = None
+        self,
+        member: str,
+        limit: int,
+        prompt_tokens: int,
+        max_tokens: int,
+        passage: int | None = None,
+        *,
+        text: str | None = None,
+        longest: tuple[int, int] | None = None,
     ) -> None:
-        self.member, self.limit, self.passage = member, limit, passage
+        self.member, self.limit, self.passage, self.text, self.longest = member, limit, passage, text, longest
         self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
+        what, remedy = f"prompt of {prompt_tokens} tokens plus max_tokens={max_tokens} exceeds", "shorten the prompt, "
         if passage is not None:
-            super().__init__(
-                f"passages[{passage}], {prompt_tokens} tokens with the instruction, and a question of {max_tokens} "
-                f"tokens exceed the context window of {limit} tokens of member {member!r}; split the passage, or leave "
-                f"that member out"
-            )
-            return
+            what = f"passages[{passage}], {prompt_tokens} tokens with the instruction, and a question of {max_tokens} "
+            what, remedy = f"{what}tokens exceed", "shorten the question, " if max_tokens > limit // 2 else ""
+            remedy += "split the passage, "
+        elif text is not None:
+            what = f"prompt of {prompt_tokens} tokens plus {text} of {max_tokens} tokens exceeds"
+            remedy += f"shorten {text}, "
+        else:
+            remedy += "lower max_tokens, "
+        if longest is not None:
+            remedy += f"shorten passages[{longest[0]}], the longest with {longest[1]} tokens, "
         super().__init__(
-            f"prompt of {prompt_tokens} tokens plus max_tokens={max_tokens} exceeds the context window of "
-            f"{limit} tokens of member {member!r}; shorten the prompt, lower max_tokens, or leave that member out"
+            f"{what} the context window of {limit} tokens of member {member!r}; {remedy}or leave that member out"
         )
 
 
@@ -131,15 +146,16 @@ class DataError(PackError, ValueError):
 
 
 class ExtraError(PackError, ImportError):
-    """A feature needs a library that an extra of this package installs.
+    """A feature needs a library that is missing or too old.
 
     Attributes:
-        extra: name of the extra.
+        extra: name of the extra of this package that installs it.
     """
 
     def __init__(self, what: str, library: str, extra: str) -> None:
         self.extra = extra
-        super().__init__(f"{what} needs {library}; install packllm[{extra}]")
+        newer = f"; or, if it is too old, pip install -U '{library}'" if ">=" in library else ""
+        super().__init__(f"{what} needs {library}; install packllm[{extra}]{newer}")
 
 
 @contextmanager

@@ -282,6 +282,8 @@ def _describe(error: ValidationError) -> str:
     fault = f"{name}={shown(first['input'])}: {message[:1].lower()}{message[1:]}"
     if name == "stop":
         return f"{fault}; stop takes non-empty strings, an empty one would end every text at once"
+    if name == "passages":
+        return f"{fault}; passages takes a list of texts, none empty"
     if name == "weighting":
         return f"{fault}; weighting takes a name or numbers {{member name: weight}}"
     return fault

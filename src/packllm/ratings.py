@@ -9,7 +9,7 @@ from threading import Event
 from typing import Any
 
 from packllm.asynchronous import in_thread, iterate
-from packllm.chat.prompt import Prompt, check
+from packllm.chat.prompt import Prompt, check_unicode
 from packllm.decode import decodings
 from packllm.decode.cancel import Stop, Stream
 from packllm.decode.decide import Decision, begun, check_choices, decision
@@ -42,12 +42,12 @@ class Ratings(Members):
         texts = continuations if isinstance(continuations, list | tuple) else ()
         if not isinstance(continuations, list | tuple) or not all(isinstance(text, str) and text for text in texts):
             raise PromptError(f"continuations must be a list of non-empty strings, not {shown(continuations)}")
-        for text in continuations:
-            check(text, chat_template=False)
+        for at, text in enumerate(continuations):
+            check_unicode(text, f"continuations[{at}]")
         checked = self.check(**options)
         if checked.chat_template is None:
             checked = checked.model_copy(update={"chat_template": False})
-        return self._scored(prompt, continuations, checked, cancel, alone=False)[0]
+        return self._scored(prompt, continuations, checked, cancel, "continuations", alone=False)[0]
 
     def decide(
         self,
@@ -70,9 +70,7 @@ class Ratings(Members):
             PromptError: a label is no valid Unicode. Others as in stream().
         """
         labels, checked = check_choices(choices), self.check(**options)
-        for label in labels:
-            check(label, chat_template=False)
-        fused, members, weights = self._scored(prompt, labels, checked, cancel)
+        fused, members, weights = self._scored(prompt, labels, checked, cancel, "choices")
         spelled = {m.name: [m.encoder.continuation(label) for label in labels] for m in self.members}
         longer = {name: begun(labels, ids if all(ids) else ()) for name, ids in spelled.items()}
         if not calibrated:
@@ -81,7 +79,7 @@ class Ratings(Members):
         of_prompt = {"score_on": None, "passages": (), "explain": None}
         same = checked.override({"weighting": shares, "pool": weights.pool, **of_prompt})
         nothing = "N/A" if isinstance(prompt, str) else [{"role": "user", "content": "N/A"}]
-        empty = self._scored(nothing, labels, same, cancel, alone=False)[0]
+        empty = self._scored(nothing, labels, same, cancel, "choices", alone=False)[0]
         return decision(labels, fused, members, weights, empty, longer)
 
     async def adecide(
@@ -91,13 +89,21 @@ class Ratings(Members):
         return await in_thread(lambda stop: self.decide(prompt, choices, cancel=stop, **options), cancel)
 
     def _scored(
-        self, prompt: Prompt, texts: Sequence[str], checked: Options, cancel: Event | None, alone: bool = True
+        self,
+        prompt: Prompt,
+        texts: Sequence[str],
+        checked: Options,
+        cancel: Event | None,
+        name: str,
+        alone: bool = True,
     ) -> tuple[list[float], dict[str, list[float]], Weights]:
-        """Log-likelihoods of texts after a prompt: fused, and (if `alone`) of each member; and the weights."""
+        """Log-likelihoods of texts after a prompt: fused, and (if `alone`) of each member; and the weights. `name` is
+        the argument that has the texts, for errors."""
         with closing(self._request([prompt], checked)) as request:
             request.stop = Stop(cancel)
-            ids = {k: [request.continued(k, text) for text in texts] for k in request.encoded[0]}
-            request.check_room({k: max(map(len, rows), default=0) for k, rows in ids.items()})
+            request.limits(0)
+            for at, text in enumerate(texts):
+                request.check_continuation(text, f"{name}[{at}]")
             request.prefill()
 
             def scores(lines: dict[Slot, Line | ServerLine]) -> tuple[list[float], dict[str, list[float]]]:
@@ -140,7 +146,6 @@ class Ratings(Members):
     ) -> Generator[list[tuple[int, float]], None, None]:
         """Groups of (index of a passage, its rating)."""
         texts, chat = check_question(question, passages), self._wraps("", checked)
-        check(question, chat_template=False)
         checked = checked.model_copy(update=NOT_RATING)
         prompts, text = [asking(passage, chat) for passage in texts], asked(question, chat)
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from unicodedata import category
 
 from packllm.errors import PromptError, shown
 
@@ -32,12 +33,20 @@ SILENT_PARTS = (
 """Parts about another provider's own actions, and marks for its cache. They have no text of the conversation."""
 
 
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode's categories of controls, formatting characters and white space."""
+
 CONTEXT = "Use the context to answer the question.\n\nContext:\n{context}\n\nQuestion: {question}"
 
 
 def with_context(question: str, passages: Sequence[str]) -> str:
     """A question with passages before it; the question alone if there are none."""
     return CONTEXT.format(context="\n\n".join(p.strip() for p in passages), question=question) if passages else question
+
+
+def says_nothing(text: str) -> bool:
+    """Whether a text has only white space and invisible characters, such as the byte order mark of an empty file."""
+    return all(category(character) in INVISIBLE for character in text)
 
 
 def check(prompt: Prompt, chat_template: bool) -> Prompt:
@@ -182,12 +191,12 @@ def _check_call(call: Any, at: int) -> Mapping[str, Any]:
     return result
 
 
-def check_unicode(text: str) -> None:
+def check_unicode(text: str, what: str = "prompt") -> None:
     """Raise PromptError if the text contains half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"prompt holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not "
+            f"{what} holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not "
             f"Unicode text; decode its source with errors='replace'"
         ) from None

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packllm.chat.messages import check_unicode, says_nothing
 from packllm.errors import OptionError, shown
 from packllm.weights.result import Weights
 
@@ -51,10 +52,12 @@ Longer = Sequence[Collection[int]]
 def check_choices(choices: Sequence[str]) -> list[str]:
     """The labels. Raise OptionError unless there are at least two, all different and none blank."""
     labels = choices if isinstance(choices, list | tuple) else ()
-    if len(labels) < 2 or not all(isinstance(label, str) and label.strip() for label in labels):
+    if len(labels) < 2 or not all(isinstance(label, str) and not says_nothing(label) for label in labels):
         raise OptionError(f"choices={shown(choices)}: give a list of two or more labels that are not empty")
     if twice := next((label for at, label in enumerate(labels) if label in labels[:at]), None):
         raise OptionError(f"choices: {twice!r} is given twice; labels must differ")
+    for at, label in enumerate(labels):
+        check_unicode(label, f"choices[{at}]")
     return list(labels)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from packllm.chat.messages import Prompt
+from packllm.chat.messages import Prompt, check_unicode, says_nothing
 from packllm.decode.line import Line
 from packllm.decode.remote import ServerLine
 from packllm.decode.request import Request
@@ -23,13 +23,15 @@ NOT_RATING = {"score_on": None, "tools": (), "tool_choice": None, "json_schema":
 
 def check_question(question: Any, passages: Any) -> list[str]:
     """The passages. Raise PromptError if the question or a passage is no text, or blank."""
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str) or says_nothing(question):
         raise PromptError(f"question={shown(question)}: give a text with at least one word")
+    check_unicode(question, "question")
     if isinstance(passages, str | bytes) or not isinstance(passages, Sequence):
         raise PromptError(f"passages must be a list of texts, not {shown(passages)}")
     for at, passage in enumerate(passages):
-        if not isinstance(passage, str) or not passage.strip():
+        if not isinstance(passage, str) or says_nothing(passage):
             raise PromptError(f"passages[{at}]={shown(passage)} has no text; leave it out")
+        check_unicode(passage, f"passages[{at}]")
     return list(passages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
@@ -121,23 +122,14 @@ class Request:
         try:
             return member.encoder.encode(prompt, options.score_on, *presented, window=member.context_window)
         except TooLong as error:
-            window = member.context_window or 0
-            raise ContextOverflowError(member.name, window, error.tokens, options.max_tokens or 1) from None
+            raise self._overflow(member, error.tokens, options.max_tokens) from None
 
-    def continued(self, k: int, text: str) -> list[int]:
-        """A member's ids of a text after the first prompt.
-
-        Raises:
-            ContextOverflowError: it has far more than the member reads.
-        """
-        member = self.members[k]
-        window = member.context_window
-        if window is not None:
-            try:
-                check_length(text, window, member.encoder.plain)
-            except TooLong as error:
-                raise ContextOverflowError(member.name, window, len(self.encoded[0][k].ids), error.tokens) from None
-        return member.encoder.continuation(text)
+    def check_continuation(self, text: str, name: str) -> None:
+        """Raise ContextOverflowError unless a text fits after the first prompt; `name` is its name in the error."""
+        for k, prompt in self.encoded[0].items():
+            member, window = self.members[k], self.members[k].context_window
+            if window is not None and len(prompt.ids) + (count := _length(member, text)) > window:
+                raise ContextOverflowError(member.name, window, len(prompt.ids), count, text=name)
 
     def check_room(self, lengths: dict[int, int]) -> None:
         """Raise ContextOverflowError unless each prompt and lengths[k] more tokens fit the window of candidate k."""
@@ -163,9 +155,14 @@ class Request:
                 continue
             room = member.context_window - len(prompt.ids)
             if room < (1 if wanted is None else wanted):
-                raise ContextOverflowError(member.name, member.context_window, len(prompt.ids), wanted or 1)
+                raise self._overflow(member, len(prompt.ids), wanted)
             limit = min(limit, room)
         return limit
+
+    def _overflow(self, member: Author, tokens: int, wanted: int | None) -> ContextOverflowError:
+        lengths = [_length(member, text) for text in self.options.passages]
+        longest = max(enumerate(lengths), key=lambda pair: pair[1], default=None)
+        return ContextOverflowError(member.name, member.context_window or 0, tokens, wanted or 1, longest=longest)
 
     def prefill(self) -> None:
         """Let every candidate read the prompts once; compute the members' scores and weights.
@@ -442,3 +439,12 @@ class Request:
         """Free the caches."""
         for sequence in self._opened:
             sequence.close()
+
+
+def _length(member: Author, text: str) -> int:
+    """Tokens of a text after a prompt; of a text far longer than the member's window, at least so many."""
+    try:
+        check_length(text, member.context_window or sys.maxsize, member.encoder.plain)
+    except TooLong as error:
+        return error.tokens
+    return len(member.encoder.continuation(text))

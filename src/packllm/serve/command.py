@@ -81,7 +81,7 @@ def serve(
         raise ExtraError("packllm serve", str(error.name), "serve") from error
     options = command_arguments.request_options(weighting, option, {} if prior is None else {"prior": prior})
     settings = Settings(
-        keys=(*_keys(api_key_env), *_given(api_key or [])),
+        keys=(*_keys(api_key_env), *_not_blank(api_key or [])),
         running=max_running,
         queue=max_queue,
         timeout=timeout,
@@ -169,8 +169,8 @@ def _hosts(host: str, uds: str | None, further: list[str]) -> tuple[str, ...]:
     return ("localhost", "127.0.0.1", "[::1]", host, *(name.lower() for name in further))
 
 
-def _given(keys: list[str]) -> list[str]:
-    """Keys of the command line."""
+def _not_blank(keys: list[str]) -> list[str]:
+    """The API keys of the command line. Raise OptionError if one is blank."""
     if any(not key.strip() for key in keys):
         raise OptionError("--api-key: the key is empty; give one, or leave out the option")
     return keys

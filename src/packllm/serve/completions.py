@@ -88,7 +88,7 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
     """The events of the answers: a single one with all complete answers, or those of a stream."""
     pack, n = served.pack, body.n or 1
     options = {**body.options(), "chat_template": False}
-    prompts = [_prompt(served, given) for given in body.prompts]
+    prompts = [_prompt(served, prompt) for prompt in body.prompts]
     head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
     readings: list[Reading | None] = [None] * len(prompts)

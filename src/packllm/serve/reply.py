@@ -18,7 +18,7 @@ Events = AsyncGenerator[dict[str, Any], None]
 
 DONE = b"data: [DONE]\n\n"
 LAST_WORDS = 5
-"""Seconds in which a client must take what ended its stream; then the connection is closed."""
+"""Seconds within which a client must read the error that ends its stream; then the connection is closed."""
 
 
 def data_only(event: dict[str, Any]) -> bytes:
@@ -97,7 +97,7 @@ class Reply(Response):
                 if not started or not self._stream:
                     raise
                 said = self._frame(told(error)[1]) + self._end
-                with suppress(TimeoutError):  # who does not read will not read this either
+                with suppress(TimeoutError):  # a client that does not read the stream does not read this either
                     async with asyncio.timeout(LAST_WORDS):
                         await send(_body(said, last=True))
 

@@ -28,38 +28,40 @@ from packllm_eval.bench.subjects import prose
 
 CLIENTS = 8
 SECONDS = 120
-"""That a server may take to load."""
+"""Seconds within which a server must load, or send the next part of an answer."""
 
-CHARACTERS = 4  # a token, about
+CHARACTERS = 4
+"""Characters of a token, approximately."""
 OURS = "from packllm.cli import app; app()"
 COMPLETIONS = "/v1/completions"
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What one client saw of an answer: seconds to its first text, and tokens."""
+    """An answer that one client received: seconds until its first text, and its number of tokens."""
 
     first: float
     tokens: int
 
 
 def serving(report: Report, prompt: int, tokens: int, repeat: int, skip: bool) -> None:
-    """Tokens a second of a server of the starter's base as a .gguf file, at one client and at eight, over those of the
-    same prompts in a batch, and over those of llama-cpp-python's server with the same file; seconds to a first token.
+    """Compare the throughput of `packllm serve`, with one client and with eight, to that of one batch of the same
+    prompts and to that of llama-cpp-python's server. All run the starter's base as a .gguf file. Also measure the time
+    to the first token.
 
     Args:
-        prompt: tokens of each prompt, about.
-        tokens: of each answer, at most.
+        prompt: approximate number of tokens of each prompt.
+        tokens: maximum number of tokens of each answer.
     """
     file = starter.base_file()
-    lacking = [name for name in ("uvicorn", "fastapi", "llama_cpp") if importlib.util.find_spec(name) is None]
-    if skip or file is None or lacking:
-        report.notes.append("serve: not measured" + (f"; not installed: {', '.join(lacking)}" if not skip else ""))
+    missing = [name for name in ("uvicorn", "fastapi", "llama_cpp") if importlib.util.find_spec(name) is None]
+    if skip or file is None or missing:
+        report.notes.append("serve: not measured" + (f"; not installed: {', '.join(missing)}" if not skip else ""))
         return
     pack = Pack(
         Loader(engine="llama.cpp").members([str(file)]), chat_template=False, max_tokens=tokens, batch_size=CLIENTS
     )
-    threads, spent = torch.get_num_threads(), dict[str, list[float]]()
+    threads, times = torch.get_num_threads(), dict[str, list[float]]()
     firsts: list[float] = []
     with _listening(_ours(str(file)), threads) as ours, _listening(_theirs(str(file), threads), threads) as theirs:
         assert ours is not None
@@ -70,26 +72,26 @@ def serving(report: Report, prompt: int, tokens: int, repeat: int, skip: bool) -
             if port is not None:
                 _ask(port, next(texts), tokens)
         for _ in bar(range(repeat), "Serve"):
-            # Every run has prompts of its own: what a server keeps of earlier ones is not measured here.
+            # Each run has new prompts, so that cached ones do not count.
             for clients in (1, CLIENTS):
-                given = [next(texts) for _ in range(clients)]
-                spent.setdefault(f"served_{clients}", []).append(_token(ours, given, tokens, firsts))
+                asked = [next(texts) for _ in range(clients)]
+                times.setdefault(f"served_{clients}", []).append(_token(ours, asked, tokens, firsts))
                 if theirs is not None:
-                    spent.setdefault(f"llama_cpp_{clients}", []).append(_token(theirs, given, tokens))
-            found = timed(spent, "batch", pack.generate_batch, given)
-            spent["batch"][-1] /= sum(one.usage.completion_tokens for one in found)
-    report.figures["serve.batch"] = ratio(spent["batch"], spent[f"served_{CLIENTS}"])
+                    times.setdefault(f"llama_cpp_{clients}", []).append(_token(theirs, asked, tokens))
+            answers = timed(times, "batch", pack.generate_batch, asked)
+            times["batch"][-1] /= sum(one.usage.completion_tokens for one in answers)
+    report.figures["serve.batch"] = ratio(times["batch"], times[f"served_{CLIENTS}"])
     for clients in (1, CLIENTS):
         report.figures[f"serve.llama_cpp_{clients}"] = ratio(
-            spent.get(f"llama_cpp_{clients}"), spent[f"served_{clients}"]
+            times.get(f"llama_cpp_{clients}"), times[f"served_{clients}"]
         )
     cuts = quantiles(firsts, n=20, method="inclusive")
     report.figures |= {"serve.first_p50": cuts[9], "serve.first_p95": cuts[18]}
-    report.seconds |= {f"token_{name}": median(values) for name, values in spent.items()}
+    report.seconds |= {f"token_{name}": median(values) for name, values in times.items()}
 
 
 def _prompts(tokens: int) -> Iterator[str]:
-    """Prose that differs from the first word on."""
+    """Prompts that differ from the first word."""
     text, length = prose(), CHARACTERS * tokens
     return (text[at : at + length] for at in range(0, len(text) - length, length))
 
@@ -108,7 +110,7 @@ def _theirs(file: str, threads: int) -> list[str] | None:
 
 @contextmanager
 def _listening(command: list[str] | None, threads: int) -> Iterator[int | None]:
-    """The port of a server that a command starts; None without a command."""
+    """Start a server with a command, and give its port; None without a command."""
     if command is None:
         yield None
         return
@@ -138,21 +140,21 @@ def _ready(port: int) -> bool:
 
 
 def _token(port: int, prompts: Sequence[str], tokens: int, firsts: list[float] | None = None) -> float:
-    """Seconds a token of prompts that are asked at once, each by a client of its own."""
+    """Send all prompts at once, each by its own client. Returns the seconds per token."""
     with ThreadPoolExecutor(len(prompts)) as clients:
         started = time.perf_counter()
-        found = list(clients.map(lambda prompt: _ask(port, prompt, tokens), prompts))
+        answers = list(clients.map(lambda prompt: _ask(port, prompt, tokens), prompts))
         seconds = time.perf_counter() - started
     if firsts is not None and len(prompts) > 1:
-        firsts.extend(one.first for one in found)
-    return seconds / sum(one.tokens for one in found)
+        firsts.extend(one.first for one in answers)
+    return seconds / sum(one.tokens for one in answers)
 
 
 def _ask(port: int, prompt: str, tokens: int) -> Answered:
-    """One streamed answer."""
+    """Ask for one streamed answer."""
     body = {"model": "pack", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-    started, first, pieces, told = time.perf_counter(), 0.0, 0, None
+    started, first, pieces, usage = time.perf_counter(), 0.0, 0, None
     connection.request(
         "POST",
         COMPLETIONS,
@@ -167,7 +169,7 @@ def _ask(port: int, prompt: str, tokens: int) -> Answered:
         if event["choices"] and event["choices"][0]["text"]:
             first = first or time.perf_counter() - started
             pieces += 1
-        told = event.get("usage") or told
+        usage = event.get("usage") or usage
     connection.close()
-    # llama-cpp-python's server tells no usage of streams, and sends a piece for each token.
-    return Answered(first, told["completion_tokens"] if told else pieces)
+    # llama-cpp-python's server sends no usage in streams, but one piece per token.
+    return Answered(first, usage["completion_tokens"] if usage else pieces)

@@ -91,7 +91,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         if (models is None) == (pack is None):
             raise OptionError("PackLLM takes either models=[...] to load or a loaded pack=, one of the two")
         given = {name: fields.pop(name) for name in list(fields) if name in Options.model_fields}
-        options = Options.model_validate({}).override(given).model_dump(exclude_unset=True)
+        options = _one_answer(Options.model_validate({}).override(given).model_dump(exclude_unset=True))
         loading = {name: fields[name] for name in LOADING if name in fields}
         if pack is None:
             pack = Pack.load(models, **loading, **options)
@@ -225,10 +225,7 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         return Formatted.by(lambda texts: write(texts[0]), [prompt]), options
 
     def _call_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in self._own_options()} | kwargs
-        if (n := options.pop("n", None)) not in (None, 1):
-            raise OptionError(f"n={n}: a response of LlamaIndex's is one answer; ask pack.generate")
-        return options
+        return _one_answer({name: getattr(self, name) for name in self._own_options()} | kwargs)
 
     def _as_it_is(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options for a prompt that is formatted already: without the members' chat templates."""
@@ -259,6 +256,13 @@ class PackLLM(CustomLLM, StructuredOutput, ToolCalling, OptionFields):
         memo = {} if memo is None else memo
         memo[id(self._pack)] = self._pack  # copies share the loaded models
         return super().__deepcopy__(memo)
+
+
+def _one_answer(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without n. Raise OptionError if they ask for several answers."""
+    if (n := options.pop("n", None)) not in (None, 1):
+        raise OptionError(f"n={n}: a response of LlamaIndex's is one answer; call pack.generate(prompt, n={n})")
+    return options
 
 
 def _formatted(messages: Sequence[ChatMessage], write: Callable[[Sequence[ChatMessage]], str]) -> Formatted:

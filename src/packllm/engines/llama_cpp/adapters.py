@@ -82,16 +82,20 @@ def read_adapter(path: Path, architecture: str | None = None) -> Header:
     """
     what = f"adapter {str(path)!r}"
     header = read_header(path)
-    told = header.metadata
+    metadata = header.metadata
     if header.kind != "adapter":
         raise refused(what, f"it is no adapter but a {header.kind[:40]}")
-    if told.get("adapter.type") != "lora":
-        raise refused(what, f"it is of the type {str(told.get('adapter.type'))[:40]!r}; llama.cpp runs 'lora' alone")
-    if any("alora" in name for name in told):
-        raise refused(what, "it is an activated LoRA, which counts after certain tokens alone")
-    if architecture is not None and (own := told.get("general.architecture")) != architecture:
+    if metadata.get("adapter.type") != "lora":
+        raise refused(
+            what, f"it is of the type {str(metadata.get('adapter.type'))[:40]!r}; llama.cpp runs 'lora' alone"
+        )
+    if any("alora" in name for name in metadata):
+        raise refused(
+            what, "it is an activated LoRA (aLoRA), which applies only after certain tokens; it is not supported"
+        )
+    if architecture is not None and (own := metadata.get("general.architecture")) != architecture:
         raise refused(what, f"it is for models of architecture {str(own)[:40]!r}, and its base is {architecture!r}")
-    alpha = told.get("adapter.lora.alpha", 0.0)
+    alpha = metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise refused(what, f"adapter.lora.alpha={str(alpha)[:40]} is no number")
     if not header.tensors:
@@ -111,13 +115,15 @@ def _of_file(path: Path, header: Header, what: str) -> _Parts:
         if role in parts.setdefault(stem, {}):
             raise refused(what, f"it has the tensor {name!r} twice")
         if kind not in _TYPES:
-            told = f"{GGMLQuantizationType(kind).name}; {', '.join(_TYPES.values())} can be used"
-            raise refused(what, f"its tensor {name!r} is of type {told}")
+            supported = ", ".join(_TYPES.values())
+            raise refused(
+                what, f"its tensor {name!r} is of type {GGMLQuantizationType(kind).name}; {supported} can be used"
+            )
         block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if len(shape) < 2 or not math.prod(shape) or shape[0] % block:
             raise refused(what, f"its tensor {name!r} is of size {_size(shape)}")
-        held = data[start : start + math.prod(shape) // block * width]
-        rows = held.reshape(*reversed(shape[1:]), shape[0] // block * width)
+        stored = data[start : start + math.prod(shape) // block * width]
+        rows = stored.reshape(*reversed(shape[1:]), shape[0] // block * width)
         if not np.isfinite(dequantize(rows, GGMLQuantizationType(kind))).all():
             raise refused(what, f"{name} holds NaN or infinity; the file is damaged or diverged in training")
         parts[stem][role] = _Part(shape, kind, rows)
@@ -165,13 +171,13 @@ def _check(shapes: Mapping[str, tuple[int, ...]], parts: _Parts, what: str) -> N
             a, b = (b[1], b[0], *b[2:]), a
         if a[1] != b[0] or a[2:] != b[2:]:
             raise refused(what, f"its factors of {name} are of size {_size(a)} and {_size(b)}: the ranks differ")
-        if (a[0], b[1], *a[2:]) != (found := shapes[name]):
-            told = f"{_size((a[0], b[1], *a[2:]))}, the base's weight {_size(found)}"
-            raise refused(what, f"its update of {name} is of size {told}; is it of another model?")
+        if (a[0], b[1], *a[2:]) != shapes[name]:
+            sizes = f"{_size((a[0], b[1], *a[2:]))}, the base's weight {_size(shapes[name])}"
+            raise refused(what, f"its update of {name} is of size {sizes}; is it of another model?")
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    """As torch would tell it: rows first."""
+    """A size in torch's order: rows first."""
     return " x ".join(map(str, reversed(shape)))
 
 

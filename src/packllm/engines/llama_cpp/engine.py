@@ -94,10 +94,10 @@ class Engine(Passes[Sequence]):
         return hashlib.sha256(f"{self._fingerprint} {suffix}".encode()).hexdigest()
 
     def held(self, adapter: int | None = None) -> dict[Hashable, int]:
-        held: dict[Hashable, int] = {id(self): self.size}
+        sizes: dict[Hashable, int] = {id(self): self.size}
         if adapter is not None:
-            held[id(self), adapter] = self._adapters[adapter][2]
-        return held
+            sizes[id(self), adapter] = self._adapters[adapter][2]
+        return sizes
 
     # One pass (see passes.py)
 
