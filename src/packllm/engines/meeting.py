@@ -234,7 +234,7 @@ class Meeting:
 def chosen(jobs: List[Job], engine: Packs) -> list[Part]:
     """Choose what the next pass of an engine reads: all short reads, then long reads as far as there is room. The
     oldest long read gets half of the room, the others follow by length. A request with a long read may make a pass of
-    short ones three times as long, but no longer."""
+    short ones two and a half times as long, but no longer."""
     queues: dict[Sequence, list[Job]] = {}
     for job in jobs:
         queues.setdefault(job.read.sequence, []).append(job)
@@ -243,7 +243,7 @@ def chosen(jobs: List[Job], engine: Packs) -> list[Part]:
     counts = {sequence: remaining[sequence] for sequence in queues if remaining[sequence] <= SHORT}
     if long:
         steps, requests = sum(counts.values()), len({_circle(sequence).root() for sequence in long})
-        room = min(engine.most, int(2 * requests * (1 / engine.packing + steps))) if steps else engine.most
+        room = min(engine.most, int(1.5 * requests * (1 / engine.packing + steps))) if steps else engine.most
         oldest, others = long[0], sorted(long[1:], key=remaining.__getitem__)
         if others:
             counts[oldest] = min(remaining[oldest], max(1, room // 2))
