@@ -305,7 +305,7 @@ def test_headers_with_random_faults(content, tmp_path):
 def test_what_no_gguf_file_has(tiny):
     with pytest.raises(OptionError, match=r"engine='vllm' is unknown; valid: llama.cpp, transformers"):
         Loader(engine="vllm")
-    with pytest.raises(OptionError, match="dtype, model_kwargs and quantization are for transformers"):
+    with pytest.raises(OptionError, match="dtype, model_kwargs, quantization and prepack are for transformers"):
         Loader(dtype="float32", engine="llama.cpp")
 
 

@@ -82,8 +82,7 @@ class Loader:
         if engine == "llama.cpp" and not as_stored:
             raise OptionError(
                 "engine='llama.cpp' cannot convert a file: dtype, model_kwargs, quantization and prepack are for "
-                "transformers; "
-                "leave them out, or use engine='transformers'"
+                "transformers; leave them out, or use engine='transformers'"
             )
         if engine == "llama.cpp":
             binding()
