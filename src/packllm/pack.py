@@ -21,7 +21,8 @@ from packllm.decode.decodings import Decoding
 from packllm.decode.explain import explanation
 from packllm.decode.request import Request
 from packllm.engines import memory
-from packllm.engines.load import Loader, as_list, is_spec, without_secrets
+from packllm.engines.load import Loader, as_list, without_secrets
+from packllm.engines.spec import is_spec
 from packllm.errors import LoadError, OptionError, PackError, PromptError, shown
 from packllm.members import defaults
 from packllm.options import Options

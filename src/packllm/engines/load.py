@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,28 +22,23 @@ from packllm.engines.llama_cpp.native import VERSION, binding, installed
 from packllm.engines.member import Author, Member
 from packllm.engines.server.address import is_address
 from packllm.engines.server.member import connect
+from packllm.engines.spec import HUB_ID, Spec, gguf, is_spec, name_of, of_worker
 from packllm.engines.transformers import files, lora
 from packllm.engines.transformers.adapters import Adapters
 from packllm.engines.transformers.engine import Engine
 from packllm.engines.transformers.footprint import Footprint
 from packllm.engines.transformers.footprint import of as footprint
 from packllm.engines.transformers.gguf import converted
-from packllm.engines.transformers.gguf_header import MAGIC, check_parts, parts
+from packllm.engines.transformers.gguf_header import check_parts, parts
 from packllm.engines.transformers.merged_adapters import merge
 from packllm.engines.transformers.precision import fastest
 from packllm.engines.transformers.quantization import config_of
 from packllm.errors import LoadError, OptionError, loading, refused
 
-__all__ = ["Loader", "as_list", "is_spec", "without_secrets"]
-
 log = logging.getLogger("packllm")
 
 ENGINES = ("llama.cpp", "transformers")
-_ELSEWHERE = "for a model on a server https://HOST/v1#MODEL, for one in a worker ray:SPEC"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FORMS = "a hub id, a folder, a .gguf file or base+adapter"
-_REMOTE = re.compile(r"(?:([\w.-]+)=)?ray(?:\[([^]]*)\])?:(.+)")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Loader:
@@ -165,7 +159,7 @@ class Loader:
             base = lora.read_config(folder).get("base_model_name_or_path")
         candidates = [base, os.path.join(folder, base)] if isinstance(base, str) and base else []
         base_path = next((path for path in candidates if os.path.exists(path)), None)
-        if base_path is None and not (candidates and _HUB_ID.fullmatch(str(base))):
+        if base_path is None and not (candidates and HUB_ID.fullmatch(str(base))):
             raise LoadError(
                 f"{spec.base!r} is an adapter, and its base {base!r} is not on this machine; name it: BASE+{spec.base}"
             )
@@ -200,19 +194,19 @@ class Loader:
         """The memory that the base of a spec will need; no weights are read."""
         if os.path.isfile(spec.base) and self._as_it_is():
             with loading(f"model {spec.base!r}"):
-                return llama_cpp.footprint(_gguf(spec.base))
+                return llama_cpp.footprint(gguf(spec.base))
         return footprint(spec.base, self._dtype, self.trust, self._words, self.prepack)
 
     def adapter(self, name: str, weights: bool = True) -> lora.Adapter:
         """The files of an adapter, see lora.open_adapter."""
-        if os.path.isfile(name) and _gguf(name):
+        if os.path.isfile(name) and gguf(name):
             told = "GGUF adapters run in llama.cpp alone (packllm[llama-cpp]), on a .gguf base; or give its folder"
             raise refused(f"adapter {name!r}", told)
         return lora.open_adapter(name, self._hub, weights)
 
     def _member(self, spec: Spec, shared: bool) -> Member:
         """A member with the base's engine, if others share it. A single adapter is merged, which is faster."""
-        if os.path.isfile(spec.base) and (path := _gguf(spec.base)):
+        if os.path.isfile(spec.base) and (path := gguf(spec.base)):
             if self._as_it_is():
                 return self._by_llama_cpp(spec)
             if self._engine is None:
@@ -248,7 +242,7 @@ class Loader:
         file = self._files[spec.key]
         tokenizer, encoder, index = file.tokenizer, file.encoder, None
         if spec.adapter is not None and os.path.isfile(spec.adapter):
-            index = llama_cpp_adapters.attach(file, _gguf(spec.adapter))
+            index = llama_cpp_adapters.attach(file, gguf(spec.adapter))
         elif spec.adapter is not None:
             adapter = self.adapter(spec.adapter)
             with loading(f"the tokenizer of {adapter.what}"):
@@ -263,7 +257,7 @@ class Loader:
     def _base(self, spec: Spec) -> _Base:
         if spec.key not in self._bases:
             if os.path.isfile(spec.base):
-                source: str | Path = converted(_gguf(spec.base))
+                source: str | Path = converted(gguf(spec.base))
                 arguments = {name: value for name, value in self._words.items() if name not in files.HUB}
             else:
                 source, arguments = spec.base, self._words
@@ -300,11 +294,6 @@ def _tell_cost(path: Path) -> None:
     )
 
 
-def of_worker(model: Any) -> re.Match[str] | None:
-    """Name, resources and spec of "ray:SPEC" as a match; None for anything else."""
-    return _REMOTE.fullmatch(os.fspath(model)) if is_spec(model) else None
-
-
 def _alone(asked: tuple[Any, ...], spec: str) -> Member:
     """The member of one spec, loaded by its own loader."""
     return Loader(*asked).members([spec])[0]
@@ -333,11 +322,6 @@ def without_secrets(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | 
         if name != "token"
     }
     return arguments or None
-
-
-def is_spec(model: Any) -> bool:
-    """Whether it is a text or path, which names a model."""
-    return isinstance(model, str | os.PathLike) and isinstance(os.fspath(model), str)
 
 
 _KINDS = (
@@ -369,7 +353,7 @@ def _member_of(model: Any, at: int) -> Author:
             raise LoadError(f"{what} with a {type(tokenizer).__name__} is no transformers model and its tokenizer")
         files.check_decoder(torch_model.config, what)
         files.check_finite(dict(torch_model.named_parameters()), what)
-        name = _name(str(getattr(torch_model.config, "name_or_path", "") or type(torch_model).__name__))
+        name = name_of(str(getattr(torch_model.config, "name_or_path", "") or type(torch_model).__name__))
         return Member(torch_model, tokenizer, name, _encoder(tokenizer))
 
 
@@ -388,60 +372,3 @@ class _Base:
     tokenizer: Any
     encoder: Encoder
     engine: Engine
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A parsed model name: a base and possibly an adapter, each an existing path or a possible hub id."""
-
-    name: str
-    base: str
-    adapter: str | None
-
-    @property
-    def key(self) -> str:
-        """The base's path or id in a normal form."""
-        return os.path.realpath(self.base) if os.path.exists(self.base) else self.base
-
-    @classmethod
-    def of(cls, text: str) -> Spec:
-        match = None if os.path.exists(text) else re.match(r"([\w.-]+)=", text)
-        base, adapter = _split(text[match.end() :] if match else text)
-        return cls(match[1] if match else _name(adapter or base), base, adapter)
-
-
-def _split(spec: str) -> tuple[str, str | None]:
-    expanded = os.path.expanduser(spec)
-    if os.path.exists(expanded):
-        return expanded, None
-    base, separator, adapter = spec.rpartition("+")
-    parts = (os.path.expanduser(base), os.path.expanduser(adapter)) if separator else (expanded, None)
-    for part in parts:
-        if part is None or os.path.exists(part):
-            continue
-        if part.endswith(".gguf"):
-            raise LoadError(f"model file {part!r} does not exist")
-        if engine := re.match(r"([A-Za-z][\w.-]+):", part):
-            raise LoadError(f"model {part!r} names no engine that there is: {engine[1]!r}; give {_FORMS}; {_ELSEWHERE}")
-        if not _HUB_ID.fullmatch(part):
-            raise LoadError(f"model {part!r} does not exist; give {_FORMS}")
-    return parts
-
-
-def _gguf(path: str) -> Path:
-    """The path of a GGUF file. Raise LoadError that says what the file is if it is anything else."""
-    file = Path(path)
-    with loading(f"{path!r}"):
-        if files.is_lfs_pointer(file):
-            raise LoadError(f"{path!r} is a git-lfs pointer instead of the file; run `git lfs pull` there")
-        with open(file, "rb") as stream:
-            magic = stream.read(len(MAGIC)) == MAGIC
-    if file.suffix.lower() == ".gguf" or magic:
-        return file
-    kind = f"a {file.suffix} file" if file.suffix else "a file"
-    remedy = "name its folder" if file.suffix in (".safetensors", ".json") else "give a folder or a .gguf file"
-    raise LoadError(f"{path!r} is {kind}, which is no model by itself; {remedy}")
-
-
-def _name(path: str) -> str:
-    return os.path.basename(os.path.abspath(path)).removesuffix(".gguf")

@@ -14,9 +14,10 @@ import torch
 
 from packllm.chat.prompt import Encoder
 from packllm.engines.llama_cpp.adapters import read_adapter
-from packllm.engines.load import Loader, Spec, as_list, is_spec, of_worker
+from packllm.engines.load import Loader, as_list
 from packllm.engines.member import Author, Member
 from packllm.engines.server.address import Address, is_address
+from packllm.engines.spec import Spec, is_spec, of_worker
 from packllm.engines.transformers.files import own_tokenizer
 from packllm.engines.transformers.footprint import Footprint, free_where
 from packllm.errors import LoadError, OptionError
