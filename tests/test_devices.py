@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from conftest import TextPack as Pack
+from elsewhere import pretended
 from lines import lines
 
 from packllm import Member, MemberError
@@ -126,3 +127,36 @@ def test_a_lost_device_leaves_the_others(apart, make_member, hooked):
     hooked(members[0], fail)
     with pytest.raises(MemberError, match="device lost"):
         pack.generate(PROMPTS[0])
+
+
+MODES = {
+    "em": {},
+    "uniform": {"weighting": "uniform"},
+    "opt": {"weighting": "opt"},
+    "exact": {"weighting": "exact"},
+    "sim": {"weighting": "sim"},
+    "log pool": {"pool": "log"},
+    "log pool, exact": {"pool": "log", "weighting": "exact"},
+    "drafts": {"draft_tokens": 4, "weighting": {"llama-0": 0.8, "gpt2-1": 0.2}},
+    "sampled": {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 5},
+    "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {40: 1.0}},
+    "log-probabilities": {"logprobs": True, "top_logprobs": 3},
+    "adapt": {"adapt": True},
+    "cool": {"decoding": "cool"},
+    "lazy": {"decoding": "lazy", "temperature": 1.0, "seed": 3},
+    "mined": {"decoding": "mined"},
+    "race": {"race": 1},
+    "schema": {"json_schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_on_a_gpu_meets_nothing_of_the_cpu(make_member, monkeypatch, mode):
+    """The same text as on the CPU, twice: the second time with the prompt in the prefix cache."""
+    members = [make_member("llama", 0), make_member("gpt2", 1)]
+    prompts = [f"{at}. {prompt} " + "The planner chose an index scan. " * 5 for at, prompt in enumerate(PROMPTS)]
+    pack = Pack(members, max_tokens=12, **MODES[mode])
+    expected = [[g.text for g in pack.generate_batch(prompts)] for _ in range(2)]
+    with pretended(monkeypatch, *(member.engine for member in members)):
+        pack = Pack(members, max_tokens=12, **MODES[mode])
+        assert [[g.text for g in pack.generate_batch(prompts)] for _ in range(2)] == expected

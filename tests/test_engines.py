@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from elsewhere import pretended
 from engines.bytes import ByteEngine, ByteSequence
 from engines.contract import *  # noqa: F403
 from engines.contract import Subject
@@ -57,8 +59,9 @@ def torch_subject(members: Sequence[Member], models: Sequence[object] = ()) -> S
 
     def truth(ids: Sequence[int], adapter: int | None) -> Tensor:
         with torch.inference_mode():
-            logits = of_adapter[adapter](input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-        return logits[:, : engine.vocabulary_size].float().log_softmax(-1)
+            model = of_adapter[adapter]
+            logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+        return logits[:, : engine.vocabulary_size].float().log_softmax(-1).cpu()
 
     @contextmanager
     def poisoned(token: int) -> Iterator[None]:
@@ -80,9 +83,20 @@ def torch_subject(members: Sequence[Member], models: Sequence[object] = ()) -> S
 KINDS = ["llama", "gpt2", "qwen", "gemma", "gpt-neo", "bloom", "mamba", "mixtral"]
 
 
-@pytest.fixture(params=[*KINDS, "adapters", "bytes"])
-def subject(request, make_member, byte_tokenizer, tmp_path) -> Subject:
-    kind = request.param
+GPU = pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.fixture(params=[*KINDS, "adapters", "bytes", "pretended gpu", GPU])
+def subject(request, make_member, byte_tokenizer, tmp_path, monkeypatch) -> Iterator[Subject]:
+    if request.param != "pretended gpu":
+        yield subject_of(request.param, make_member, byte_tokenizer, tmp_path)
+        return
+    found = subject_of("qwen", make_member, byte_tokenizer, tmp_path)
+    with pretended(monkeypatch, found.engine):
+        yield found
+
+
+def subject_of(kind: str, make_member, byte_tokenizer, tmp_path) -> Subject:
     if kind == "bytes":
         return byte_subject()
     if kind == "adapters":
@@ -90,6 +104,8 @@ def subject(request, make_member, byte_tokenizer, tmp_path) -> Subject:
         return torch_subject(members, [member.merged() for member in members])
     if kind in ("llama", "gpt2", "qwen", "gemma"):
         return torch_subject([make_member(kind)])
+    if kind == "gpu":
+        return torch_subject([Member(copy.deepcopy(make_member("qwen").model).cuda(), byte_tokenizer, kind)])
     return torch_subject([Member(own_model(kind, len(byte_tokenizer)), byte_tokenizer, kind)])
 
 

@@ -82,6 +82,7 @@ def read(sequence: base.Sequence, ids: Sequence[int], want: base.Want = "all") -
 def assert_close(found: Tensor | Exception, right: Tensor) -> None:
     assert isinstance(found, Tensor), found
     assert found.shape == right.shape
+    found = found.cpu()
     apart = (found.exp().double() - right.exp().double()).abs().amax(-1)
     assert bool((apart < APART).all()), apart
     likely = right > -20

@@ -52,8 +52,9 @@ class Job:
         """Record the result of the next `count` ids."""
         self.done += count
         self.results.append(result)
-        if not self.left:
-            self.answer = self.results[0] if len(self.results) == 1 else torch.cat(self.results)
+        if not self.left:  # empty results may be on another device than the others
+            filled = [one for one in self.results if len(one)] or self.results[:1]
+            self.answer = filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 class Circle:

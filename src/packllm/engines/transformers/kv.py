@@ -32,17 +32,27 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (1, heads, n, d); return all of them, (1, heads, N, d)."""
-        before = self.get_seq_length()
-        if self.keys is None or self.values is None or not before:
-            return super().update(key_states, value_states)
-        after = before + key_states.shape[-2]
-        if self._rooms is None or not self._fits(self._rooms[0], before, after):
-            self._rooms = _moved(self.keys, after + SPARE), _moved(self.values, after + SPARE)
-            self.shared = 0
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., before:after, :] = states
-        self.keys, self.values = (room[..., :after, :] for room in self._rooms)
-        return self.keys, self.values
+        for place, states in zip(self.extend(key_states, value_states), (key_states, value_states), strict=True):
+            place.copy_(states)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def extend(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Make `keys` and `values` longer by these states (1, heads, n, d), which are not written yet.
+
+        Returns:
+            The places to write the states to.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, count = self.get_seq_length(), key_states.shape[-2]
+        if self._rooms is None or not self._fits(self._rooms[0], before, before + count):
+            size = before + count + (SPARE if before else 0)
+            stored = zip((self.keys, self.values), (key_states, value_states), strict=True)
+            keys, values = (_moved(old, states, before, size) for old, states in stored)
+            self._rooms, self.shared = (keys, values), 0
+        keys, values = self._rooms
+        self.keys, self.values = keys.narrow(-2, 0, before + count), values.narrow(-2, 0, before + count)
+        return keys.narrow(-2, before, count), values.narrow(-2, before, count)
 
     def _fits(self, room: Tensor, before: int, after: int) -> bool:
         """Whether there is room, and the keys are still a view of it."""
@@ -122,7 +132,13 @@ def tensors(cache: Any) -> Iterator[Tensor]:
             )
 
 
-def _moved(states: Tensor, size: int) -> Tensor:
-    room = states.new_empty((*states.shape[:-2], size, states.shape[-1]))
-    room[..., : states.shape[-2], :] = states
+def _moved(old: Tensor | None, states: Tensor, count: int, size: int) -> Tensor:
+    """Room for `size` tokens of such states, with the first `count` of the old ones."""
+    *_, heads, _, width = states.shape
+    if states.is_cuda:  # token by token: then many caches can be written in one launch (packed.py)
+        room = states.new_empty((size, heads, width)).transpose(0, 1)[None]
+    else:
+        room = states.new_empty((1, heads, size, width))
+    if count and old is not None:
+        room.narrow(-2, 0, count).copy_(old)
     return room

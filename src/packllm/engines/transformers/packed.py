@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache as once
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from packllm.engines.transformers import kv
+from packllm.engines.transformers import kv, varlen
 from packllm.engines.transformers.architecture import device_of
 
 NAME = "packllm"
@@ -42,38 +43,46 @@ class PackedCache(DynamicCache):
 
     def __init__(self, caches: Sequence[DynamicCache], counts: Sequence[int]) -> None:
         super().__init__()
-        self._caches, self._counts = caches, counts
+        self._caches, self.counts = caches, list(counts)
         self._keys: Tensor | None = None
         self._layer = 0
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[torch.device, int, int, int | None], Tensor] = {}
+        self._ends: dict[tuple[torch.device, *tuple[int, ...]], Tensor] = {}
         self.windows: dict[int, int | None] = {}  # by layer, as passed to the attention
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Append each sequence's part of keys and values (1, heads, n, d) to its cache."""
-        start = 0
-        for cache, count in zip(self._caches, self._counts, strict=True):
-            part = slice(start, start + count)
-            cache.update(key_states[:, :, part], value_states[:, :, part], layer_idx)
-            start += count
+        layers: list[Any] = [cache.layers[layer_idx] for cache in self._caches]
+        parts = list(zip(self._split(key_states), self._split(value_states), strict=True))
+        places = [place for layer, part in zip(layers, parts, strict=True) for place in layer.extend(*part)]
+        torch._foreach_copy_(places, [states for part in parts for states in part])  # one launch on a GPU
         self._keys, self._layer = key_states, layer_idx
         return key_states, value_states
 
-    def rows(self, keys: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each sequence: its tokens of the pass, and all its keys and values of the last updated layer."""
+    def _split(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the sequences. The first stride is that of the caches' places: equal ones are copied faster."""
+        return states[0][None].split(self.counts, dim=2)
+
+    def stored(self, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each sequence all its keys and values of the last updated layer, (1, heads, N, d)."""
         if keys is not self._keys:
             raise ValueError("this architecture changes keys after they are cached")
-        start = 0
-        for cache, count in zip(self._caches, self._counts, strict=True):
-            layer: Any = cache.layers[self._layer]
-            yield slice(start, start + count), layer.keys, layer.values
-            start += count
+        layers: list[Any] = [cache.layers[self._layer] for cache in self._caches]
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def ends(self, lengths: Sequence[int], device: torch.device) -> Tensor:
+        """Where parts of these lengths end, one after another: int32 (parts + 1,), from 0. Shared by all layers."""
+        key = device, *lengths
+        if key not in self._ends:
+            self._ends[key] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return self._ends[key]
 
     def mask(self, tokens: int, length: int, window: int | None, device: torch.device) -> Tensor:
         """The positions that each of the last `tokens` of `length` tokens may attend to: bool (tokens, length). Shared
         by all layers."""
-        key = tokens, length, window
+        key = device, tokens, length, window
         if key not in self._masks:
             ahead = torch.arange(length, device=device) - torch.arange(length - tokens, length, device=device)[:, None]
             self._masks[key] = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
@@ -96,13 +105,16 @@ def attend(
     """Attention with queries (1, heads, n, d), as called by transformers; each sequence attends to its own cache."""
     cache: PackedCache = _here.cache
     cache.windows[getattr(module, "layer_idx", len(cache.windows))] = sliding_window
+    pairs = zip(cache.counts, cache.stored(key), strict=True)
+    stored = [_within(sliding_window, count, *pair) for count, pair in pairs]
+    if len(stored) > 1 and softcap is None and s_aux is None and (kernel := varlen.of(query, value)):
+        lengths = [keys.shape[2] for keys, _ in stored]
+        ends = cache.ends(cache.counts, query.device), cache.ends(lengths, query.device)
+        longest = max(cache.counts), max(lengths)
+        return varlen.attend(kernel, query, stored, ends, longest, scaling, sliding_window), None
     parts = []
-    for tokens, keys, values in cache.rows(key):
-        part = query[:, :, tokens]
+    for part, (keys, values) in zip(query.split(cache.counts, dim=2), stored, strict=True):
         count, length = part.shape[2], keys.shape[2]
-        if sliding_window is not None and length > sliding_window + count - 1:  # no token attends further back
-            start = length - (sliding_window + count - 1)
-            keys, values, length = keys[:, :, start:], values[:, :, start:], length - start
         window = sliding_window if sliding_window is not None and sliding_window < length else None
         plain = window is None and (count == 1 or count == length)
         mask = None if plain or count == 1 else cache.mask(count, length, window, part.device)
@@ -121,6 +133,12 @@ def attend(
             parts.append(out)
     outputs = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return outputs.transpose(1, 2).contiguous(), None
+
+
+def _within(window: int | None, count: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values that the last `count` tokens attend to: with a window, none attends further back."""
+    start = 0 if window is None else keys.shape[2] - (window + count - 1)
+    return (keys[:, :, start:], values[:, :, start:]) if start > 0 else (keys, values)
 
 
 def _by_hand(
