@@ -8,9 +8,7 @@ import torch
 from packllm.engines.base import Read, read_together
 from packllm.engines.transformers import varlen
 
-TEXT = (
-    "The court shall order relief. Once upon a time there was a planner, and it chose an index scan of its statistics."
-)
+TEXT = "The court shall order relief. Once upon a time there was a planner, and it chose an index scan of statistics."
 
 PARTS = [(9, 1, 1, 4), (1, 1, 3, 1), (30, 2, 1, 1), (17, 1, 1, 1)]
 """Tokens that each sequence reads in each of four passes: prompts, single tokens, and drafts, beyond windows of 8."""

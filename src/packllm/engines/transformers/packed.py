@@ -47,7 +47,7 @@ class PackedCache(DynamicCache):
         self._keys: Tensor | None = None
         self._layer = 0
         self._masks: dict[tuple[torch.device, int, int, int | None], Tensor] = {}
-        self._ends: dict[tuple[torch.device, *tuple[int, ...]], Tensor] = {}
+        self._ends: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self.windows: dict[int, int | None] = {}  # by layer, as passed to the attention
 
     def update(
@@ -74,7 +74,7 @@ class PackedCache(DynamicCache):
 
     def ends(self, lengths: Sequence[int], device: torch.device) -> Tensor:
         """Where parts of these lengths end, one after another: int32 (parts + 1,), from 0. Shared by all layers."""
-        key = device, *lengths
+        key = device, tuple(lengths)
         if key not in self._ends:
             self._ends[key] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         return self._ends[key]

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import cache as once
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ MOST_WIDTH = 256
 
 
 @once
-def kernel(device: torch.device) -> Callable[..., Tensor] | None:
+def kernel(device: torch.device) -> Callable[..., Any] | None:
     """torch's attention for rows of different lengths, if this torch has it with all that is needed here, and the
     device runs it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -31,7 +34,7 @@ def kernel(device: torch.device) -> Callable[..., Tensor] | None:
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn  # before, it always was
 
 
-def of(query: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
+def of(query: Tensor, value: Tensor) -> Callable[..., Any] | None:
     """The kernel for these queries (1, heads, n, d) and values; None if it has no form for them."""
     width = query.shape[-1]
     fits = width == value.shape[-1] and width <= MOST_WIDTH and not width % 8
@@ -40,7 +43,7 @@ def of(query: Tensor, value: Tensor) -> Callable[..., Tensor] | None:
 
 
 def attend(
-    kernel: Callable[..., Tensor],
+    kernel: Callable[..., Any],
     query: Tensor,
     stored: Sequence[tuple[Tensor, Tensor]],
     ends: tuple[Tensor, Tensor],
@@ -61,4 +64,5 @@ def attend(
     """
     key, value = (torch.cat(parts, dim=2)[0].transpose(0, 1) for parts in zip(*stored, strict=True))
     windows = -1 if window is None else window - 1, 0
-    return kernel(query[0].transpose(0, 1), key, value, *ends, *longest, scale=scale, window_size=windows)[None]
+    output: Tensor = kernel(query[0].transpose(0, 1), key, value, *ends, *longest, scale=scale, window_size=windows)
+    return output[None]
