@@ -23,7 +23,7 @@ from faces import FACES, Face
 from transformers import DynamicCache
 
 from packllm import Member
-from packllm.engines.base import Sequence
+from packllm.engines.base import Read, Sequence, read_together
 
 PROMPTS = (
     "the patient has a fever and",
@@ -280,3 +280,45 @@ def test_threads_take_as_few_passes_as_a_batch(make_member: Any) -> None:
         thread.join(LIMIT)
     assert [texts[number] for number in range(48)] == expected
     assert len(passes) <= 1.2 * together  # 1.0 in turns; 1.27 when the emptiest engine went first
+
+
+def test_a_long_read_that_is_cancelled_ends_though_others_run_its_passes(make_member: Any) -> None:
+    """Its gate is asked after each of its passes, not only when it runs one itself."""
+    member = make_member("llama")
+    engine, run = copy.copy(member.engine), member.engine.run
+    engine.most = 8  # tokens of a pass
+    ids = (member.encoder.encode(PROMPTS[3]).ids * 30)[:400]
+    cancelled, ended = threading.Event(), threading.Event()
+    long = engine.open()
+    passes_after = []
+
+    def counted(parts: Any) -> None:
+        if any(part.sequence is long for part in parts):
+            if cancelled.is_set():
+                passes_after.append(1)
+            elif len(long.ids) >= 40:
+                cancelled.set()
+        run(parts)
+
+    def gate() -> None:
+        if cancelled.is_set():
+            raise KeyError("cancelled")
+
+    def steps() -> None:
+        sequence = engine.open()
+        while not ended.is_set():
+            read_together([Read(sequence, ids[:1], "last")])
+            sequence.crop(0)
+
+    engine.run, long.gate = counted, gate
+    others = [threading.Thread(target=steps) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    try:
+        (answer,) = read_together([Read(long, ids, "last")])
+    finally:
+        ended.set()
+        for thread in others:
+            thread.join()
+    assert isinstance(answer, KeyError)
+    assert len(passes_after) <= 15  # of 45

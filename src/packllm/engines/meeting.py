@@ -57,6 +57,23 @@ class Job:
             self.answer = filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
+@dataclass(eq=False)
+class Call:
+    """The reads of one thread.
+
+    Attributes:
+        jobs: the reads.
+        turn: where the thread waits for them, or for its turn to run a pass.
+    """
+
+    jobs: list[Job]
+    turn: threading.Condition
+
+    @property
+    def done(self) -> bool:
+        return all(job.answer is not None for job in self.jobs)
+
+
 class Circle:
     """The sequences of one request: those that have read together, and their forks. A pass waits for requests, not for
     sequences."""
@@ -129,11 +146,14 @@ class Meeting:
     """The queue of the reads of all engines at one place."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._calls: list[Call] = []  # each waits by itself: a pass wakes only those that it concerns
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._busy = False
         self._expected: set[Circle] = set()  # requests that got results and have not queued a read since
+        self._all_here = threading.Condition(self._lock)  # notified when nobody is expected any more
+        self._came = 0.0  # when the last of them came
         self._passed_over: Counter[Packs] = Counter()
 
     @staticmethod
@@ -144,52 +164,69 @@ class Meeting:
 
     def read(self, reads: List[Read]) -> list[Tensor | Exception]:
         """Answer reads of engines of this place, in their order."""
-        jobs = [Job(read) for read in reads]
+        call = Call([Job(read) for read in reads], threading.Condition(self._lock))
         circles = [_circle(read.sequence) for read in reads]
-        with self._condition:
+        with self._lock:
             for circle in circles[1:]:
                 circle.join(circles[0])
-            self._expected = {circle.root() for circle in self._expected} - {circles[0].root()}
-            self._waiting += jobs
-            self._condition.notify_all()
+            if len(circles) > 1:
+                self._expected = {circle.root() for circle in self._expected}
+            self._waiting += call.jobs
+            self._calls.append(call)
+            self._no_longer_expected(circles[0].root())
         try:
-            while any(job.answer is None for job in jobs):
+            while not call.done:
                 for read in reads:
                     read.sequence.gate()
-                with self._condition:
-                    while self._busy and any(job.answer is None for job in jobs):
-                        self._condition.wait()
-                    if all(job.answer is not None for job in jobs):
+                with self._lock:
+                    if call.done:
                         break
+                    if self._busy:
+                        call.turn.wait()
+                        continue
                     self._busy = True
                 self._lead()
         finally:
-            with self._condition:  # on an interrupt remove the waiting reads, and wait for those in a pass
-                self._waiting = [job for job in self._waiting if job not in jobs]
-                while self._busy and any(job in self._running for job in jobs):
-                    self._condition.wait()
-        return [job.answer for job in jobs if job.answer is not None]
+            with self._lock:
+                if not call.done:  # on an interrupt remove the waiting reads, and wait for those in a pass
+                    self._waiting = [job for job in self._waiting if job not in call.jobs]
+                    while self._busy and any(job in self._running for job in call.jobs):
+                        call.turn.wait()
+                self._calls.remove(call)
+                self._hand_on()
+        return [job.answer for job in call.jobs if job.answer is not None]
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """A fork belongs to the same request."""
-        with self._condition:
+        with self._lock:
             circle = _circle(sequence).root()
             circle.open += 1
             twin.circle = circle  # type: ignore[attr-defined]
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence is closed. Passes do not wait for a request without open sequences."""
-        with self._condition:
+        with self._lock:
             circle = _circle(sequence).root()
             circle.open -= 1
-            if not circle.open and circle in self._expected:
-                self._expected.discard(circle)
-                self._condition.notify_all()
+            if not circle.open:
+                self._no_longer_expected(circle)
+
+    def _no_longer_expected(self, circle: Circle) -> None:
+        if circle in self._expected:
+            self._expected.discard(circle)
+            self._came = time.monotonic()
+            if not self._expected:
+                self._all_here.notify()
+
+    def _hand_on(self) -> None:
+        """If nobody runs a pass, wake a thread that will."""
+        if not self._busy and (call := next((call for call in self._calls if not call.done), None)):
+            call.turn.notify()
 
     def _lead(self) -> None:
         """Run one pass over the waiting reads of one engine."""
         try:
-            with self._condition:
+            with self._lock:
                 self._gather()
                 engine = self._next()
                 parts = [] if engine is None else chosen([j for j in self._waiting if _engine(j) is engine], engine)
@@ -199,24 +236,24 @@ class Meeting:
             if engine is not None:
                 engine.run(parts)
         finally:
-            with self._condition:
+            with self._lock:
                 ended = {_circle(job.read.sequence).root() for job in self._waiting if job.answer is not None}
                 self._waiting = [job for job in self._waiting if job.answer is None]
                 waiting = {_circle(job.read.sequence).root() for job in self._waiting}
                 self._expected = {circle for circle in self._expected | ended if circle.open} - waiting
-                self._busy, self._running = False, []
-                self._condition.notify_all()
+                ran, self._running, self._busy = set(self._running), [], False
+                for call in self._calls:
+                    if call.done or not ran.isdisjoint(call.jobs):
+                        call.turn.notify()
+                self._hand_on()
 
     def _gather(self) -> None:
         """Wait a moment for the requests of the last pass: they are choosing their next tokens, and would otherwise
         need another pass."""
-        latest = time.monotonic() + LONGEST
-        while self._expected:
-            count = len(self._expected)
-            if not self._condition.wait(min(QUIET, latest - time.monotonic())) and len(self._expected) == count:
-                break
-            if time.monotonic() >= latest:
-                break
+        self._came = time.monotonic()
+        latest = self._came + LONGEST
+        while self._expected and (left := min(self._came + QUIET, latest) - time.monotonic()) > 0:
+            self._all_here.wait(left)
         self._expected = set()
 
     def _next(self) -> Packs | None:
