@@ -102,6 +102,34 @@ def test_what_is_no_conversation_has_no_reasoning():
     assert saying("<think>hm</think>a", chat_template=False).generate("Why").text == "<think>hm</think>a"
 
 
+COUNTED = {  # one token a byte, or a control token
+    "<think>\nhé\n</think>|\n\nBecause.": TEMPLATE,
+    "hm\n</think>|\n\nBecause <think>, he said.": OPENS,
+    "[THINK]hm[/THINK]|Because.": KNOWS_MARKS,
+    "<think>a</think><thought>b</thought>|c": TEMPLATE,
+    "|Because <think>hm</think>.": TEMPLATE,
+    "|<thin ice": TEMPLATE,
+    "<think>\nnever ends|": TEMPLATE,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["</th", ", he", "\n\nx"]}, {"decoding": "cool"}])
+@pytest.mark.parametrize("script", COUNTED)
+def test_the_tokens_of_reasoning_are_counted(script, options):
+    thought, said = script.split("|")
+    pack = saying(thought + said, COUNTED[script], SPECIAL if "[THINK]" in thought else (), **options)
+    if SPECIAL[0] in thought and "decoding" in options:
+        pytest.skip("control tokens are no text of segments")
+    tokens = 2 + len("hm") if SPECIAL[0] in thought else len(thought.encode())
+    answer, last = pack.generate(ASK), [*pack.stream(ASK)][-1]
+    if "</th" in options.get("stop", ()) and "</think>" in thought + said:  # ends within the reasoning
+        tokens = min(tokens, len((thought + said).partition("</th")[0].encode()) + len("</th"))
+    assert (answer.usage.reasoning_tokens, last.usage.reasoning_tokens) == (tokens, tokens)
+    assert answer.usage.as_dict()["reasoning_tokens"] == tokens <= answer.usage.completion_tokens
+    usage = ChatPackLLM(pack=pack).invoke("Why?").usage_metadata
+    assert usage["output_token_details"] == {"reasoning": tokens}
+
+
 @pytest.mark.parametrize(("limit", "said"), [(3, "hm\n"), (30, "Because.")])
 def test_reasoning_that_is_cut_leaves_no_text(limit, said):
     answer = saying("hm\n</think>\n\nBecause.", OPENS, max_tokens=limit).generate(ASK)

@@ -320,6 +320,7 @@ class ChatPackLLM(PackModel, BaseChatModel):
             input_tokens=last.usage.prompt_tokens,
             output_tokens=last.usage.completion_tokens,
             total_tokens=last.usage.total_tokens,
+            output_token_details={"reasoning": last.usage.reasoning_tokens},
         )
         return usage, {
             "packllm": told_weights(last),

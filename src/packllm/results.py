@@ -65,6 +65,8 @@ class Usage:
         completion_tokens: tokens of the answer, without the end token.
         cached_tokens: prompt tokens that an earlier request had read. This and the fields below are not compared: two
             usages that differ only in them are equal.
+        reasoning_tokens: how many of the answer's tokens came until the end of its reasoning, with the marks around it;
+            all others are text. In Cool-Fusion, tokens of the segments' authors, as completion_tokens.
         drafted_tokens: draft tokens that were proposed.
         accepted_tokens: draft tokens that were accepted.
         servers: by name of each member on a server, the counts of its requests (see Bill).
@@ -75,6 +77,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = field(default=0, compare=False)
+    reasoning_tokens: int = field(default=0, compare=False)
     drafted_tokens: int = field(default=0, compare=False)
     accepted_tokens: int = field(default=0, compare=False)
     servers: Mapping[str, Mapping[str, int]] = field(default_factory=dict, compare=False)
@@ -90,6 +93,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "total_tokens": self.total_tokens,

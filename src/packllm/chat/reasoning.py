@@ -85,10 +85,13 @@ class ReasoningStream(Thinking):
 
     Attributes:
         over: whether no more reasoning can follow; then all further text is the answer.
+        inside: whether the text so far ends inside reasoning.
+        closed: how many closing marks were read.
     """
 
     def __init__(self, close: str | None = None) -> None:
-        self.over = False
+        self.over = self.inside = False
+        self.closed = 0
         self._close = close
         self._reasoning: list[str] = []
         self._text: list[str] = []
@@ -113,7 +116,10 @@ class ReasoningStream(Thinking):
         close = self._close
         while True:
             if close is not None:
+                self.inside = True
                 yield from self._thought(close)
+                self.inside = False
+                self.closed += 1
             spaces: list[str] = []
             while (character := (yield from self._next())).isspace():
                 spaces.append(character)

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from packllm.decode.failures import without
+from packllm.decode.reasoned import thoughts_of
 from packllm.decode.remote import ServerLine, ServerWriter
 from packllm.decode.request import Request
 from packllm.decode.rerank import best_answer
@@ -103,22 +104,29 @@ class _Team:
         return Writers(writers, row, options.scoring, options.align, request.failures, top)
 
     def stream(self) -> TextStream:
-        return TextStream(self.request.members[self._top].vocabulary, self.request.options.stop)
+        vocabulary, thoughts = self.request.members[self._top].vocabulary, thoughts_of(self.request, self.index)
+        return TextStream(vocabulary, self.request.options.stop, thoughts=thoughts)
 
     def last(
-        self, text: str, reason: FinishReason, count: int, logprobs: tuple[TokenLogprob, ...] | None = None
+        self,
+        text: str,
+        reason: FinishReason,
+        count: int,
+        thought: int,
+        logprobs: tuple[TokenLogprob, ...] | None = None,
     ) -> Chunk:
-        usage = replace(self.request.usage(self.index, self._top), completion_tokens=count)
+        usage = self.request.usage(self.index, self._top)
+        usage = replace(usage, completion_tokens=count, reasoning_tokens=thought)
         return Chunk(text, self.row.weights, reason, usage, self.request.elapsed(), logprobs=logprobs)
 
 
 def _segments(team: _Team) -> Generator[tuple[int, Chunk], None, None]:
-    row = team.row
+    row, stream = team.row, team.stream()
     with closing(team.writers(team.running, row)) as writers:
-        for text, reason, count in writers.answer(row.limit, team.stream()):
+        for text, reason, count in writers.answer(row.limit, stream):
             team.request.first_token()
             if reason is not None:
-                yield team.index, team.last(text, reason, count, writers.take_logprobs())
+                yield team.index, team.last(text, reason, count, stream.reasoning_tokens, writers.take_logprobs())
             elif text:
                 yield team.index, Chunk(text, row.weights, logprobs=writers.take_logprobs())
 

@@ -12,7 +12,7 @@ from packllm.decode.lazy import check_lazy, lazy_ids
 from packllm.decode.line import Line
 from packllm.decode.logprobs import Recorder
 from packllm.decode.penalties import Penalties, bias_ids, named_ids
-from packllm.decode.reasoned import shown
+from packllm.decode.reasoned import shown, thoughts_of
 from packllm.decode.request import Request
 from packllm.decode.speculate import speculative_ids
 from packllm.decode.structured import Constraint
@@ -102,7 +102,7 @@ def proved(request: Request, rows: Sequence[Row]) -> Generator[tuple[int, Chunk]
                 text, reason = answer.push(token)
                 row.done = reason is not None
                 if row.done:
-                    usage = replace(request.usage(r, members.top), completion_tokens=answer.count)
+                    usage = answer.usage_after(request.usage(r, members.top))
                     usage = replace(usage, rounds=members.rounds, proved_at_once=members.at_once)
                     yield r, Chunk(text, row.weights, reason, usage, request.elapsed())
                     break
@@ -151,7 +151,8 @@ def _answer(request: Request, index: int, row: Row, running: Sequence[int], shar
         row.recorder = Recorder(vocabulary, ends, row.weights.names, options.top_logprobs or 0, named)
         if request.grammar is not None or options.penalises:
             row.sample = row.recorder.watching(row.sample)
-    text, constraint = TextStream(vocabulary, options.stop, shown(request, index)), None
+    text = TextStream(vocabulary, options.stop, shown(request, index), thoughts_of(request, index))
+    constraint = None
     if request.grammar is not None:
         text, constraint = TextStream(vocabulary), Constraint(request.grammar, vocabulary, ends, row.limit)
         row.sample = constraint.wrap(row.sample)
@@ -188,7 +189,11 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        return replace(self._prompt, completion_tokens=self.count)
+        return self.usage_after(self._prompt)
+
+    def usage_after(self, prompt: Usage) -> Usage:
+        """The usage of a prompt with this answer's tokens."""
+        return replace(prompt, completion_tokens=self.count, reasoning_tokens=self._text.reasoning_tokens)
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """Add a token; return the text that is now final, and the finish reason if the answer ends here."""

@@ -16,20 +16,25 @@ _LONGEST_OPENING = 48
 
 def apart(request: Request, pieces: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
     """Chunks with the reasoning moved from `text` to `reasoning`."""
-    thoughts: dict[int, ReasoningStream] = {}
+    streams: dict[int, ReasoningStream | None] = {}
     pending: dict[int, tuple[TokenLogprob, ...]] = {}  # of tokens whose text may still change
     for r, chunk in pieces:
-        if _reasons(request, r):
-            if r not in thoughts:
-                thoughts[r] = ReasoningStream(_closing_mark(request, r))
+        if r not in streams:
+            streams[r] = thoughts_of(request, r)
+        if (stream := streams[r]) is not None:
             last = chunk.finish_reason is not None
-            reasoning, text = thoughts[r].feed(chunk.text, last)
+            reasoning, text = stream.feed(chunk.text, last)
             if chunk.logprobs is not None:
                 pending[r] = pending.get(r, ()) + chunk.logprobs
             if not (reasoning or text or last):
                 continue
             chunk = replace(chunk, text=text, reasoning=reasoning, logprobs=pending.pop(r, None))
         yield r, chunk
+
+
+def thoughts_of(request: Request, index: int) -> ReasoningStream | None:
+    """A parser of the reasoning before an answer; None if the answer has none."""
+    return ReasoningStream(_closing_mark(request, index)) if _reasons(request, index) else None
 
 
 def shown(request: Request, index: int) -> frozenset[str]:

@@ -110,7 +110,7 @@ def best_answer(
     limit: int,
     stream: Callable[[], TextStream],
     failures: Failures,
-) -> tuple[str, FinishReason, int]:
+) -> tuple[str, FinishReason, int, int]:
     """Cool+Rerank: let several teams write an answer each (the whole pack, and each member alone); the pack rates them
     and the best one is returned (Cool-Fusion §3.3).
 
@@ -122,9 +122,9 @@ def best_answer(
         failures: the members that failed.
 
     Returns:
-        Text, finish reason, number of tokens.
+        Text, finish reason, number of tokens, and how many of them are reasoning.
     """
-    answers: dict[Segment, tuple[str, FinishReason, int]] = {}
+    answers: dict[Segment, tuple[str, FinishReason, int, int]] = {}
     raters: Sequence[int] = ()
     for team in teams:
         raters = raters or team
@@ -141,7 +141,8 @@ def best_answer(
         text = "".join(piece for piece, _, _ in steps)
         _, reason, count = steps[-1]
         assert reason is not None
-        answers.setdefault(Segment(text, reason == "stop" and not pieces.stopped), (text, reason, count))
+        answer = text, reason, count, pieces.reasoning_tokens
+        answers.setdefault(Segment(text, reason == "stop" and not pieces.stopped), answer)
     if len(answers) == 1:
         return next(iter(answers.values()))
     segments = list(answers)

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Collection, Sequence
 
 from packllm.align.vocabulary import Vocabulary
+from packllm.chat.reasoning import ReasoningStream
 
 
 class TextStream:
@@ -19,12 +20,20 @@ class TextStream:
         vocabulary: the vocabulary of the tokens.
         stop: stop strings.
         shown: spellings of control tokens to return as text, such as the marks of tool calls.
+        thoughts: a parser of the reasoning before the answer, for its tokens to be counted; None: there is none.
 
     Attributes:
         stopped: whether a stop string occurred.
+        reasoning_tokens: how many tokens came until the end of the reasoning, including its marks.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = (), shown: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stop: Sequence[str] = (),
+        shown: Collection[str] = (),
+        thoughts: ReasoningStream | None = None,
+    ) -> None:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._spelled: dict[int, str] = {}
@@ -34,6 +43,7 @@ class TextStream:
             self._find_control(shown)
         self._held = ""
         self.stopped = False
+        self._thoughts, self._tokens, self.reasoning_tokens = thoughts, 0, 0
 
     def _find_control(self, shown: Collection[str]) -> None:
         for token_id in sorted(self._vocabulary.control):
@@ -50,11 +60,17 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now final, often ""."""
         if token_id in self._spelled:
-            return self._release(self._decoder.decode(b"") + self._spelled[token_id])
-        return self._release(self._decoder.decode(self._vocabulary.text_bytes(token_id)))
+            return self.push_text(self._decoder.decode(b"") + self._spelled[token_id])
+        return self.push_text(self._decoder.decode(self._vocabulary.text_bytes(token_id)))
 
     def push_text(self, text: str) -> str:
-        """Add a piece of whole characters; return the text that is now final."""
+        """Add a token as whole characters; return the text that is now final."""
+        self._tokens += 1
+        if self._thoughts is not None and not self._thoughts.over:
+            closed = self._thoughts.closed
+            self._thoughts.feed(self._visible(text))
+            if self._thoughts.inside or self._thoughts.closed > closed:
+                self.reasoning_tokens = self._tokens
         return self._release(text)
 
     def finish(self) -> str:

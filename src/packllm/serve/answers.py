@@ -75,6 +75,7 @@ def usage_of(usages: Iterable[Usage | None], n: int = 1) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
+            "reasoning_tokens": sum(usage.reasoning_tokens for usage in known),
             "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in known),
             "rejected_prediction_tokens": sum(usage.drafted_tokens - usage.accepted_tokens for usage in known),
         },
