@@ -105,6 +105,9 @@ def _check_assistant(message: Message, content: str, reasoning: str, at: int) ->
     refusal = message.get("refusal")
     if not isinstance(refusal, str | None):
         raise PromptError(f"message {at} has refusal={shown(refusal)}; a refusal is text")
+    for name, instead in {"function_call": "tool_calls", "audio": "content, with its transcript"}.items():
+        if message.get(name):
+            raise PromptError(f"message {at} has {name}={shown(message[name])}, which is not supported; use {instead}")
     result: dict[str, Any] = {
         "content": content or refusal or "",
         "reasoning_content": reasoning_content or reasoning or None,
@@ -157,13 +160,13 @@ def _part_text(part: Any, at: int) -> str:
 
 
 def _thought(part: Mapping[str, Any], kind: str) -> str:
-    """The reasoning in a part. OpenAI gives none, or summaries of it."""
+    """The reasoning in a part. OpenAI gives none, or summaries of it; other servers give it as content."""
     reasoning = part.get(REASONING_PARTS[kind])
     if isinstance(reasoning, str):
         return reasoning
-    summary = part.get("summary")
-    summaries = summary if isinstance(summary, list | tuple) else ()
-    texts = [one.get("text") for one in summaries if isinstance(one, Mapping)]
+    listed = part.get("content") or part.get("summary")
+    listed = listed if isinstance(listed, list | tuple) else ()
+    texts = [one.get("text") for one in listed if isinstance(one, Mapping)]
     return "\n".join(line for line in texts if isinstance(line, str))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,9 +74,9 @@ def check_tools(tools: Sequence[Tool], tool_choice: str | None, json_schema: Map
     if not isinstance(tools, list | tuple):
         raise OptionError(f"tools={shown(tools)} is no list; give a list of tools")
     names = [_checked_name(tool, at) for at, tool in enumerate(tools)]
-    for name in names:
-        if names.count(name) > 1:
-            raise OptionError(f"tools hold {names.count(name)} tools of the name {name!r}; give each its own name")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise OptionError(f"tools hold {count} tools of the name {name!r}; give each its own name")
         if name in RESERVED:
             raise OptionError(f"a tool is called {name!r}, which is a value of tool_choice; rename the tool")
     if tool_choice is not None and not tools:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -82,6 +82,14 @@ def usage_of(usages: Iterable[Usage | None], n: int = 1) -> dict[str, Any]:
     }
 
 
-def chat_logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-    """Log-probabilities in the format of /v1/chat/completions."""
-    return None if tokens is None else {"content": [token.as_dict() for token in tokens], "refusal": None}
+def chat_logprobs(
+    tokens: Sequence[TokenLogprob] | None, spelled: Callable[[str, int | None], str]
+) -> dict[str, Any] | None:
+    """Log-probabilities in the format of /v1/chat/completions; `spelled` names a token, given its text and id."""
+    if tokens is None:
+        return None
+    content = [token.as_dict() for token in tokens]
+    for one in content:
+        for each in (one, *one["top_logprobs"]):
+            each["token"] = spelled(each["token"], each["id"])
+    return {"content": content, "refusal": None}

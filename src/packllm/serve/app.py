@@ -17,13 +17,12 @@ from packllm import __version__
 from packllm.pack import Pack
 from packllm.serve import chat, completions, responses, scores, tokens
 from packllm.serve.admission import Places
+from packllm.serve.body import PACK, Body
 from packllm.serve.doors import Doors
-from packllm.serve.errors import ServeError, dumps, response_of
+from packllm.serve.errors import ServeError, dumps, request_id, response_of
 from packllm.serve.metrics import Metrics
 from packllm.serve.models import Models, Served
 from packllm.serve.protocol import (
-    PACK,
-    Body,
     Chat,
     Completion,
     Decide,
@@ -80,11 +79,11 @@ class Server:
         """The response to a request; its work starts when it gets a slot."""
         served = self.models.find(body.model)
         if self.settings.log_prompts:
-            logger.info("%s", body.model_dump_json(exclude_unset=True))
+            logger.info("%s %s", request_id.get(), body.model_dump_json(exclude_unset=True))
         seconds = min(self.settings.timeout, body.timeout or self.settings.timeout)
         if isinstance(body, Responses):
-            return Reply(self.places, work(served), body.stream, seconds, frame=Named(), end=b"")
-        return Reply(self.places, work(served), isinstance(body, Sampled) and body.stream, seconds)
+            return Reply(self.places, work(served), body.stream, seconds, Named(), b"", body.named)
+        return Reply(self.places, work(served), isinstance(body, Sampled) and body.stream, seconds, named=body.named)
 
     def limit(self, count: int, what: str) -> None:
         """ServeError if one request asks for too many texts."""
@@ -101,11 +100,17 @@ def create_app(pack: Pack | None = None, settings: Settings | None = None) -> Fa
         settings: settings of the server.
     """
     settings = settings or Settings()
-    app = FastAPI(title="packllm", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="packllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     server = app.state.server = Server(pack, settings)
     app.add_middleware(Doors, settings=settings, metrics=server.metrics)
     if settings.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-should-retry"],  # which OpenAI's clients read
+        )
     for kind in (HTTPException, RequestValidationError):  # FastAPI's own handlers use another error format
         app.add_exception_handler(kind, _refused)
     _add_routes(app, server)
@@ -132,25 +137,30 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
+    @app.get("/models", include_in_schema=False)
     def models() -> Response:
         served_models = server.models
         return _json({"object": "list", "data": [served.as_dict(served_models.created) for served in served_models]})
 
     @app.get("/v1/models/{name:path}")
+    @app.get("/models/{name:path}", include_in_schema=False)
     def model(name: str) -> Response:
         return _json(server.models.find(name).as_dict(server.models.created))
 
     @app.post("/v1/chat/completions")
+    @app.post("/chat/completions", include_in_schema=False)
     async def chat_completions(body: Chat) -> Response:
         server.limit(body.n or 1, "answers (n)")
         return server.reply(body, lambda served: chat.completion(served, body, server.metrics))
 
     @app.post("/v1/completions")
+    @app.post("/completions", include_in_schema=False)
     async def text_completions(body: Completion) -> Response:
         server.limit(len(body.prompts) * (body.n or 1), "answers (prompts times n)")
         return server.reply(body, lambda served: completions.completion(served, body, server.metrics))
 
     @app.post("/v1/responses")
+    @app.post("/responses", include_in_schema=False)
     async def make_response(body: Responses) -> Response:
         return server.reply(body, lambda served: responses.response(served, body, server.metrics))
 
@@ -167,6 +177,7 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         return server.reply(body, lambda served: scores.rerank(served, body))
 
     @app.post("/v1/decisions")
+    @app.post("/decisions", include_in_schema=False)
     async def decide(body: Decide) -> Response:
         server.limit(len(body.choices), "choices")
         return server.reply(body, lambda served: scores.decide(served, body))
@@ -184,7 +195,13 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         return _json(tokens.info(server.models.find(PACK)))
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        what = f"{request.method} {request.url.path}"
+        if error.status_code == 405:
+            error.detail = f"{what} is not possible; use {(error.headers or {}).get('Allow')}"
+        else:
+            error.detail = f"{what} does not exist; the base URL for clients ends with /v1"
     return response_of(error)
 
 

@@ -15,6 +15,7 @@ from packllm.serve.answers import Told, answers, chat_logprobs, new_id, usage_of
 from packllm.serve.metrics import Metrics
 from packllm.serve.models import Served
 from packllm.serve.protocol import Chat
+from packllm.serve.reading import as_vllm, readings
 from packllm.serve.reply import Events
 
 
@@ -24,10 +25,11 @@ class Message:
     Args:
         tools: the tools that were offered.
         parallel: whether the answer may have several tool calls.
+        reasons: whether the answer has its reasoning.
     """
 
-    def __init__(self, tools: Iterable[dict[str, Any]], parallel: bool) -> None:
-        self._parts = ToolStream(tuple(tools), parallel=parallel)
+    def __init__(self, tools: Iterable[dict[str, Any]], parallel: bool, reasons: bool = True) -> None:
+        self._parts, self._reasons = ToolStream(tuple(tools), parallel=parallel), reasons
         self.told = Told()
         self.content: list[str] = []
         self.reasoning: list[str] = []
@@ -42,7 +44,7 @@ class Message:
             parts += self._parts.finish()
         if chunk.logprobs is not None:
             self.logprobs = [*(self.logprobs or ()), *chunk.logprobs]
-        return [self._delta(part) for part in parts]
+        return [self._delta(part) for part in parts if self._reasons or not isinstance(part, ReasoningPart)]
 
     def _delta(self, part: AnswerPart) -> dict[str, Any]:
         if isinstance(part, str):
@@ -82,19 +84,24 @@ async def completion(served: Served, body: Chat, metrics: Metrics) -> Events:
     options = body.options()
     tools = served.pack.check(**options).offered_tools
     n = body.n or 1
-    messages = [Message(tools, body.parallel_tool_calls is not False) for _ in range(n)]
+    messages = [Message(tools, body.parallel_tool_calls is not False, body.include_reasoning) for _ in range(n)]
     head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
+    read = {}
+    if body.prompt_logprobs is not None:
+        (reading,) = await readings(served.pack, [body.messages], options, body.prompt_logprobs)
+        read = {"prompt_logprobs": as_vllm(reading, body.prompt_logprobs)}
     whole: list[dict[str, Any]] = [{} for _ in range(n)]
-    part = {**head, "object": "chat.completion.chunk"}
+    part = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if body.usage_at_end else {})
     begun: set[int] = set()
     async with aclosing(answers(served.pack, [body.messages], options, None if n == 1 else n, metrics)) as chunks:
         async for index, chunk in chunks:
             message = messages[index]
             deltas, extra = message.feed(chunk), message.told.feed(chunk)
-            logprobs, reason = chat_logprobs(chunk.logprobs), message.reason(chunk)
+            logprobs, reason = chat_logprobs(chunk.logprobs, body.spelled), message.reason(chunk)
             if reason is not None:
-                choice = {"index": index, "message": message.as_dict(), "logprobs": chat_logprobs(message.logprobs)}
+                logged = chat_logprobs(message.logprobs, body.spelled)
+                choice = {"index": index, "message": message.as_dict(), "logprobs": logged}
                 whole[index] = {**choice, "finish_reason": reason, "packllm": extra}
             if not body.stream:
                 continue
@@ -113,6 +120,6 @@ async def completion(served: Served, body: Chat, metrics: Metrics) -> Events:
     usage = usage_of((message.told.usage for message in messages), n)
     if not body.stream:
         ended = whole[0]["packllm"]
-        yield {**head, "object": "chat.completion", "choices": whole, "usage": usage, "packllm": ended}
+        yield {**head, "object": "chat.completion", "choices": whole, "usage": usage, "packllm": ended, **read}
     elif body.usage_at_end:
         yield {**part, "choices": [], "usage": usage}

@@ -6,10 +6,8 @@ import codecs
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
-from packllm.asynchronous import in_thread
 from packllm.chat.formatted import Tokens
 from packllm.chat.messages import Prompt
 from packllm.errors import ContextOverflowError
@@ -18,7 +16,7 @@ from packllm.serve.answers import Told, answers, new_id, usage_of
 from packllm.serve.metrics import Metrics
 from packllm.serve.models import Served
 from packllm.serve.protocol import Completion
-from packllm.serve.reading import Reading, read
+from packllm.serve.reading import Reading, as_vllm, readings
 from packllm.serve.reply import Events
 
 
@@ -80,7 +78,7 @@ class Text:
             logprobs = {name: [one for each in self._logprobs for one in each[name]] for name in self._logprobs[0]}
         choice = {"index": index, "text": "".join(self._pieces), "logprobs": logprobs, "finish_reason": reason}
         if self._body.prompt_logprobs is not None and self._reading is not None:
-            choice["prompt_logprobs"] = _as_vllm(self._reading, self._body.prompt_logprobs)
+            choice["prompt_logprobs"] = as_vllm(self._reading, self._body.prompt_logprobs)
         return choice
 
 
@@ -91,17 +89,13 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
     prompts = [_prompt(served, prompt) for prompt in body.prompts]
     head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
-    readings: list[Reading | None] = [None] * len(prompts)
+    read: Sequence[Reading | None] = [None] * len(prompts)
     if body.prompt_logprobs is not None or body.max_tokens == 0 or (body.echo and body.logprobs is not None):
-        top = max(body.prompt_logprobs or 0, body.logprobs or 0)
-        checked = pack.check(**{**options, "max_tokens": None, "logprobs": None, "top_logprobs": top})
-        readings = [await in_thread(partial(read, pack, prompt, checked, top)) for prompt in prompts]
+        read = await readings(pack, prompts, options, max(body.prompt_logprobs or 0, body.logprobs or 0))
     before = [str(prompt) if body.echo else "" for prompt in prompts]
-    texts = [Text(body, before[at], readings[at]) for at in range(len(prompts)) for _ in range(n)]
+    texts = [Text(body, before[at], read[at]) for at in range(len(prompts)) for _ in range(n)]
     whole: list[dict[str, Any]] = [{} for _ in texts]
-    pairs = (
-        answers(pack, prompts, options, None if n == 1 else n, metrics) if body.max_tokens != 0 else _none(readings, n)
-    )
+    pairs = answers(pack, prompts, options, None if n == 1 else n, metrics) if body.max_tokens != 0 else _none(read, n)
     async with aclosing(pairs) as chunks:
         async for index, chunk in chunks:
             text, logprobs = texts[index].feed(chunk)
@@ -110,7 +104,7 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
                 whole[index] = texts[index].as_dict(index, reason) | {"packllm": extra}
             if body.stream:
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-                event = {**head, "choices": [choice]}
+                event = {**head, "choices": [choice]} | ({"usage": None} if body.usage_at_end else {})
                 yield event | {"packllm": extra} if extra else event
     usage = usage_of((text.told.usage for text in texts), n)
     if not body.stream:
@@ -143,19 +137,3 @@ def _tops(token: TokenLogprob, count: int | None, spelled: Any) -> dict[str, flo
     for one in [*token.top_logprobs[:count], token]:
         logprobs.setdefault(spelled(one.token, one.id), one.as_dict()["logprob"])
     return logprobs
-
-
-def _as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
-    """vLLM's prompt_logprobs: for each token a dict by id, of the token itself and then the most likely ones."""
-    listed: list[dict[str, Any] | None] = []
-    for token, rank in zip(reading.told, reading.ranks, strict=True):
-        if token is None:
-            listed.append(None)
-            continue
-        ranked = [(token, rank), *((one, at + 1) for at, one in enumerate(token.top_logprobs[:count]))]
-        entry: dict[str, Any] = {}
-        for one, place in ranked:
-            details = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
-            entry.setdefault(str(one.id), details)
-        listed.append(entry)
-    return listed

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
+import secrets
 import time
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from packllm.serve.errors import ServeError, response_of
+from packllm.serve.errors import ServeError, request_id, response_of
 from packllm.serve.metrics import Metrics
 from packllm.serve.settings import Settings
 
@@ -27,7 +29,8 @@ after they have sent their body."""
 
 class Doors:
     """ASGI middleware. It answers 403 for an unknown host name, 401 without a valid key, 408 for a body that arrives
-    too slowly, and 413 for a body that is too large."""
+    too slowly, 413 for a body that is too large, and 415 for a compressed one. Each response has the request's id in
+    X-Request-Id, which the log has too."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -37,11 +40,20 @@ class Doors:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
+        method, path = scope["method"], re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+        # There are no redirects: they lose the scheme behind a proxy. HEAD is GET without a body.
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+        sent_id = Request(scope).headers.get("x-request-id", "")
+        name = sent_id if re.fullmatch(r"[!-~]{1,128}", sent_id) else f"req_{secrets.token_hex(12)}"
+        request_id.set(name)
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -59,7 +71,7 @@ class Doors:
             path = getattr(route, "path", "other")
             self._metrics.request(path, status)
             seconds = time.perf_counter() - started
-            logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
+            logger.info("%s %s %d %.3fs %s", method, path, status, seconds, name)
 
     def _check_host(self, scope: Scope) -> None:
         name = Request(scope).headers.get("host", "").lower()
@@ -88,6 +100,9 @@ class Doors:
         """Read the body, and return a `receive` that replays it. Slow clients therefore hold no slot."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
+        coding = Request(scope).headers.get("content-encoding", "identity").lower()
+        if coding != "identity":
+            raise ServeError(415, f"content-encoding {coding!r} is not supported; send the body uncompressed")
         most = self._settings.body_bytes
         parts: list[bytes] = []
         size, more = 0, True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +27,9 @@ from packllm.errors import (
 
 logger = logging.getLogger("packllm.serve")
 
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""The id of the request that is being answered, for logs."""
+
 
 class ServeError(Exception):
     """A request that the server itself rejects.
@@ -32,12 +37,15 @@ class ServeError(Exception):
     Attributes:
         status: HTTP status.
         code: error code for programs, or None.
+        param: the field that is at fault, or None.
         headers: headers of the response.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, **headers: str
+    ) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.param = status, code, param
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -46,51 +54,73 @@ def dumps(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
-def told(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers of an error response. Internal errors are logged."""
+def told(error: BaseException, named: Callable[[str], str | None] = str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error response. Internal errors are logged.
+
+    Args:
+        named: the request's field for an option of the pack, see Body.named.
+    """
     status, code, param, headers = 500, None, None, {}
     message = str(error)
     if isinstance(error, ServeError):
-        status, code, headers = error.status, error.code, error.headers
+        status, code, param, headers = error.status, error.code, error.param, error.headers
     elif isinstance(error, RequestValidationError | ValidationError):
-        status, (param, message) = 400, _invalid(error)
+        status, (param, message) = 400, _invalid(error, named)
     elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
+        if error.__cause__ is not None:  # the body could not be parsed
+            message = f"the body cannot be read as JSON in UTF-8: {error.__cause__}"
     elif isinstance(error, AnswerTimeout | TimeoutError):
         status, code = 504, "timeout"
         headers = {"x-should-retry": "false"}  # OpenAI's clients would retry the same request
         message = message or "the answer was not complete in time; lower max_tokens, or use stream"
     elif isinstance(error, ContextOverflowError):
-        status, code, param = 400, "context_length_exceeded", "messages"
+        status, code, param = 400, "context_length_exceeded", named("messages")
     elif isinstance(error, ExtraError):
         status, code = 501, "not_installed"
     elif isinstance(error, CancelledError | LoadError):
         status, code, headers = 503, "unavailable", {"retry-after": "5"}
     elif isinstance(error, PackError) and not isinstance(error, MemberError | StructureError):
-        status = 400
-        match = re.match(r"(\w+)=", message)
-        param = match[1] if match else None
+        status, (param, message) = 400, _faulty(message, named)
     elif isinstance(error, MemberError | StructureError):
         code = "member_failed" if isinstance(error, MemberError) else "structure"
-        logger.error("%s: %s", type(error).__name__, message, exc_info=error.__cause__)
+        logger.error("%s: %s (%s)", type(error).__name__, message, request_id.get(), exc_info=error.__cause__)
     else:
         message = "internal server error; see the server's log"
-        logger.error("a request failed", exc_info=error)
+        logger.error("a request failed (%s)", request_id.get(), exc_info=error)
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers
 
 
-def response_of(error: BaseException) -> Response:
-    """The response for an error."""
-    status, body, headers = told(error)
+def response_of(error: BaseException, named: Callable[[str], str | None] = str) -> Response:
+    """The response for an error, see told()."""
+    status, body, headers = told(error, named)
     return Response(dumps(body), status, headers, "application/json")
 
 
-def _invalid(error: RequestValidationError | ValidationError) -> tuple[str | None, str]:
+def _faulty(message: str, named: Callable[[str], str | None]) -> tuple[str | None, str]:
+    """The field that an error of the pack is about, and the message with this field's name."""
+    if re.match(r"message \d+ |prompt ", message):
+        return named("messages"), message
+    match = re.match(r"(\w+)(?==|: |\[)", message)
+    if match is None:
+        return None, message
+    field = named(match[1])
+    return field, message if field in (None, "packllm") else f"{field}{message[match.end() :]}"
+
+
+def _invalid(
+    error: RequestValidationError | ValidationError, named: Callable[[str], str | None]
+) -> tuple[str | None, str]:
     """The invalid field of a body, and a message."""
     first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return None, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
     name = next((str(part) for part in first["loc"] if part != "body"), None)
-    if name is None:
-        return None, "the body must be a JSON object, sent with Content-Type: application/json"
-    return name, f"{name}: {first['msg']}"
+    if name is not None:
+        return _faulty(f"{name}: {message}", named)
+    if isinstance(first["input"], dict):
+        return _faulty(message, named)
+    return None, "the body must be a JSON object, sent with Content-Type: application/json"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from packllm.engines.member import Author
 from packllm.pack import Pack
+from packllm.serve.body import PACK
 from packllm.serve.errors import ServeError
-from packllm.serve.protocol import PACK
 
 _OF_SEVERAL = ("weighting", "pool", "fitted", "prior", "prior_strength", "adapt")
 """Options of the weighting, which a pack of one member does not use."""
@@ -60,7 +60,10 @@ class Models:
         """
         if name not in self._served:
             raise ServeError(
-                404, f"model={name!r} does not exist; the models are: {', '.join(self._served)}", "model_not_found"
+                404,
+                f"model={name!r} does not exist; the models are: {', '.join(self._served)}",
+                "model_not_found",
+                "model",
             )
         return self._served[name]
 

@@ -1,128 +1,60 @@
-"""Request bodies: OpenAI's fields, some of vLLM's, and `packllm`; and the pack's options that they stand for."""
+"""Request bodies: OpenAI's fields, some of vLLM's, and the pack's options that they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, Field, StrictInt, model_validator
 
-from packllm.errors import OptionError, guess, shown
-from packllm.options import Options
-
-PACK = "pack"
-"""Name of the model that consists of all members."""
-
-SERVERS_OWN = frozenset({"fitted", "max_cache_mb", "prefix_cache_mb", "batch_size"})
-"""Options of the server that requests cannot set: they name files of the server, or concern the whole pack."""
-
-SAID_ELSEWHERE = frozenset(
-    {"n", "tools", "tool_choice", "json_schema", "logprobs", "top_logprobs", "logprob_token_ids", "timeout"}
-)
-"""Options for which OpenAI has its own fields."""
-
-REFUSED = {
-    "audio": "the members generate text only",
-    "functions": "use tools instead",
-    "function_call": "use tool_choice instead",
-    "web_search_options": "web search is not available",
-    "suffix": "the members only continue texts",
-    "use_beam_search": "use sampling, with n for several answers",
-    "prompt_logprobs": "use /v1/completions",
-    "echo": "use /v1/completions",
-    "continue_final_message": "continuing a message is not supported; put its beginning into the question",
-    "grammar": "use response_format with a JSON schema",
-    "guided_json": "use response_format with a JSON schema",
-    "guided_regex": "use response_format with a JSON schema",
-    "guided_choice": "use response_format with a JSON schema that has an enum, or /v1/decisions",
-    "guided_grammar": "use response_format with a JSON schema",
-    "structured_outputs": "use response_format with a JSON schema",
-    "allowed_token_ids": "use logit_bias",
-    "bad_words": "use logit_bias",
-    "stop_token_ids": "use stop, with the text of these tokens",
-    "include_stop_str_in_output": "stop strings are never part of the text",
-    "min_tokens": "answers end where the members end them",
-    "ignore_eos": "answers end where the members end them; logit_bias can delay it",
-    "truncate_prompt_tokens": "prompts are never truncated",
-    "thinking_token_budget": "use max_tokens",
-    "chat_template": "each member has its own template; use chat_template_kwargs",
-    "documents": "put them into a message",
-    "prompt_embeds": "each member has its own embeddings; send text or token ids",
-    "n_predict": "use max_tokens",
-    "repeat_penalty": "use repetition_penalty",
-    "mirostat": "use temperature, top_p or min_p",
-    "lora_adapter": "each member is a model of its own: use its name as model",
-}
-"""Unsupported fields that would change the answer. They are refused rather than ignored; each value says what to do
-instead."""
-
-Seconds = Annotated[float, Field(gt=0)]
-
-
-class Body(BaseModel):
-    """Fields of all requests. Fields that do not affect the answer (user, metadata, store, ...) are ignored."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str = PACK
-    cache_salt: Annotated[str, Field(min_length=1)] | None = None
-    timeout: Seconds | None = None
-    packllm: dict[str, Any] = {}
-    """Further options of the pack: weighting, pool, tau, ..."""
-
-    def options(self) -> dict[str, Any]:
-        """The pack's options that these fields stand for.
-
-        Raises:
-            OptionError: a field is not supported, or may not be set by requests.
-        """
-        for name in self.model_extra or ():
-            if name in REFUSED and self.model_extra and self.model_extra[name] not in (None, False, [], {}):
-                raise OptionError(f"{name}={shown(self.model_extra[name])} is not supported: {REFUSED[name]}")
-        for name in self.packllm:
-            if name not in Options.model_fields:
-                valid = sorted(Options.model_fields.keys() - SERVERS_OWN - SAID_ELSEWHERE)
-                raise OptionError(
-                    f"packllm={{{shown(name)}: ...}} is not an option{guess(name, valid)} "
-                    f"Valid options: {', '.join(valid)}"
-                )
-            if name in SERVERS_OWN or (name == "prior" and isinstance(self.packllm[name], str)):
-                raise OptionError(f"packllm={{{name!r}: ...}} can only be set when the server is started")
-            if name in SAID_ELSEWHERE:
-                raise OptionError(f"packllm={{{name!r}: ...}} must be given as a field of the request")
-        salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
-        return {**self.packllm, **salt}
+from packllm.errors import OptionError, shown
+from packllm.options import Count, Number
+from packllm.serve.body import Body, plain
+from packllm.serve.unsupported import check_supported
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+    _plain = model_validator(mode="before")(plain)
 
 
 class Sampled(Body):
     """Fields of all requests that generate text."""
 
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
+    NAMES: ClassVar = {"json_schema": "response_format"}
+
+    max_tokens: Count | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Count | None = None
+    min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    seed: Count | None = None
     stop: str | list[str] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[Count, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    best_of: int | None = None
+    best_of: Count | None = None
     response_format: dict[str, Any] | None = None
     logprob_token_ids: Annotated[list[StrictInt], Field(min_length=1)] | None = None
+    prompt_logprobs: Annotated[Count, Field(ge=0)] | None = None
+    return_tokens_as_token_ids: bool = False
 
     def options(self) -> dict[str, Any]:
         options = super().options()
         if self.best_of not in (None, 1):
             raise OptionError(f"best_of={self.best_of} is not supported; use n, and choose among the answers")
+        if self.stream_options is not None and not self.stream:
+            raise OptionError("stream_options={...} needs stream=true; a whole answer always has its usage")
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
+            raise OptionError("stream_options={'continuous_usage_stats': true} is not supported; use include_usage")
+        if self.stream and self.prompt_logprobs is not None:
+            raise OptionError(f"prompt_logprobs={self.prompt_logprobs} cannot be streamed; remove stream")
         passed = "max_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty stop"
         for name in passed.split():
             if (value := getattr(self, name)) is not None:
@@ -145,31 +77,43 @@ class Sampled(Body):
     def usage_at_end(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def spelled(self, token: str, token_id: int | None) -> str:
+        """A token's name in the answer: its text, or its id if the request asks for ids."""
+        return f"token_id:{token_id}" if self.return_tokens_as_token_ids and token_id is not None else token
+
 
 class Chat(Sampled):
     """POST /v1/chat/completions."""
 
+    MORE: ClassVar = {"add_special_tokens": ("each member's template adds its own; use /v1/completions", ())}
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool = True
     modalities: list[Literal["text"]] | None = None
+
+    def named(self, option: str) -> str | None:
+        if option == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return super().named(option)
 
     def options(self) -> dict[str, Any]:
         options = super().options()
         if self.max_completion_tokens is not None:
             options["max_tokens"] = self.max_completion_tokens
-        if self.tools:
-            options["tools"] = self.tools
-        choice = self._choice()
-        if choice is not None and (self.tools or choice not in ("auto", "none")):
+        tools, choice = self._offered()
+        if tools:
+            options["tools"] = tools
+        if choice is not None and (tools or choice not in ("auto", "none")):
             options["tool_choice"] = choice
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise OptionError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
         if self.logprobs:
             options |= {"logprobs": True, "top_logprobs": self.top_logprobs}
@@ -178,28 +122,50 @@ class Chat(Sampled):
             options["chat_template_kwargs"] = variables | (self.chat_template_kwargs or {})
         return options
 
-    def _choice(self) -> str | None:
-        """OpenAI's tool_choice in the pack's terms: auto, none, any, or a tool's name."""
-        if not isinstance(self.tool_choice, dict):
-            return "any" if self.tool_choice == "required" else self.tool_choice
-        function = self.tool_choice.get("function", self.tool_choice)
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str):
+    def _offered(self) -> tuple[list[dict[str, Any]] | None, str | None]:
+        """The tools that may be called, and OpenAI's tool_choice in the pack's terms: auto, none, any, or a name."""
+        choice = self.tool_choice
+        if not isinstance(choice, dict):
+            return self.tools, "any" if choice == "required" else choice
+        if choice.get("type") == "allowed_tools":
+            return self._allowed(choice.get("allowed_tools", choice))
+        name = _name_in(choice)
+        if name is None:
             raise OptionError(
-                f"tool_choice={shown(self.tool_choice)} names no tool; use auto, none, required or "
+                f"tool_choice={shown(choice)} names no function; use auto, none, required or "
                 f'{{"type": "function", "function": {{"name": ...}}}}'
             )
-        return name
+        return self.tools, name
+
+    def _allowed(self, allowed: Any) -> tuple[list[dict[str, Any]], str]:
+        mode, listed = (allowed.get("mode"), allowed.get("tools")) if isinstance(allowed, Mapping) else (None, None)
+        names = {_name_in(one) for one in listed} if isinstance(listed, list) else set()
+        tools = [tool for tool in self.tools or () if _name_in(tool) in names]
+        if mode not in ("auto", "required") or not names or len(tools) < len(names):
+            raise OptionError(
+                f"tool_choice={shown(self.tool_choice)} must have the mode auto or required, and list some of the tools"
+            )
+        return tools, "any" if mode == "required" else "auto"
+
+
+def _name_in(function: Any) -> str | None:
+    """The name of a function in a tool or a tool_choice, with OpenAI's nesting or without; None if it has none."""
+    if not isinstance(function, Mapping) or function.get("type", "function") != "function":
+        return None
+    inner = function.get("function", function)
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 class Completion(Sampled):
     """POST /v1/completions."""
 
+    NAMES: ClassVar = {**Sampled.NAMES, "messages": "prompt"}
+    MORE: ClassVar = {"add_special_tokens": ("send token ids", (True,))}
+
     prompt: str | Annotated[list[StrictInt] | list[str] | list[list[StrictInt]], Field(min_length=1)]
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
-    return_tokens_as_token_ids: bool = False
+    logprobs: Annotated[Count, Field(ge=0)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -214,15 +180,9 @@ class Completion(Sampled):
             if not self.echo and self.prompt_logprobs is None:
                 raise OptionError("max_tokens=0 needs echo or prompt_logprobs; otherwise the answer would be empty")
             del options["max_tokens"]
-        if self.stream and self.prompt_logprobs is not None:
-            raise OptionError(f"prompt_logprobs={self.prompt_logprobs} cannot be streamed; remove stream")
         if self.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": self.logprobs}
         return options
-
-    def spelled(self, token: str, token_id: int | None) -> str:
-        """A token's name in the answer: its text, or its id if the request asks for ids."""
-        return f"token_id:{token_id}" if self.return_tokens_as_token_ids and token_id is not None else token
 
 
 class Score(Body):
@@ -245,7 +205,8 @@ class Rerank(Body):
 
     query: str
     documents: Annotated[list[str | Document], Field(min_length=1)]
-    top_n: Annotated[int, Field(ge=1)] | None = None
+    top_n: Annotated[Count, Field(ge=0)] = 0
+    """Number of documents to return; 0: all."""
     return_documents: bool = True
 
     @property
@@ -279,63 +240,71 @@ class Detokenize(Body):
     tokens: list[StrictInt]
 
 
-class Responses(Body):
+class Responses(Sampled):
     """POST /v1/responses."""
+
+    NAMES: ClassVar = {
+        "max_tokens": "max_output_tokens",
+        "messages": "input",
+        "json_schema": "text",
+        "response_format": "text",
+        "reasoning_effort": "reasoning",
+        "logprobs": "include",
+    }
+    MORE: ClassVar = {
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), ("use max_output_tokens", ())),
+        **dict.fromkeys(("previous_response_id", "conversation", "background"), ("the server stores no responses", ())),
+        "prompt": ("the server stores no prompts; use instructions and input", ()),
+        "messages": ("use input", ()),
+        "response_format": ("use text, with a format", ()),
+        "logprobs": ("use include, with message.output_text.logprobs", ()),
+        "prompt_logprobs": ("use /v1/chat/completions", ()),
+        "return_tokens_as_token_ids": ("log-probabilities have the ids beside the tokens", ()),
+        "n": ("a response is one answer; use /v1/chat/completions", (1,)),
+    }
 
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: Count | None = None
+    top_logprobs: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     include: list[str] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    stream: bool = False
 
     def options(self) -> dict[str, Any]:
-        for name in ("previous_response_id", "conversation", "background", "prompt"):
-            if self.model_extra and self.model_extra.get(name):
-                raise OptionError(
-                    f"{name}={shown(self.model_extra[name])} is not supported: the server stores no responses"
-                )
+        check_supported(self.model_dump(include=self.MORE.keys()), self.MORE)
         wants_logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
+        shared = self.model_dump(include=Sampled.model_fields.keys() & self.model_fields_set, exclude=self.MORE.keys())
         chat = Chat(
-            model=self.model,
+            **shared,
             messages=[{}],
-            cache_salt=self.cache_salt,
-            packllm=self.packllm,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
             logprobs=wants_logprobs or None,
             top_logprobs=self.top_logprobs if wants_logprobs else None,
-            tools=None if self.tools is None else [_nested(tool) for tool in self.tools],
+            tools=None if self.tools is None else [nested(tool) for tool in self.tools],
             tool_choice=self.tool_choice,
             response_format=(self.text or {}).get("format"),
             reasoning_effort=(self.reasoning or {}).get("effort"),
+            chat_template_kwargs=self.chat_template_kwargs,
         )
         return {**super().options(), **chat.options()}
 
 
-def _nested(tool: dict[str, Any]) -> dict[str, Any]:
+def nested(tool: dict[str, Any]) -> dict[str, Any]:
     """Convert a tool of /v1/responses to the format of chats.
 
     Raises:
         OptionError: it is not a function.
     """
     if tool.get("type") != "function":
-        raise OptionError(f"tools: {shown(tool)} is not a function; the server has no built-in tools")
+        raise OptionError(f"tools={shown(tool)} is not a function; the server has no built-in tools")
     if "function" in tool:
         return tool
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}

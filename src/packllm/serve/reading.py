@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from packllm.asynchronous import in_thread
 from packllm.chat.formatted import Tokens
 from packllm.chat.messages import Prompt
 from packllm.decode.cancel import Stop
@@ -49,6 +52,16 @@ class Reading:
     @property
     def usage(self) -> Usage:
         return Usage(len(self.ids), 0)
+
+
+async def readings(pack: Pack, prompts: Iterable[Prompt], options: dict[str, Any], top: int) -> list[Reading]:
+    """Read prompts one after the other, see read().
+
+    Args:
+        options: options of the request; those of its answer do not matter.
+    """
+    checked = pack.check(**{**options, "max_tokens": None, "logprobs": None, "top_logprobs": top})
+    return [await in_thread(partial(read, pack, prompt, checked, top)) for prompt in prompts]
 
 
 def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) -> Reading:
@@ -140,3 +153,19 @@ def _common_suffix(spelled: Mapping[int, list[bytes]]) -> int:
             break
         count += 1
     return count
+
+
+def as_vllm(reading: Reading, count: int) -> list[dict[str, Any] | None]:
+    """vLLM's prompt_logprobs: for each token a dict by id, of the token itself and then the most likely ones."""
+    listed: list[dict[str, Any] | None] = []
+    for token, rank in zip(reading.told, reading.ranks, strict=True):
+        if token is None:
+            listed.append(None)
+            continue
+        ranked = [(token, rank), *((one, at + 1) for at, one in enumerate(token.top_logprobs[:count]))]
+        entry: dict[str, Any] = {}
+        for one, place in ranked:
+            details = {"logprob": one.as_dict()["logprob"], "rank": place, "decoded_token": one.token}
+            entry.setdefault(str(one.id), details)
+        listed.append(entry)
+    return listed

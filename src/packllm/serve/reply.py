@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from packllm.serve.admission import Places
-from packllm.serve.errors import dumps, told
+from packllm.serve.errors import dumps, response_of, told
 
 Events = AsyncGenerator[dict[str, Any], None]
 
@@ -27,15 +27,29 @@ def data_only(event: dict[str, Any]) -> bytes:
 
 
 class Named:
-    """Server-sent events in the format of /v1/responses: numbered, with the type before the data. An error's fields
-    are in the event, as in OpenAI's format, and in its field `error`, as in OpenResponses'."""
+    """Server-sent events in the format of /v1/responses: numbered, with the type before the data.
+
+    An error becomes two events. `error` is the one that clients made with OpenAI's packages raise; its fields are in
+    the event, as in OpenAI's format, and in its field `error`, as in OpenResponses'. `response.failed` is the one that
+    ends a stream for clients that read the events themselves.
+    """
 
     def __init__(self) -> None:
         self._numbers = count()
+        self._response: dict[str, Any] = {}
+        self._items: list[dict[str, Any]] = []
 
     def __call__(self, event: dict[str, Any]) -> bytes:
-        kind = str(event.get("type", "error"))
-        fields = {**event.get("error", {}), **event} if kind == "error" else event
+        if "type" in event:
+            self._response = event.get("response", self._response)
+            self._items += [event["item"]] if event["type"] == "response.output_item.done" else []
+            return self._event(event["type"], event)
+        error = event["error"]
+        failed = {**self._response, "status": "failed", "output": self._items}
+        failed["error"] = {"code": "server_error", "message": error["message"]}
+        return self._event("error", {**error, **event}) + self._event("response.failed", {"response": failed})
+
+    def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         return f"event: {kind}\n".encode() + data_only({**fields, "type": kind, "sequence_number": next(self._numbers)})
 
 
@@ -52,6 +66,7 @@ class Reply(Response):
         seconds: time limit, including the wait for a slot.
         frame: encodes an event of a stream.
         end: bytes that end a stream.
+        named: names of fields in errors, see Body.named.
     """
 
     def __init__(
@@ -62,13 +77,14 @@ class Reply(Response):
         seconds: float | None = None,
         frame: Callable[[dict[str, Any]], bytes] = data_only,
         end: bytes = DONE,
+        named: Callable[[str], str | None] = str,
     ) -> None:
         super().__init__(media_type="text/event-stream" if stream else "application/json")
         self._places, self._events, self._stream, self._seconds = places, events, stream, seconds
-        self._frame, self._end = frame, end
+        self._frame, self._end, self._named = frame, end, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._run(send))
+        work = asyncio.ensure_future(self._run(scope, receive, send))
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -80,7 +96,7 @@ class Reply(Response):
             with suppress(asyncio.CancelledError, Exception):
                 await work
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         async with aclosing(self._events) as events:
             try:
@@ -94,9 +110,12 @@ class Reply(Response):
                     if self._stream:
                         await send(_body(self._end, last=True))
             except Exception as error:
-                if not started or not self._stream:
+                if not started:
+                    await response_of(error, self._named)(scope, receive, send)
+                    return
+                if not self._stream:
                     raise
-                said = self._frame(told(error)[1]) + self._end
+                said = self._frame(told(error, self._named)[1]) + self._end
                 with suppress(TimeoutError):  # a client that does not read the stream does not read this either
                     async with asyncio.timeout(LAST_WORDS):
                         await send(_body(said, last=True))

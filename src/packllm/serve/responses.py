@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from packllm.errors import PromptError, shown
 from packllm.options import Options
-from packllm.results import Usage
+from packllm.results import TokenLogprob, Usage
 from packllm.serve.answers import answers, new_id
 from packllm.serve.chat import Message
 from packllm.serve.metrics import Metrics
 from packllm.serve.models import Served
-from packllm.serve.protocol import Responses
+from packllm.serve.protocol import Responses, nested
 from packllm.serve.reply import Events
 
 Event = dict[str, Any]
@@ -33,7 +33,7 @@ def messages_of(body: Responses) -> list[dict[str, Any]]:
         return [*messages, {"role": "user", "content": body.input}]
     thought: list[Any] = []
     for at, item in enumerate(body.input):
-        kind = item.get("type", "message")
+        kind = item.get("type") or "message"
         if kind == "reasoning":
             thought.append(item)
         elif kind == "function_call":
@@ -44,7 +44,9 @@ def messages_of(body: Responses) -> list[dict[str, Any]]:
         elif kind == "function_call_output":
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif kind == "message" and item.get("role") == "assistant":
-            _assistant(messages, thought, new=True)["content"] = item.get("content")
+            message, content = _assistant(messages, thought, new=True), item.get("content")
+            parts = content if isinstance(content, list) else [] if content is None else [content]
+            message["content"] = [*message["content"], *parts]
         elif kind == "message":
             messages.append({"role": item.get("role"), "content": item.get("content")})
         else:
@@ -71,10 +73,30 @@ class Output:
     def __init__(self, head: dict[str, Any]) -> None:
         self.items: list[dict[str, Any]] = []
         self._head, self._open = head, False
+        self._tokens: list[TokenLogprob] = []  # whose text was not sent yet
 
     @staticmethod
     def event(kind: str, **fields: Any) -> Event:
         return {"type": kind, **fields}
+
+    def note(self, tokens: Iterable[TokenLogprob]) -> None:
+        """Add the log-probabilities of the tokens of the next deltas."""
+        self._tokens += tokens
+
+    def _logprobs(self, text: str) -> list[dict[str, Any]]:
+        """Log-probabilities of the tokens of a piece of the answer's text."""
+        joined, piece = b"".join(bytes(token.bytes) for token in self._tokens), text.encode()
+        start, at = max(joined.rfind(piece), 0), 0
+        found: list[dict[str, Any]] = []
+        rest: list[TokenLogprob] = []
+        for token in self._tokens:
+            if at >= start + len(piece):
+                rest.append(token)
+            elif at + len(token.bytes) > start:
+                found.append(token.as_dict())
+            at += len(token.bytes)
+        self._tokens = rest
+        return found
 
     def feed(self, delta: Mapping[str, Any]) -> Iterator[Event]:
         """The events of a chat delta."""
@@ -117,8 +139,10 @@ class Output:
             item["arguments"] += text
             yield self.event("response.function_call_arguments.delta", **self._place(), delta=text)
         elif kind == "message":
-            item["content"][0]["text"] += text
-            yield self.event("response.output_text.delta", **self._place(0), delta=text, logprobs=[])
+            logprobs, part = self._logprobs(text), item["content"][0]
+            part["text"] += text
+            part["logprobs"] = [*part["logprobs"], *logprobs]
+            yield self.event("response.output_text.delta", **self._place(0), delta=text, logprobs=logprobs)
         else:
             item["summary"][0]["text"] += text
             where = {**self._place(), "summary_index": 0}
@@ -131,7 +155,8 @@ class Output:
         self._open, item = False, self.items[-1]
         if item["type"] == "message":
             part = item["content"][0]
-            yield self.event("response.output_text.done", **self._place(0), text=part["text"], logprobs=[])
+            told = {"text": part["text"], "logprobs": part["logprobs"]}
+            yield self.event("response.output_text.done", **self._place(0), **told)
             yield self.event("response.content_part.done", **self._place(0), part=_copy(part))
         elif item["type"] == "function_call":
             fields = {"arguments": item["arguments"], "name": item["name"]}
@@ -182,6 +207,7 @@ async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGen
                 yield output.event("response.created", response=output.whole("in_progress"))
                 yield output.event("response.in_progress", response=output.whole("in_progress"))
             extra = message.told.feed(chunk)
+            output.note(chunk.logprobs or ())
             for delta in message.feed(chunk):
                 for event in output.feed(delta):
                     yield event
@@ -190,9 +216,6 @@ async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGen
             status = "completed" if chunk.finish_reason == "stop" else "incomplete"
             for event in output.end(status):
                 yield event
-            logprobs = [token.as_dict() for token in message.logprobs or ()]
-            if logprobs and (texts := [item for item in output.items if item["type"] == "message"]):
-                texts[-1]["content"][0]["logprobs"] = logprobs
             why = None if status == "completed" else {"reason": "max_output_tokens"}
             fields: dict[str, Any] = {"incomplete_details": why, "usage": _usage(chunk.usage), "packllm": extra}
             fields["completed_at"] = int(time.time()) if why is None else None
@@ -217,8 +240,8 @@ def _head(served: Served, body: Responses, checked: Options) -> dict[str, Any]:
         "top_logprobs": body.top_logprobs or 0,
         "presence_penalty": checked.presence_penalty,
         "frequency_penalty": checked.frequency_penalty,
-        "tool_choice": body.tool_choice or "auto",
-        "tools": [_flat(tool) for tool in checked.tools or ()],
+        "tool_choice": _flat_choice(body.tool_choice),
+        "tools": [_flat(nested(tool)) for tool in body.tools or ()],
         "text": {"format": {"type": "text"}, **(body.text or {})},
         "reasoning": {"effort": None, "summary": None, **(body.reasoning or {})},
         "max_output_tokens": body.max_output_tokens,
@@ -236,6 +259,15 @@ def _head(served: Served, body: Responses, checked: Options) -> dict[str, Any]:
 def _flat(tool: Mapping[str, Any]) -> dict[str, Any]:
     """A chat's tool as /v1/responses has it."""
     return {"type": "function", "description": None, "parameters": None, "strict": None, **tool["function"]}
+
+
+def _flat_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any]:
+    """A tool_choice as /v1/responses has it."""
+    if not isinstance(choice, dict):
+        return choice or "auto"
+    if choice.get("type") != "allowed_tools":
+        return {"type": "function", **choice.get("function", choice)}
+    return {"type": "allowed_tools", **choice.get("allowed_tools", choice)}
 
 
 def _usage(usage: Usage | None) -> dict[str, Any] | None:

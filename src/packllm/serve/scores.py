@@ -49,7 +49,7 @@ async def rerank(served: Served, body: Rerank) -> Events:
     work = partial(served.pack.score, body.query, texts, **body.options())
     scores = await in_thread(partial(_cancellable, work))
     rated = [value / len(text.encode()) for text, value in zip(texts, scores, strict=True)]
-    order = sorted(range(len(texts)), key=lambda at: -rated[at])[: body.top_n]
+    order = sorted(range(len(texts)), key=lambda at: -rated[at])[: body.top_n or None]
     results: list[dict[str, Any]] = []
     for at in order:
         document = {"document": {"text": texts[at]}} if body.return_documents else {}
