@@ -76,7 +76,7 @@ def check_tools(tools: Sequence[Tool], tool_choice: str | None, json_schema: Map
     names = [_checked_name(tool, at) for at, tool in enumerate(tools)]
     for name, count in Counter(names).items():
         if count > 1:
-            raise OptionError(f"tools hold {count} tools of the name {name!r}; give each its own name")
+            raise OptionError(f"tools: {count} tools of the name {name!r}; give each its own name")
         if name in RESERVED:
             raise OptionError(f"a tool is called {name!r}, which is a value of tool_choice; rename the tool")
     if tool_choice is not None and not tools:

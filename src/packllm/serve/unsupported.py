@@ -62,8 +62,8 @@ instead, and values that change nothing (beside false and empty lists and object
 def check_supported(fields: Mapping[str, Any], unsupported: Unsupported) -> None:
     """Raise ServeError if a field is unsupported and would change the answer."""
     for name, value in fields.items():
-        if name not in unsupported or value is None or value is False or value in ([], {}):
+        instead, harmless = unsupported.get(name, ("", ()))
+        if name not in unsupported or value is None or value in ([], {}) or (value is False and True not in harmless):
             continue
-        instead, harmless = unsupported[name]
         if not any(value == same and isinstance(value, bool) is isinstance(same, bool) for same in harmless):
             raise ServeError(400, f"{name}={shown(value)} is not supported: {instead}", param=name)
