@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 from saying import saying
 from served import CHAT, QUESTION, client, events
 
-from packllm import Pack
+from packllm import Pack, PackError
+from packllm.chat import traced
 from packllm.serve.app import create_app
 from packllm.serve.settings import Settings
 
@@ -252,7 +253,7 @@ async def test_reasoning_that_is_sent_back_reaches_the_template():
             assert (await ask(app, RESPONSES, {"input": items}))["usage"]["input_tokens"] == expected
 
 
-async def test_what_was_asked_for_is_in_the_answer(pack, app, thinker):
+async def test_what_was_asked_for_is_in_the_answer(app, thinker):
     alone = {"messages": QUESTION, "model": "law", "max_tokens": 2}
     told = await ask(app, CHAT, {**alone, "prompt_logprobs": 1})
     ids = (await ask(app, "/tokenize", {"messages": QUESTION, "model": "law"}))["tokens"]
@@ -428,3 +429,55 @@ async def test_pages_of_allowed_origins_may_ask_with_keys(pack):
         assert answer.status_code == status
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         assert "x-request-id" in answer.headers["access-control-expose-headers"]
+
+
+async def test_arguments_and_options_that_are_nested_deeply_are_refused_not_failed(app, pack, caplog):
+    """JSON in a text, too, which no check of the body sees; and what the library itself is given."""
+    for depth in (600, 900, 5_000):
+        deep = "[" * depth + "]" * depth
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": deep}}
+        messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}, *QUESTION]
+        error = (await ask(app, CHAT, {"messages": messages}, 400))["error"]
+        assert error["param"] == "messages"
+        items = [*QUESTION, {"type": "function_call", "call_id": "1", "name": "f", "arguments": deep}, *QUESTION]
+        await ask(app, RESPONSES, {"input": items}, 400)
+        assert (await send(app, "/tokenize", {"messages": messages})).status_code in (200, 400)
+        with pytest.raises(PackError):
+            pack.generate(QUESTION, chat_template_kwargs={"a": json.loads(nested(min(depth, 900)))})
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_work_for_many_calls_messages_and_tools_is_linear(make_member, monkeypatch):
+    """Runs of traced text are what joining costs."""
+    member = make_member("llama", 0, name="general")
+    app, work = create_app(Pack([member], max_tokens=1)), 0
+    merged = traced._merged
+
+    def counted(runs: Any) -> Any:
+        nonlocal work
+        listed = list(runs)
+        work += len(listed)
+        return merged(listed)
+
+    monkeypatch.setattr(traced, "_merged", counted)
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+    def bodies(n: int) -> list[dict[str, Any]]:
+        calls = [{**call, "id": str(i)} for i in range(n)]
+        said = {"role": "assistant", "content": "", "tool_calls": calls}
+        results = [{"role": "tool", "tool_call_id": str(i), "content": "y"} for i in range(n)]
+        tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(n)]
+        return [
+            {"messages": [*QUESTION, said, *results]},
+            {"messages": [{"role": "system", "content": "a"}] * n + QUESTION},
+            {"messages": QUESTION * n},
+            {"messages": QUESTION, "tools": tools},
+        ]
+
+    for few, many in zip(bodies(40), bodies(160), strict=True):
+        counts = []
+        for body in (few, many):
+            work = 0
+            await send(app, "/tokenize", body)
+            counts.append(work)
+        assert 0 < counts[1] < 6 * counts[0]

@@ -4,17 +4,18 @@ The system message lists the tools, one JSON object a line, and asks for a call 
 ``{"name": "<tool>", "arguments": {...}}``. Earlier calls of the assistant are written in that form. A tool's result is
 a user message, "Result of <tool>: ...". A JSON schema for the answer is also part of the system message.
 
-Texts are joined by + only: this keeps their trace, that is, which message each character is from (see traced.py).
+Texts are joined by + and joined() only: these keep their trace, that is, which message each character is from (see
+traced.py). What is joined repeatedly is collected first: a + for each message takes quadratic time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from packllm.chat.messages import Message
-from packllm.chat.traced import Traced, leaves, own, placed
+from packllm.chat.traced import Traced, joined, leaves, own, placed
 
 _SYSTEM, _USER, _ASSISTANT = (own(role) for role in ("system", "user", "assistant"))
 _BEFORE_USER = ("system", "developer")
@@ -46,7 +47,7 @@ def with_system(messages: Sequence[Message], text: str) -> list[Message]:
     if not text:
         return list(messages)
     if messages[0]["role"] == "system":
-        first = {**messages[0], "content": _join(messages[0]["content"], text)}
+        first = {**messages[0], "content": _join([messages[0]["content"], text])}
         return [first, *messages[1:]]
     return [{"role": _SYSTEM, "content": text}, *messages]
 
@@ -69,16 +70,16 @@ def system_for_developer(messages: Sequence[Message]) -> list[Message]:
 def folded(messages: Sequence[Message]) -> list[Message]:
     """The messages with each system message moved to the start of the next user message, or made a user message."""
     turns: list[Message] = []
-    pending: str = ""
+    pending: list[str] = []
     for message in messages:
         if message["role"] in _BEFORE_USER:
-            pending = _join(pending, message.get("content") or "")
+            pending += filter(None, [message.get("content")])
         elif pending and message["role"] == "user":
-            turns.append({**message, "content": _join(pending, message["content"])})
-            pending = ""
+            turns.append({**message, "content": _join([*pending, message["content"]])})
+            pending = []
         else:
             turns.append(message)
-    return [*turns, {"role": _USER, "content": pending}] if pending else turns
+    return [*turns, {"role": _USER, "content": _join(pending)}] if pending else turns
 
 
 def written_calls(messages: Sequence[Message]) -> list[Message]:
@@ -87,10 +88,8 @@ def written_calls(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
         if calls:
-            content = message.get("content") or ""
-            for call in calls:
-                content = _join(content, _json(call["function"]), "\n")
-            message = {"role": _ASSISTANT, "content": content}
+            texts = [message.get("content") or "", *(_json(call["function"]) for call in calls)]
+            message = {"role": _ASSISTANT, "content": _join(texts, "\n")}
         results.append(message)
     return results
 
@@ -113,14 +112,13 @@ def written_out(messages: Sequence[Message]) -> list[Message]:
 def alternating(messages: Sequence[Message]) -> list[Message]:
     """The messages in plain text for a template that needs user and assistant to alternate: system messages become part
     of user messages, and successive messages of one role are joined."""
-    turns: list[Message] = []
+    turns: list[tuple[Message, list[str]]] = []
     for message in written_out(messages):
         role = _USER if message["role"] in _BEFORE_USER else message["role"]
-        if turns and turns[-1]["role"] == role:
-            turns[-1] = {**turns[-1], "content": _join(turns[-1]["content"], message["content"])}
-        else:
-            turns.append({**message, "role": role})
-    return turns
+        if not turns or turns[-1][0]["role"] != role:
+            turns.append(({**message, "role": role}, []))
+        turns[-1][1].append(message["content"])
+    return [{**message, "content": _join(contents)} for message, contents in turns]
 
 
 def _with_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,8 +128,9 @@ def _with_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _join(one: str, other: str, between: str = "\n\n") -> str:
-    return one + between + other if one and other else one + other
+def _join(texts: Iterable[str], between: str = "\n\n") -> str:
+    parts = [part for text in texts if text for part in (between, text)]
+    return parts[1] if len(parts) == 2 else joined(parts[1:])
 
 
 def _json(value: Any) -> Traced:

@@ -76,9 +76,17 @@ class Renderer:
         """The text of checked messages, with the generation prompt at its end. The content of message i is source i.
 
         Raises:
-            PromptError: the template refuses the messages in any form, leaves out a part, or does not terminate.
+            PromptError: the template refuses the messages in any form, leaves out a part, or does not terminate; or
+                the arguments of a call, a tool or a variable are nested too deeply.
         """
-        inputs = _Inputs.of(messages, tools, variables or {})
+        try:
+            return self._rendered(_Inputs.of(messages, tools, variables or {}), schema)
+        except RecursionError:
+            raise PromptError(
+                "prompt with tool calls, tools or chat_template_kwargs that are nested too deeply; make them flatter"
+            ) from None
+
+    def _rendered(self, inputs: _Inputs, schema: Mapping[str, Any] | None) -> Traced:
         refusal: PromptError | None = None
         lost: str | None = None
         for shape, tool_variables, system_text in self._ways(inputs, schema):

@@ -19,11 +19,12 @@ def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
     """
     if (body.prompt is None) == (body.messages is None):
         raise PromptError("give either prompt or messages")
-    body.options()
+    said = {"tools": body.tools, "chat_template_kwargs": body.chat_template_kwargs}
+    checked = served.pack.check(**body.options(), **{name: value for name, value in said.items() if value is not None})
     encoder = served.pack.members[0].encoder
     if body.messages is not None:
         messages = check(body.messages, chat_template=True)
-        ids = encoder.encode(messages, None, tuple(body.tools or ()), None, body.chat_template_kwargs).ids
+        ids = encoder.encode(messages, None, checked.tools, None, checked.chat_template_kwargs).ids
     elif not body.prompt or not body.add_special_tokens:
         ids = encoder.plain(body.prompt or "")
     else:
