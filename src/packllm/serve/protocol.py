@@ -279,9 +279,9 @@ class Responses(Sampled):
     prompt_cache_key: str | None = None
 
     def options(self) -> dict[str, Any]:
-        check_supported(self.model_dump(include=self.MORE.keys()), self.MORE)
+        check_supported(self.model_dump(include=set(self.MORE)), self.MORE)
         wants_logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
-        shared = self.model_dump(include=Sampled.model_fields.keys() & self.model_fields_set, exclude=self.MORE.keys())
+        shared = self.model_dump(include=Sampled.model_fields.keys() & self.model_fields_set, exclude=set(self.MORE))
         chat = Chat(
             **shared,
             messages=[{}],
