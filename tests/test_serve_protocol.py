@@ -269,6 +269,8 @@ async def test_what_was_asked_for_is_in_the_answer(app, thinker):
         assert [one["token"] for one in place["top_logprobs"]] == [
             f"token_id:{one['id']}" for one in place["top_logprobs"]
         ]
+    explained = (await ask(app, CHAT, {**alone, "model": "pack", "packllm": {"explain": True}}))["packllm"]
+    assert explained["explanation"]["messages"][0]["text"] == QUESTION[0]["content"]
     for hidden in (False, True):
         body = {"messages": QUESTION, "include_reasoning": not hidden}
         (choice,) = (await ask(thinker, CHAT, body))["choices"]
@@ -277,6 +279,7 @@ async def test_what_was_asked_for_is_in_the_answer(app, thinker):
         assert choice["message"]["content"].startswith("Let me see.")
 
 
+LONG = "a b " * 600
 HARMLESS = {"add_generation_prompt": True, "skip_special_tokens": True, "min_tokens": 0, "repeat_penalty": 1.0}
 HARMLESS |= {"mirostat": 0, "n_predict": -1, "typical_p": 1, "suffix": "", "functions": [], "top_n_sigma": -1}
 WRONG: list[tuple[str, dict[str, Any], str | None]] = [
@@ -303,22 +306,39 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
     (CHAT, {"response_format": {"type": "regex"}}, "response_format"),
     (CHAT, {"model": "nobody"}, "model"),
-    (COMPLETIONS, {"prompt": "a b " * 600}, "prompt"),
+    (COMPLETIONS, {"prompt": LONG}, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": [[70], []]}, "prompt"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
-    (RESPONSES, {"input": "a b " * 600}, "input"),
+    (RESPONSES, {"input": LONG}, "input"),
     (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
     (RESPONSES, {"text": {"format": {"type": "regex"}}}, "text"),
     (RESPONSES, {"reasoning": {"effort": 5}}, "reasoning"),
     (RESPONSES, {"input": [{"role": "poet", "content": "a"}]}, "input"),
     (RESPONSES, {"metadata": {"a": 1}}, "metadata"),
     *((RESPONSES, {name: value}, name) for name, value in {"max_tokens": 5, "n": 2, "messages": QUESTION}.items()),
+    *(("/v1/score", {"text_2": [wrong]}, "text_2") for wrong in ("", "\ud800", LONG)),
+    ("/v1/score", {"text_1": LONG}, "text_1"),
+    *(("/v1/rerank", {"documents": ["c", wrong]}, "documents") for wrong in ("", "\ud800", LONG)),
+    ("/v1/rerank", {"query": LONG}, "query"),
+    *(("/v1/decisions", {"choices": ["yes", wrong]}, "choices") for wrong in ("yes", "", LONG)),
+    ("/v1/decisions", {"prompt": LONG}, None),
+    *(("/detokenize", {"tokens": [wrong]}, None) for wrong in (-1, 10**9)),
     *((RESPONSES, {name: "a"}, name) for name in ("previous_response_id", "conversation", "response_format")),
 ]
 
 
 @pytest.mark.parametrize(("path", "wrong", "param"), WRONG)
 async def test_what_would_be_wrong_in_silence_is_refused_by_its_name(app, path, wrong, param):
-    whole = {CHAT: {"messages": QUESTION}, COMPLETIONS: {"prompt": "a b"}, RESPONSES: {"input": "a b"}}[path]
+    whole = {
+        CHAT: {"messages": QUESTION},
+        COMPLETIONS: {"prompt": "a b"},
+        RESPONSES: {"input": "a b"},
+        "/v1/score": {"text_1": "a b", "text_2": "c"},
+        "/v1/rerank": {"query": "a b", "documents": ["c"]},
+        "/v1/decisions": {"prompt": "a b", "choices": ["yes", "no"]},
+        "/detokenize": {},
+    }[path]
     error = (await ask(app, path, {**whole, **wrong}, 404 if "model" in wrong else 400))["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param

@@ -40,7 +40,8 @@ class Told:
         if chunk.finish_reason is not None:
             self.usage = chunk.usage
             weights = {"start": self.start.as_dict(), "end": chunk.weights.as_dict()}
-            return {"weights": weights, "timings": chunk.timings}
+            explanation = {} if chunk.explanation is None else {"explanation": chunk.explanation.as_dict()}
+            return {"weights": weights, "timings": chunk.timings, **explanation}
         if not moved:
             return None
         name = "start" if chunk.weights is self.start else "now"

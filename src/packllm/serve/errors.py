@@ -54,7 +54,14 @@ def dumps(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
-def told(error: BaseException, named: Callable[[str], str | None] = str) -> tuple[int, dict[str, Any], dict[str, str]]:
+def field_of(option: str) -> str | None:
+    """The request's field that an error of the pack is about, where fields and options have the same names."""
+    return None if option == "messages" else option
+
+
+def told(
+    error: BaseException, named: Callable[[str], str | None] = field_of
+) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error response. Internal errors are logged.
 
     Args:
@@ -76,6 +83,9 @@ def told(error: BaseException, named: Callable[[str], str | None] = str) -> tupl
         message = message or "the answer was not complete in time; lower max_tokens, or use stream"
     elif isinstance(error, ContextOverflowError):
         status, code, param = 400, "context_length_exceeded", named("messages")
+        if error.text is not None and (match := re.match(r"\w+", error.text)):
+            param = named(match[0])
+            message = message.replace(error.text, f"{param}{error.text[match.end() :]}")
     elif isinstance(error, ExtraError):
         status, code = 501, "not_installed"
     elif isinstance(error, CancelledError | LoadError):
@@ -93,7 +103,7 @@ def told(error: BaseException, named: Callable[[str], str | None] = str) -> tupl
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers
 
 
-def response_of(error: BaseException, named: Callable[[str], str | None] = str) -> Response:
+def response_of(error: BaseException, named: Callable[[str], str | None] = field_of) -> Response:
     """The response for an error, see told()."""
     status, body, headers = told(error, named)
     return Response(dumps(body), status, headers, "application/json")
@@ -101,9 +111,9 @@ def response_of(error: BaseException, named: Callable[[str], str | None] = str) 
 
 def _faulty(message: str, named: Callable[[str], str | None]) -> tuple[str | None, str]:
     """The field that an error of the pack is about, and the message with this field's name."""
-    if re.match(r"message \d+ |prompt ", message):
+    if re.match(r"message \d+ |(the )?prompt('s)? ", message):
         return named("messages"), message
-    match = re.match(r"(\w+)(?==|: |\[)", message)
+    match = re.match(r"(\w+)(?==|: |\[| must be )", message)
     if match is None:
         return None, message
     field = named(match[1])

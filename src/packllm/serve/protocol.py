@@ -188,6 +188,8 @@ class Completion(Sampled):
 class Score(Body):
     """POST /v1/score: log-likelihood of each text_2 after a text_1, in nats."""
 
+    NAMES: ClassVar = {"messages": "text_1", "continuations": "text_2"}
+
     text_1: str | Annotated[list[str], Field(min_length=1)]
     text_2: str | Annotated[list[str], Field(min_length=1)]
 
@@ -202,6 +204,8 @@ class Document(BaseModel):
 
 class Rerank(Body):
     """POST /v1/rerank."""
+
+    NAMES: ClassVar = {"messages": "query", "continuations": "documents"}
 
     query: str
     documents: Annotated[list[str | Document], Field(min_length=1)]

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from packllm.serve.admission import Places
-from packllm.serve.errors import dumps, response_of, told
+from packllm.serve.errors import dumps, field_of, response_of, told
 
 Events = AsyncGenerator[dict[str, Any], None]
 
@@ -77,7 +77,7 @@ class Reply(Response):
         seconds: float | None = None,
         frame: Callable[[dict[str, Any]], bytes] = data_only,
         end: bytes = DONE,
-        named: Callable[[str], str | None] = str,
+        named: Callable[[str], str | None] = field_of,
     ) -> None:
         super().__init__(media_type="text/event-stream" if stream else "application/json")
         self._places, self._events, self._stream, self._seconds = places, events, stream, seconds

@@ -38,7 +38,7 @@ def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
 def detokenize(served: Served, body: Detokenize) -> dict[str, Any]:
     """The text of token ids, without control tokens."""
     vocabulary = served.pack.members[0].vocabulary
-    if not any(0 <= i < len(vocabulary) and vocabulary.text_bytes(i) for i in body.tokens):
+    if all(0 <= i < len(vocabulary) and not vocabulary.text_bytes(i) for i in body.tokens):
         return {"prompt": ""}
     return {"prompt": str.__str__(Tokens.of(body.tokens, vocabulary))}
 
