@@ -25,6 +25,22 @@ def client(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://packllm", timeout=60)
 
 
+async def send(app: Any, path: str, body: Any, method: str = "POST", **headers: str) -> Any:
+    """Sends JSON, or bytes as they are."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with client(app) as http:
+        return await http.request(
+            method, path, content=content, headers={"content-type": "application/json", **headers}
+        )
+
+
+async def ask(app: Any, path: str, body: Any, status: int = 200) -> Any:
+    """What an app answers to JSON, with the status that it must have."""
+    answer = await send(app, path, body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
 @contextlib.contextmanager
 def listening(app: Any, **where: Any) -> Iterator[Any]:
     """A uvicorn server of an app, in a thread, at uds=PATH or host= and port=."""

@@ -11,7 +11,7 @@ import naive
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import CHAT, QUESTION, client, events
+from served import CHAT, QUESTION, ask, client, events
 
 from packllm import Pack
 from packllm.serve.app import create_app
@@ -38,13 +38,6 @@ def pack(make_member) -> Pack:
 @pytest.fixture
 def app(pack):
     return create_app(pack)
-
-
-async def post(app: Any, path: str, body: Any, status: int = 200) -> Any:
-    async with client(app) as http:
-        answer = await http.post(path, content=json.dumps(body).encode(), headers=JSON)
-    assert answer.status_code == status, answer.text
-    return answer.json()
 
 
 async def streamed(app: Any, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,7 +67,7 @@ async def test_chat_is_the_packs_answer_whole_and_streamed(app, pack, asked, opt
         options = {**{k: v for k, v in asked.items() if k != "packllm"}, **asked.get("packllm", {})}
     expected = pack.generate(QUESTION, **options)
     body = {"model": "pack", "messages": QUESTION, **asked}
-    answer = await post(app, CHAT, body)
+    answer = await ask(app, CHAT, body)
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None, "annotations": []}
     assert choice["finish_reason"] == expected.finish_reason
@@ -101,7 +94,7 @@ async def test_a_member_answers_alone_by_its_name_and_shares_its_engine(app, pac
     for k, name in enumerate(listed[1:]):
         member = pack.members[k]
         before = member.engine.forwards
-        answer = await post(app, CHAT, {"model": name, "messages": QUESTION})
+        answer = await ask(app, CHAT, {"model": name, "messages": QUESTION})
         assert member.engine.forwards > before
         assert answer["choices"][0]["message"]["content"] == Pack([member], max_tokens=8).generate(QUESTION).text
         assert answer["model"] == name
@@ -112,7 +105,7 @@ async def test_several_answers_and_log_probabilities(app, pack):
     asked = {"n": 2, "temperature": 1, "seed": 5, "logprobs": True, "top_logprobs": 2}
     expected = pack.generate(QUESTION, **asked)
     body = {"messages": QUESTION, **asked}
-    answer = await post(app, CHAT, body)
+    answer = await ask(app, CHAT, body)
     assert [one["message"]["content"] for one in answer["choices"]] == [one.text for one in expected]
     assert answer["usage"]["completion_tokens"] == sum(one.usage.completion_tokens for one in expected)
     assert answer["usage"]["prompt_tokens"] == expected[0].usage.prompt_tokens
@@ -132,7 +125,7 @@ async def test_tokens_that_are_named_are_told_at_each_place(app, pack, pool):
     named = [7, 70, 311]
     asked = {"packllm": {"pool": pool, "weighting": {"general": 0.4, "law": 0.6}}, "max_tokens": 3}
     body = {"prompt": TEXT, "logprobs": 2, "logprob_token_ids": named, "return_tokens_as_token_ids": True, **asked}
-    told = (await post(app, "/v1/completions", body))["choices"][0]["logprobs"]
+    told = (await ask(app, "/v1/completions", body))["choices"][0]["logprobs"]
     ids = pack.tokenize(TEXT)
     for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
         rows = [naive.next_logprobs(member, ids) for member in pack.members]
@@ -140,10 +133,10 @@ async def test_tokens_that_are_named_are_told_at_each_place(app, pack, pool):
         assert top == {f"token_id:{i}": pytest.approx(float(row[i]), abs=1e-4) for i in named} | {token: logprob}
         ids.append(int(token.removeprefix("token_id:")))
     chat = {"messages": QUESTION, "logprobs": True, "top_logprobs": 1, "logprob_token_ids": named, **asked}
-    (choice,) = (await post(app, CHAT, chat))["choices"]
+    (choice,) = (await ask(app, CHAT, chat))["choices"]
     assert [[one["id"] for one in place["top_logprobs"]] for place in choice["logprobs"]["content"]] == [named] * 3
     for wrong in ({"logprobs": None}, {"logprob_token_ids": [10**6]}, {"logprob_token_ids": list(range(129))}):
-        error = (await post(app, "/v1/completions", {**body, **wrong}, 400))["error"]
+        error = (await ask(app, "/v1/completions", {**body, **wrong}, 400))["error"]
         assert "logprob_token_ids" in error["message"]
 
 
@@ -152,11 +145,11 @@ async def test_forms_are_guaranteed(app):
     schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     body = {"messages": QUESTION, "max_tokens": 60}
-    answer = await post(app, CHAT, {**body, "response_format": form})
+    answer = await ask(app, CHAT, {**body, "response_format": form})
     assert isinstance(json.loads(answer["choices"][0]["message"]["content"])["sure"], bool)
     for choice in ("required", {"type": "function", "function": {"name": "look_up"}}):
         asked = {**body, "tools": [TOOL], "tool_choice": choice}
-        answer = await post(app, CHAT, asked)
+        answer = await ask(app, CHAT, asked)
         (call,) = answer["choices"][0]["message"]["tool_calls"]
         assert answer["choices"][0]["finish_reason"] == "tool_calls"
         assert answer["choices"][0]["message"]["content"] is None
@@ -169,7 +162,7 @@ async def test_forms_are_guaranteed(app):
         assert [part.get("id") is not None for part in parts] == [True, *[False] * (len(parts) - 1)]
         result = {"role": "tool", "tool_call_id": call["id"], "content": "yes"}
         said = {"role": "assistant", "content": None, "tool_calls": [call]}
-        await post(app, CHAT, {**body, "tools": [TOOL], "messages": [*QUESTION, said, result]})
+        await ask(app, CHAT, {**body, "tools": [TOOL], "messages": [*QUESTION, said, result]})
 
 
 # Texts
@@ -179,10 +172,10 @@ async def test_completions_continue_texts_and_token_ids(app, pack):
     ids = pack.tokenize(TEXT)
     expected = pack.generate(TEXT, chat_template=False)
     for prompt in (TEXT, ids):
-        answer = await post(app, "/v1/completions", {"prompt": prompt, "logprobs": 1})
+        answer = await ask(app, "/v1/completions", {"prompt": prompt, "logprobs": 1})
         assert answer["choices"][0]["text"] == expected.text
         assert answer["usage"]["prompt_tokens"] == len(ids)
-    several = await post(
+    several = await ask(
         app, "/v1/completions", {"prompt": [TEXT, "Once upon a time"], "n": 2, "temperature": 1, "seed": 1}
     )
     found = pack.generate_batch([TEXT, "Once upon a time"], n=2, temperature=1, seed=1, chat_template=False)
@@ -199,7 +192,7 @@ async def test_echo_tells_what_score_tells(app, pack, pool):
     context, continuation = TEXT, " within 30 days é"
     before, after = pack.tokenize(context), pack.members[0].encoder.continuation(continuation)
     body = {"prompt": [*before, *after], "max_tokens": 1, "echo": True, "logprobs": 1, "packllm": fixed}
-    told = (await post(app, "/v1/completions", body))["choices"][0]
+    told = (await ask(app, "/v1/completions", body))["choices"][0]
     given = told["logprobs"]
     assert given["token_logprobs"][0] is None
     assert len(given["tokens"]) == len(before) + len(after) + 1
@@ -210,7 +203,7 @@ async def test_echo_tells_what_score_tells(app, pack, pool):
     assert given["text_offset"][len(before)] == len(context)
     assert given["text_offset"][-1] == len(context + continuation)
     read = {"prompt": body["prompt"], "max_tokens": 0, "prompt_logprobs": 2, "packllm": fixed}
-    listed = (await post(app, "/v1/completions", read))["choices"][0]["prompt_logprobs"]
+    listed = (await ask(app, "/v1/completions", read))["choices"][0]["prompt_logprobs"]
     firsts = [next(iter(one.values()))["logprob"] for one in listed[1:]]
     assert firsts == given["token_logprobs"][1:-1]
     assert [next(iter(one)) for one in listed[1:]] == [str(i) for i in body["prompt"][1:]]
@@ -220,7 +213,7 @@ async def test_echo_tells_what_score_tells(app, pack, pool):
 async def test_the_token_that_ends_an_answer_is_told(make_member):
     """Clients that judge count on one more token than the prompt has, also where the answer ends at once."""
     pack = Pack([make_member("llama", 0)], logit_bias={"<|im_end|>": 100}, max_tokens=4)
-    answer = await post(create_app(pack), "/v1/completions", {"prompt": TEXT, "echo": True, "logprobs": 0})
+    answer = await ask(create_app(pack), "/v1/completions", {"prompt": TEXT, "echo": True, "logprobs": 0})
     choice = answer["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (TEXT, "stop")
     assert choice["logprobs"]["tokens"][-1] == "<|im_end|>"
@@ -229,28 +222,28 @@ async def test_the_token_that_ends_an_answer_is_told(make_member):
 
 async def test_scores_and_tokens(app, pack):
     texts = [" within 30 days", " is Paris", " a + b"]
-    answer = await post(app, "/v1/score", {"text_1": TEXT, "text_2": texts})
+    answer = await ask(app, "/v1/score", {"text_1": TEXT, "text_2": texts})
     assert [one["score"] for one in answer["data"]] == pack.score(TEXT, texts)
-    answer = await post(app, "/v1/score", {"text_1": [TEXT, "a b"], "text_2": texts[:2], "model": "law"})
+    answer = await ask(app, "/v1/score", {"text_1": [TEXT, "a b"], "text_2": texts[:2], "model": "law"})
     alone = Pack([pack.members[1]])
     assert [one["score"] for one in answer["data"]] == [*alone.score(TEXT, texts[:1]), *alone.score("a b", texts[1:2])]
-    answer = await post(app, "/v1/rerank", {"query": TEXT, "documents": [texts[0], {"text": texts[1]}, texts[2]]})
+    answer = await ask(app, "/v1/rerank", {"query": TEXT, "documents": [texts[0], {"text": texts[1]}, texts[2]]})
     assert [(one["document"]["text"], one["relevance_score"]) for one in answer["results"]] == pack.rerank(TEXT, texts)
     assert [texts[one["index"]] for one in answer["results"]] == [text for text, _ in pack.rerank(TEXT, texts)]
-    told = await post(app, "/tokenize", {"prompt": TEXT, "return_token_strs": True})
+    told = await ask(app, "/tokenize", {"prompt": TEXT, "return_token_strs": True})
     assert (told["tokens"], told["count"]) == (pack.tokenize(TEXT), len(pack.tokenize(TEXT)))
     assert "".join(told["token_strs"]) == TEXT
-    assert (await post(app, "/detokenize", {"tokens": told["tokens"]}))["prompt"] == TEXT
-    messages = (await post(app, "/tokenize", {"messages": QUESTION}))["count"]
+    assert (await ask(app, "/detokenize", {"tokens": told["tokens"]}))["prompt"] == TEXT
+    messages = (await ask(app, "/tokenize", {"messages": QUESTION}))["count"]
     assert messages == pack.count_tokens(QUESTION)
 
 
 async def test_decisions(app, pack):
     choices = ["yes", "no, never", "perhaps"]
     expected = json.loads(json.dumps(pack.decide(QUESTION, choices, calibrated=True).as_dict()))
-    answer = await post(app, "/v1/decisions", {"messages": QUESTION, "choices": choices, "calibrated": True})
+    answer = await ask(app, "/v1/decisions", {"messages": QUESTION, "choices": choices, "calibrated": True})
     assert {name: answer[name] for name in expected} == expected
-    await post(app, "/v1/decisions", {"prompt": "a", "choices": ["yes", "yes"]}, 400)
+    await ask(app, "/v1/decisions", {"prompt": "a", "choices": ["yes", "yes"]}, 400)
 
 
 # What goes wrong
@@ -280,13 +273,13 @@ WRONG = [
 
 @pytest.mark.parametrize(("path", "body", "status", "code", "param"), WRONG)
 async def test_what_goes_wrong_has_its_status_and_openais_form(app, path, body, status, code, param):
-    error = (await post(app, path, body, status))["error"]
+    error = (await ask(app, path, body, status))["error"]
     assert error["message"]
     assert error["code"] == code
     if param is not None:
         assert error["param"] == param
     if body.get("messages") and status != 404:  # the same before a stream begins
-        assert (await post(app, path, {**body, "stream": True}, status))["error"] == error
+        assert (await ask(app, path, {**body, "stream": True}, status))["error"] == error
 
 
 async def test_what_fails_in_a_member_is_logged_and_told(app, pack, caplog):
@@ -295,13 +288,13 @@ async def test_what_fails_in_a_member_is_logged_and_told(app, pack, caplog):
 
     handle = pack.members[0].model.base_model.register_forward_pre_hook(fail)
     try:
-        error = (await post(app, CHAT, {"messages": QUESTION}, 500))["error"]
+        error = (await ask(app, CHAT, {"messages": QUESTION}, 500))["error"]
     finally:
         handle.remove()
     assert error["code"] == "member_failed"
     assert "out of everything" in error["message"]
     assert any("out of everything" in record.getMessage() for record in caplog.records)
-    assert (await post(app, CHAT, {"messages": QUESTION}))["choices"]
+    assert (await ask(app, CHAT, {"messages": QUESTION}))["choices"]
 
 
 async def test_while_models_are_loaded_nothing_but_health_answers(pack):
@@ -453,7 +446,7 @@ async def test_the_full_bodies_are_right(fuzzed, path):
     asked = dict(FULL[path])
     if importlib.util.find_spec("llguidance") is None:
         asked = {name: value for name, value in asked.items() if name not in ("response_format", "text", "tools")}
-    await post(fuzzed, path, asked)
+    await ask(fuzzed, path, asked)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ class Output:
         elif kind == "message":
             logprobs, part = self._logprobs(text), item["content"][0]
             part["text"] += text
-            part["logprobs"] = [*part["logprobs"], *logprobs]
+            part["logprobs"] += logprobs
             yield self.event("response.output_text.delta", **self._place(0), delta=text, logprobs=logprobs)
         else:
             item["summary"][0]["text"] += text
