@@ -71,7 +71,9 @@ def told(
     message = str(error)
     if isinstance(error, ServeError):
         status, code, param, headers = error.status, error.code, error.param, error.headers
-    elif isinstance(error, RequestValidationError | ValidationError):
+    elif isinstance(error, RequestValidationError):
+        status, (param, message) = 400, _invalid(error, str)  # of fields, not of options
+    elif isinstance(error, ValidationError):
         status, (param, message) = 400, _invalid(error, named)
     elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
