@@ -173,6 +173,46 @@ def test_openai_responses(openai, pack):
 # Frameworks
 
 
+def _sdk(url: str, more: dict[str, Any]) -> Iterator[Any]:
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    client = openai.OpenAI(base_url=url, max_retries=0, **KEY)
+    return iter(client.responses.create(model="pack", input="Why?", stream=True, extra_body=more))
+
+
+def _langchain(url: str, more: dict[str, Any]) -> Iterator[Any]:
+    openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    asked = {"use_responses_api": True, "extra_body": more, "max_retries": 0}
+    return openai.ChatOpenAI(base_url=url, model="pack", **asked, **KEY).stream("Why?")
+
+
+def _llama_index(url: str, more: dict[str, Any]) -> Iterator[Any]:
+    openai = pytest.importorskip("llama_index.llms.openai", reason="llama-index-llms-openai is not installed")
+    from llama_index.core.base.llms.types import ChatMessage
+
+    asked = {"additional_kwargs": {"model": "pack", "extra_body": more}, "max_retries": 0}
+    return openai.OpenAIResponses(model="gpt-4o", api_base=url, **asked, **KEY).stream_chat([ChatMessage("Why?")])
+
+
+@pytest.mark.parametrize("ask", [_sdk, _langchain, _llama_index])
+def test_a_response_that_fails_in_the_middle_is_no_short_answer(url, pack, ask):
+    passes = 0
+
+    def fail(*args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > 6:
+            raise RuntimeError("out of everything")
+
+    handle = pack.members[0].model.base_model.register_forward_pre_hook(fail)
+    try:
+        pieces = ask(url, {"logit_bias": {"<|im_end|>": -100}, "max_output_tokens": 60})
+        assert next(pieces)
+        with pytest.raises(Exception, match="out of everything"):
+            list(pieces)
+    finally:
+        handle.remove()
+
+
 async def test_langchain(url, pack):
     openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     model = openai.ChatOpenAI(base_url=url, model="pack", max_tokens=8, **KEY)

@@ -87,7 +87,7 @@ def told(
         status, code, param = 400, "context_length_exceeded", named("messages")
         if error.text is not None and (match := re.match(r"\w+", error.text)):
             param = named(match[0])
-            message = message.replace(error.text, f"{param}{error.text[match.end() :]}")
+            message = message.replace(error.text, f"{param or match[0]}{error.text[match.end() :]}")
     elif isinstance(error, ExtraError):
         status, code = 501, "not_installed"
     elif isinstance(error, CancelledError | LoadError):
