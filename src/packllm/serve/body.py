@@ -47,12 +47,12 @@ def plain(body: Any) -> Any:
 def _check_nesting(name: str, value: Any) -> None:
     level = [value]
     for _ in range(DEEPEST):
-        if not all(math.isfinite(one) for one in level if isinstance(one, float)):
+        if not all(math.isfinite(one) for one in level if type(one) is float):
             raise ValueError(f"{name}: JSON has no NaN and no infinite numbers")
-        insides = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        insides = [one.values() if type(one) is dict else one for one in level if type(one) in (dict, list)]
         if not insides:
             return
-        level = [one for inside in insides for one in inside if isinstance(one, dict | list | float)]
+        level = [one for inside in insides for one in inside if type(one) in (dict, list, float)]
     raise ValueError(f"{name}: more than {DEEPEST} lists and objects inside each other")
 
 
