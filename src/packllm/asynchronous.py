@@ -4,10 +4,11 @@ concurrently."""
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from threading import Event
+from contextlib import closing, suppress
+from threading import Event, Semaphore
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,4 +50,50 @@ async def in_thread(work: Callable[[Event], T], cancel: Event | None = None) -> 
         told.set()
         raise
     finally:
+        thread.shutdown(wait=False)
+
+
+async def ahead(start: Callable[[Event], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
+    """Iterate over a generator that runs in a thread of its own, one item ahead of its reader: the work goes on while
+    the event loop is busy with the last item, but not much further than somebody reads.
+
+    Args:
+        start: makes the generator, in the thread; its event is set once nobody reads any more. Then the thread closes
+            the generator at its next item or error.
+    """
+    loop, cancel, ready = asyncio.get_running_loop(), Event(), asyncio.Event()
+    thread, room, items = ThreadPoolExecutor(1, "packllm"), Semaphore(1), deque[T]()
+
+    def run() -> None:
+        with closing(start(cancel)) as made:
+            for item in made:
+                room.acquire()
+                if cancel.is_set():
+                    return
+                items.append(item)
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(ready.set)
+
+    def ended(work: asyncio.Future[None]) -> None:
+        work.cancelled() or work.exception()  # an error that nobody waits for is not reported
+        ready.set()
+
+    work = loop.run_in_executor(thread, run)
+    work.add_done_callback(ended)
+    try:
+        while True:
+            finished = work.done()
+            if items:
+                yield items.popleft()
+                room.release()
+            elif finished:
+                await work
+                return
+            else:
+                await ready.wait()
+                ready.clear()
+    finally:
+        cancel.set()
+        room.release()
+        work.cancel()
         thread.shutdown(wait=False)

@@ -36,7 +36,7 @@ class Places:
         Raises:
             ServeError: 429, the queue is full.
         """
-        if self._free.locked() and self.waiting >= self.queue:
+        if self.running + self.waiting >= self.most + self.queue:
             raise ServeError(
                 429,
                 f"the server is busy: {self.running} requests run and {self.waiting} wait; retry later",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 from packllm.chat.messages import Prompt
 from packllm.pack import Pack
 from packllm.results import Chunk, TokenLogprob, Usage
-from packllm.serve.metrics import Metrics
+from packllm.serve.metrics import Call
 from packllm.weights import Weights
 
 
@@ -48,19 +48,18 @@ class Told:
         return {"weights": {name: chunk.weights.as_dict()}}
 
 
-async def answers(
-    pack: Pack, prompts: Sequence[Prompt], options: dict[str, Any], n: int | None, metrics: Metrics
-) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Pack.astream_batch, with metrics."""
+def answers(
+    pack: Pack, prompts: Sequence[Prompt], options: dict[str, Any], n: int | None, call: Call
+) -> Generator[tuple[int, Chunk], None, None]:
+    """Pack.stream_batch, with metrics."""
     count: dict[str, Any] = {} if n is None else {"n": n}
-    started = metrics.now()
     first: dict[int, float] = {}
-    async with aclosing(pack.astream_batch(prompts, **options, **count)) as chunks:
-        async for index, chunk in chunks:
+    with closing(pack.stream_batch(prompts, cancel=call.cancel, **options, **count)) as chunks:
+        for index, chunk in chunks:
             if index not in first:
-                first[index] = metrics.first(started)
+                first[index] = call.first()
             if chunk.finish_reason is not None:
-                metrics.answered(chunk, first[index])
+                call.answered(chunk, first[index], new_prompt=index % (n or 1) == 0)
             yield index, chunk
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from importlib.resources import files
+from threading import Event
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +23,7 @@ from packllm.serve.admission import Places
 from packllm.serve.body import PACK, Body
 from packllm.serve.doors import Doors
 from packllm.serve.errors import ServeError, dumps, request_id, response_of
-from packllm.serve.metrics import Metrics
+from packllm.serve.metrics import Call, Metrics
 from packllm.serve.models import Models, Served
 from packllm.serve.protocol import (
     Chat,
@@ -41,6 +44,11 @@ _PAGE_POLICY = (
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 
+TOKENIZING = 2
+"""Requests that are only tokenized at a time. They keep Python busy, so many at once would slow down all streams."""
+
+B = TypeVar("B", bound=Body)
+
 logger = logging.getLogger("packllm.serve")
 
 
@@ -54,6 +62,7 @@ class Server:
     def __init__(self, pack: Pack | None, settings: Settings) -> None:
         self.settings = settings
         self.places = Places(settings.running, settings.queue)
+        self.desk = Places(TOKENIZING, settings.queue)  # requests for tokens only, which no member reads
         self.metrics = Metrics(self.places)
         self._models: Models | None = None
         if pack is not None:
@@ -75,15 +84,19 @@ class Server:
             raise ServeError(503, "the models are still being loaded; retry soon", "loading", retry_after="2")
         return self._models
 
-    def reply(self, body: Body, work: Callable[[Served], Events]) -> Reply:
+    def reply(self, body: B, work: Callable[[Served, B, Call], Events], places: Places | None = None) -> Reply:
         """The response to a request; its work starts when it gets a slot."""
-        served = self.models.find(body.model)
+        served, arrived = self.models.find(body.model), time.perf_counter()
         if self.settings.log_prompts:
             logger.info("%s %s", request_id.get(), body.model_dump_json(exclude_unset=True))
         seconds = min(self.settings.timeout, body.timeout or self.settings.timeout)
-        if isinstance(body, Responses):
-            return Reply(self.places, work(served), body.stream, seconds, Named(), b"", body.named)
-        return Reply(self.places, work(served), isinstance(body, Sampled) and body.stream, seconds, named=body.named)
+        stream = isinstance(body, Sampled | Responses) and body.stream
+        frame: dict[str, Any] = {"frame": Named(), "end": b""} if isinstance(body, Responses) else {}
+
+        def events(cancel: Event) -> Events:
+            return work(served, body, Call(self.metrics, cancel, arrived))
+
+        return Reply(places or self.places, events, stream, seconds, **frame, named=body.named)
 
     def limit(self, count: int, what: str) -> None:
         """ServeError if one request asks for too many texts."""
@@ -151,44 +164,44 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/chat/completions", include_in_schema=False)
     async def chat_completions(body: Chat) -> Response:
         server.limit(body.n or 1, "answers (n)")
-        return server.reply(body, lambda served: chat.completion(served, body, server.metrics))
+        return server.reply(body, chat.completion)
 
     @app.post("/v1/completions")
     @app.post("/completions", include_in_schema=False)
     async def text_completions(body: Completion) -> Response:
         server.limit(len(body.prompts) * (body.n or 1), "answers (prompts times n)")
-        return server.reply(body, lambda served: completions.completion(served, body, server.metrics))
+        return server.reply(body, completions.completion)
 
     @app.post("/v1/responses")
     @app.post("/responses", include_in_schema=False)
     async def make_response(body: Responses) -> Response:
-        return server.reply(body, lambda served: responses.response(served, body, server.metrics))
+        return server.reply(body, responses.response)
 
     @app.post("/v1/score")
     @app.post("/score")
     async def score(body: Score) -> Response:
         server.limit(max(len(body.texts(body.text_1)), len(body.texts(body.text_2))), "texts")
-        return server.reply(body, lambda served: scores.score(served, body))
+        return server.reply(body, scores.score)
 
     @app.post("/v1/rerank")
     @app.post("/rerank")
     async def rerank(body: Rerank) -> Response:
         server.limit(len(body.documents), "documents")
-        return server.reply(body, lambda served: scores.rerank(served, body))
+        return server.reply(body, scores.rerank)
 
     @app.post("/v1/decisions")
     @app.post("/decisions", include_in_schema=False)
     async def decide(body: Decide) -> Response:
         server.limit(len(body.choices), "choices")
-        return server.reply(body, lambda served: scores.decide(served, body))
+        return server.reply(body, scores.decide)
 
     @app.post("/tokenize")
-    def tokenize(body: Tokenize) -> Response:
-        return _json(tokens.tokenize(server.models.find(body.model), body))
+    async def tokenize(body: Tokenize) -> Response:
+        return server.reply(body, tokens.tokenize, server.desk)
 
     @app.post("/detokenize")
-    def detokenize(body: Detokenize) -> Response:
-        return _json(tokens.detokenize(server.models.find(body.model), body))
+    async def detokenize(body: Detokenize) -> Response:
+        return server.reply(body, tokens.detokenize, server.desk)
 
     @app.get("/tokenizer_info")
     def tokenizer_info() -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import aclosing
+from contextlib import closing
 from typing import Any
 
 from packllm.chat.calls import AnswerPart, ToolStream
@@ -12,7 +12,7 @@ from packllm.chat.reasoning import ReasoningPart
 from packllm.chat.tools import CallPart
 from packllm.results import Chunk, TokenLogprob
 from packllm.serve.answers import Told, answers, chat_logprobs, new_id, usage_of
-from packllm.serve.metrics import Metrics
+from packllm.serve.metrics import Call
 from packllm.serve.models import Served
 from packllm.serve.protocol import Chat
 from packllm.serve.reading import as_vllm, readings
@@ -79,7 +79,7 @@ class Message:
         return message
 
 
-async def completion(served: Served, body: Chat, metrics: Metrics) -> Events:
+def completion(served: Served, body: Chat, call: Call) -> Events:
     """The events of an answer: a single one with the complete answer, or those of a stream."""
     options = body.options()
     tools = served.pack.check(**options).offered_tools
@@ -89,13 +89,13 @@ async def completion(served: Served, body: Chat, metrics: Metrics) -> Events:
     head["system_fingerprint"] = served.fingerprint
     read = {}
     if body.prompt_logprobs is not None:
-        (reading,) = await readings(served.pack, [body.messages], options, body.prompt_logprobs)
+        (reading,) = readings(served.pack, [body.messages], options, body.prompt_logprobs, call.cancel)
         read = {"prompt_logprobs": as_vllm(reading, body.prompt_logprobs)}
     whole: list[dict[str, Any]] = [{} for _ in range(n)]
     part = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if body.usage_at_end else {})
     begun: set[int] = set()
-    async with aclosing(answers(served.pack, [body.messages], options, None if n == 1 else n, metrics)) as chunks:
-        async for index, chunk in chunks:
+    with closing(answers(served.pack, [body.messages], options, None if n == 1 else n, call)) as chunks:
+        for index, chunk in chunks:
             message = messages[index]
             deltas, extra = message.feed(chunk), message.told.feed(chunk)
             logprobs, reason = chat_logprobs(chunk.logprobs, body.spelled), message.reason(chunk)

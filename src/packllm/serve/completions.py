@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 from packllm.chat.formatted import Tokens
@@ -13,7 +13,7 @@ from packllm.chat.messages import Prompt
 from packllm.errors import ContextOverflowError
 from packllm.results import Chunk, TokenLogprob
 from packllm.serve.answers import Told, answers, new_id, usage_of
-from packllm.serve.metrics import Metrics
+from packllm.serve.metrics import Call
 from packllm.serve.models import Served
 from packllm.serve.protocol import Completion
 from packllm.serve.reading import Reading, as_vllm, readings
@@ -82,7 +82,7 @@ class Text:
         return choice
 
 
-async def completion(served: Served, body: Completion, metrics: Metrics) -> Events:
+def completion(served: Served, body: Completion, call: Call) -> Events:
     """The events of the answers: a single one with all complete answers, or those of a stream."""
     pack, n = served.pack, body.n or 1
     options = {**body.options(), "chat_template": False}
@@ -91,13 +91,15 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
     head["system_fingerprint"] = served.fingerprint
     read: Sequence[Reading | None] = [None] * len(prompts)
     if body.prompt_logprobs is not None or body.max_tokens == 0 or (body.echo and body.logprobs is not None):
-        read = await readings(pack, prompts, options, max(body.prompt_logprobs or 0, body.logprobs or 0))
+        read = readings(pack, prompts, options, max(body.prompt_logprobs or 0, body.logprobs or 0), call.cancel)
     before = [str(prompt) if body.echo else "" for prompt in prompts]
     texts = [Text(body, before[at], read[at]) for at in range(len(prompts)) for _ in range(n)]
     whole: list[dict[str, Any]] = [{} for _ in texts]
-    pairs = answers(pack, prompts, options, None if n == 1 else n, metrics) if body.max_tokens != 0 else _none(read, n)
-    async with aclosing(pairs) as chunks:
-        async for index, chunk in chunks:
+    pairs = (
+        answers(pack, prompts, options, None if n == 1 else n, call) if body.max_tokens != 0 else _none(read, n, call)
+    )
+    with closing(pairs) as chunks:
+        for index, chunk in chunks:
             text, logprobs = texts[index].feed(chunk)
             extra, reason = texts[index].told.feed(chunk), chunk.finish_reason
             if reason is not None:
@@ -113,10 +115,11 @@ async def completion(served: Served, body: Completion, metrics: Metrics) -> Even
         yield {**head, "choices": [], "usage": usage}
 
 
-async def _none(readings: Sequence[Reading | None], n: int) -> Any:
+def _none(readings: Sequence[Reading | None], n: int, call: Call) -> Generator[tuple[int, Chunk], None, None]:
     """Answers without tokens, for prompts that are only scored."""
     for at, reading in enumerate(readings):
         assert reading is not None
+        call.read(reading.usage.prompt_tokens)
         for i in range(n):
             yield at * n + i, Chunk("", reading.weights, "length", reading.usage, {})
 

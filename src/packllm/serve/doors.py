@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from packllm.serve.errors import ServeError, request_id, response_of
 from packllm.serve.metrics import Metrics
+from packllm.serve.reply import STATUS
 from packllm.serve.settings import Settings
 
 logger = logging.getLogger("packllm.serve")
@@ -66,7 +67,7 @@ class Doors:
                 raise
             await response_of(error)(scope, receive, counted)
         finally:
-            status = status or 499  # the client disconnected before the response
+            status = scope.get(STATUS) or status or 499  # the client disconnected before the response
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._metrics.request(path, status)

@@ -25,6 +25,9 @@ from packllm.errors import (
     StructureError,
 )
 
+BLOCK = 1000
+"""Items of a list that are encoded together."""
+
 logger = logging.getLogger("packllm.serve")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -49,8 +52,18 @@ class ServeError(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def dumps(value: Any) -> bytes:
-    """Compact JSON. A lone surrogate, which UTF-8 cannot encode, is escaped."""
+def dumps(value: Any, depth: int = 5) -> bytes:
+    """Compact JSON. A lone surrogate, which UTF-8 cannot encode, is escaped. Large values are encoded in parts, as json
+    holds Python's lock until it is done."""
+    if depth and isinstance(value, dict) and value:
+        pairs = (dumps(str(key), 0) + b":" + dumps(one, depth - 1) for key, one in value.items())
+        return b"{" + b",".join(pairs) + b"}"
+    if depth and isinstance(value, list) and value:
+        if isinstance(value[0], dict | list):
+            parts = [dumps(one, depth - 1) for one in value]
+        else:
+            parts = [dumps(value[at : at + BLOCK], 0)[1:-1] for at in range(0, len(value), BLOCK)]
+        return b"[" + b",".join(parts) + b"]"
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packllm.asynchronous import in_thread
 from packllm.chat.formatted import Tokens
 from packllm.chat.messages import Prompt
 from packllm.decode.cancel import Stop
@@ -54,14 +52,14 @@ class Reading:
         return Usage(len(self.ids), 0)
 
 
-async def readings(pack: Pack, prompts: Iterable[Prompt], options: dict[str, Any], top: int) -> list[Reading]:
+def readings(pack: Pack, prompts: Iterable[Prompt], options: dict[str, Any], top: int, cancel: Event) -> list[Reading]:
     """Read prompts one after the other, see read().
 
     Args:
         options: options of the request; those of its answer do not matter.
     """
     checked = pack.check(**{**options, "max_tokens": None, "logprobs": None, "top_logprobs": top})
-    return [await in_thread(partial(read, pack, prompt, checked, top)) for prompt in prompts]
+    return [read(pack, prompt, checked, top, cancel) for prompt in prompts]
 
 
 def read(pack: Pack, prompt: Prompt, options: Options, top: int, cancel: Event) -> Reading:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Generator
+from contextlib import aclosing, closing, suppress
 from itertools import count
+from threading import Event
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from packllm.asynchronous import ahead
 from packllm.serve.admission import Places
 from packllm.serve.errors import dumps, field_of, response_of, told
 
-Events = AsyncGenerator[dict[str, Any], None]
+Events = Generator[dict[str, Any], None, None]
+
+STATUS = "packllm.status"
+"""Key of the ASGI scope for the status that the metrics count, where it is not that of the response."""
 
 DONE = b"data: [DONE]\n\n"
 LAST_WORDS = 5
@@ -61,7 +66,7 @@ class Reply(Response):
 
     Args:
         places: the slots of running requests.
-        events: the work, as a generator of events.
+        work: makes the events, in a thread of its own; its argument is set once the work is to end.
         stream: whether the events are sent as a stream.
         seconds: time limit, including the wait for a slot.
         frame: encodes an event of a stream.
@@ -72,7 +77,7 @@ class Reply(Response):
     def __init__(
         self,
         places: Places,
-        events: Events,
+        work: Callable[[Event], Events],
         stream: bool = False,
         seconds: float | None = None,
         frame: Callable[[dict[str, Any]], bytes] = data_only,
@@ -80,7 +85,7 @@ class Reply(Response):
         named: Callable[[str], str | None] = field_of,
     ) -> None:
         super().__init__(media_type="text/event-stream" if stream else "application/json")
-        self._places, self._events, self._stream, self._seconds = places, events, stream, seconds
+        self._places, self._work, self._stream, self._seconds = places, work, stream, seconds
         self._frame, self._end, self._named = frame, end, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +95,8 @@ class Reply(Response):
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 await work
+            else:
+                scope[STATUS] = 499
         finally:
             for task in (work, gone):
                 task.cancel()
@@ -98,27 +105,39 @@ class Reply(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        async with aclosing(self._events) as events:
-            try:
-                async with asyncio.timeout(self._seconds), self._places.place():
-                    async for event in events:
+        try:
+            async with asyncio.timeout(self._seconds):
+                body = b""
+                async with self._places.place(), aclosing(ahead(self._encoded)) as parts:
+                    async for part in parts:
+                        if not self._stream:
+                            body = part
+                            continue
                         if not started:
                             started = True
-                            await self._start(send, None if self._stream else dumps(event))
-                        if self._stream:
-                            await send(_body(self._frame(event)))
-                    if self._stream:
-                        await send(_body(self._end, last=True))
-            except Exception as error:
-                if not started:
-                    await response_of(error, self._named)(scope, receive, send)
-                    return
-                if not self._stream:
-                    raise
-                said = self._frame(told(error, self._named)[1]) + self._end
-                with suppress(TimeoutError):  # a client that does not read the stream does not read this either
-                    async with asyncio.timeout(LAST_WORDS):
-                        await send(_body(said, last=True))
+                            await self._start(send, None)
+                        await send(_body(part))
+                if self._stream:
+                    await send(_body(self._end, last=True))
+                else:  # a client that reads slowly holds no slot
+                    started = True
+                    await self._start(send, body)
+        except Exception as error:
+            if not started:
+                await response_of(error, self._named)(scope, receive, send)
+                return
+            if not self._stream:
+                raise
+            scope[STATUS], said, _ = told(error, self._named)
+            with suppress(TimeoutError):  # a client that does not read the stream does not read this either
+                async with asyncio.timeout(LAST_WORDS):
+                    await send(_body(self._frame(said) + self._end, last=True))
+
+    def _encoded(self, cancel: Event) -> Generator[bytes, None, None]:
+        """The work's events, as they are sent. Large ones take their time, which is not the event loop's."""
+        with closing(self._work(cancel)) as events:
+            for event in events:
+                yield self._frame(event) if self._stream else dumps(event)
 
     async def _start(self, send: Send, body: bytes | None) -> None:
         headers = [(b"content-type", self.media_type.encode())] if self.media_type else []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from packllm.errors import PromptError, shown
@@ -12,7 +12,7 @@ from packllm.options import Options
 from packllm.results import TokenLogprob, Usage
 from packllm.serve.answers import answers, new_id
 from packllm.serve.chat import Message
-from packllm.serve.metrics import Metrics
+from packllm.serve.metrics import Call
 from packllm.serve.models import Served
 from packllm.serve.protocol import Responses, nested
 from packllm.serve.reply import Events
@@ -182,11 +182,11 @@ class Output:
         return where if content is None else {**where, "content_index": content}
 
 
-async def response(served: Served, body: Responses, metrics: Metrics) -> Events:
+def response(served: Served, body: Responses, call: Call) -> Events:
     """The events of an answer: a single one with the complete answer, or those of a stream."""
     last: dict[str, Any] = {}
-    async with aclosing(_events(served, body, metrics)) as made:
-        async for event in made:
+    with closing(_events(served, body, call)) as made:
+        for event in made:
             if body.stream:
                 yield event
             last = event
@@ -194,14 +194,14 @@ async def response(served: Served, body: Responses, metrics: Metrics) -> Events:
         yield last["response"]
 
 
-async def _events(served: Served, body: Responses, metrics: Metrics) -> AsyncGenerator[Event, None]:
+def _events(served: Served, body: Responses, call: Call) -> Generator[Event, None, None]:
     options, conversation = body.options(), messages_of(body)
     checked = served.pack.check(**options)
     message = Message(checked.offered_tools, body.parallel_tool_calls is not False)
     output = Output(_head(served, body, checked))
     begun = False
-    async with aclosing(answers(served.pack, [conversation], options, None, metrics)) as chunks:
-        async for _, chunk in chunks:
+    with closing(answers(served.pack, [conversation], options, None, call)) as chunks:
+        for _, chunk in chunks:
             if not begun:
                 begun = True
                 yield output.event("response.created", response=output.whole("in_progress"))

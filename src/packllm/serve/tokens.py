@@ -7,11 +7,13 @@ from typing import Any
 from packllm.chat.formatted import Tokens
 from packllm.chat.messages import check
 from packllm.errors import PromptError
+from packllm.serve.metrics import Call
 from packllm.serve.models import Served
 from packllm.serve.protocol import Detokenize, Tokenize
+from packllm.serve.reply import Events
 
 
-def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
+def tokenize(served: Served, body: Tokenize, _: Call) -> Events:
     """The ids of a text or a conversation.
 
     Raises:
@@ -32,15 +34,14 @@ def tokenize(served: Served, body: Tokenize) -> dict[str, Any]:
     result: dict[str, Any] = {"count": len(ids), "max_model_len": served.pack.context_window, "tokens": ids}
     if body.return_token_strs:
         result["token_strs"] = [encoder.vocabulary.tokens[i].decode(errors="replace") for i in ids]
-    return result
+    yield result
 
 
-def detokenize(served: Served, body: Detokenize) -> dict[str, Any]:
+def detokenize(served: Served, body: Detokenize, _: Call) -> Events:
     """The text of token ids, without control tokens."""
     vocabulary = served.pack.members[0].vocabulary
-    if all(0 <= i < len(vocabulary) and not vocabulary.text_bytes(i) for i in body.tokens):
-        return {"prompt": ""}
-    return {"prompt": str.__str__(Tokens.of(body.tokens, vocabulary))}
+    silent = all(0 <= i < len(vocabulary) and not vocabulary.text_bytes(i) for i in body.tokens)
+    yield {"prompt": "" if silent else str.__str__(Tokens.of(body.tokens, vocabulary))}
 
 
 def info(served: Served) -> dict[str, Any]:
