@@ -7,7 +7,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic_core import core_schema
 
 from packllm.chat.tools import check_tools
 from packllm.errors import OptionError, guess, shown
@@ -56,6 +65,26 @@ def _prior(value: Any, checked: Callable[[Any], Any]) -> Any:
         value = json.loads(value)
     validated = checked(value)
     return value if hasattr(value, "fingerprints") else validated  # a calibrated prior keeps its members' fingerprints
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "tuple", "dict"):
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    for part in schema if isinstance(schema, list) else ():
+        _fail_fast(part)
+
+
+class FirstErrors(BaseModel):
+    """A model that reports only the first wrong item of a list or mapping. To report a million of them would keep
+    Python busy for minutes."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -199,7 +228,7 @@ class OptionFields(BaseModel):
     nor cached_tokens reveal another user's prompts. None is a salt too."""
 
 
-class Options(OptionFields):
+class Options(OptionFields, FirstErrors):
     """The options of one request, checked and frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

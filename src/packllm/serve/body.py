@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from packllm.errors import OptionError, guess, shown
 from packllm.options import Number, Options
@@ -56,7 +56,7 @@ def _check_nesting(name: str, value: Any) -> None:
     raise ValueError(f"{name}: more than {DEEPEST} lists and objects inside each other")
 
 
-class Body(BaseModel):
+class Body(FirstErrors):
     """Fields of all requests. Fields that do not affect the answer (user, metadata, store, ...) are ignored."""
 
     model_config = ConfigDict(extra="allow")

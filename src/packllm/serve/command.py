@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -127,6 +128,8 @@ class _Loading(threading.Thread):
         typer.echo(f"packllm: loading {what}; /health is 503 until it is done", err=True)
         try:
             pack = command_arguments.load_pack(self._models, self._options)
+            gc.collect()
+            gc.freeze()  # no later collection goes through all that was loaded, which would stop all streams meanwhile
             self._ours.ready(pack)
         except Exception as error:
             self._failure = error
