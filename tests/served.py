@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,36 @@ def events(text: str) -> list[dict[str, Any]]:
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert data[-1] == "[DONE]"
     return [json.loads(line) for line in data[:-1]]
+
+
+async def until(true: Callable[[], Any]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
+
+
+async def until_calm(app: Any) -> None:
+    """Until no request runs, nor any thread of one."""
+    places = app.state.server.places
+    await until(lambda: not places.running and not places.waiting)
+    await until(lambda: not any(thread.name.startswith("packllm_") for thread in threading.enumerate()))
+
+
+async def leaving(app: Any, path: str, body: dict[str, Any], leave: Callable[[list[Any]], Awaitable[Any]]) -> list[Any]:
+    """Ask an app, and go away when leave(what was sent so far) returns; gives the messages that were sent."""
+    sent: list[Any] = []
+    asked = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        if (first := next(asked, None)) is not None:
+            return first
+        await leave(sent)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"packllm")]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": headers, "http_version": "1.1", "scheme": "http", "server": ("packllm", 80), "root_path": ""}
+    await app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}, "client": None, "state": {}}, receive, send)
+    return sent

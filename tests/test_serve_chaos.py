@@ -16,8 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import _config, byte_level_tokenizer
-from served import CHAT, QUESTION, client, events, listening, socket_of
-from test_serve_load import until, until_calm
+from served import CHAT, QUESTION, client, events, listening, socket_of, until, until_calm
 from test_stress import nothing_is_left
 from transformers import AutoModelForCausalLM
 

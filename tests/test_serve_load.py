@@ -25,7 +25,7 @@ import httpx
 import pytest
 import torch
 from conftest import _config, byte_level_tokenizer
-from served import CHAT, QUESTION, client, events, listening, socket_of
+from served import CHAT, QUESTION, client, events, listening, socket_of, until, until_calm
 from test_stress import nothing_is_left, open_sequences
 from transformers import AutoModelForCausalLM
 
@@ -51,11 +51,6 @@ def held(pack: Pack) -> Iterator[threading.Event]:
     finally:
         go.set()
         handle.remove()
-
-
-async def until(true: Any) -> None:
-    while not true():
-        await asyncio.sleep(0.005)
 
 
 async def test_beyond_the_queue_clients_are_sent_away_and_told_when_to_come(pack):
@@ -85,43 +80,6 @@ async def test_a_request_that_takes_too_long_ends_and_says_so(pack):
     assert answers[0].json()["error"]["code"] == "timeout"
     assert answers[0].headers["x-should-retry"] == "false"
     await until(lambda: not app.state.server.places.running)
-
-
-async def test_a_client_that_goes_away_ends_the_work_within_one_step(pack):
-    """Counted in passes: of 400 tokens asked for, none is read once the one under way is done."""
-    app = create_app(pack)
-    gone, told = asyncio.Event(), 0
-    body = json.dumps(
-        {"messages": QUESTION, "max_tokens": 400, "stream": True, "packllm": {"draft_tokens": 1}}
-    ).encode()
-    requests = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive() -> dict[str, Any]:
-        if (first := next(requests, None)) is not None:
-            return first
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    passes = 0
-
-    async def send(message: dict[str, Any]) -> None:
-        nonlocal told, passes
-        if message["type"] == "http.response.body":
-            told += 1
-            if told == 5:
-                passes = pack.members[0].engine.forwards
-                gone.set()
-                await asyncio.sleep(0)
-
-    headers = [(b"content-type", b"application/json"), (b"host", b"packllm")]
-    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b""}
-    scope |= {"headers": headers, "http_version": "1.1", "scheme": "http", "server": ("packllm", 80), "root_path": ""}
-    await app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}, "client": None, "state": {}}, receive, send)
-    await until(lambda: pack.members[0].engine.forwards <= passes + 2 and not app.state.server.places.running)
-    await until(lambda: not any(thread.name.startswith("packllm_") for thread in threading.enumerate()))
-    assert passes < 30
-    assert pack.members[0].engine.forwards <= passes + 2  # the one under way, and one that was asked for before
-    nothing_is_left(pack)
 
 
 async def test_keys_sizes_and_slow_bodies(pack):
@@ -331,12 +289,6 @@ class Storm:
 async def one_after_another(app: Any) -> list[Any]:
     async with client(app) as http:
         return [told((await http.post(path, json=body)).json()) for path, body in requests()]
-
-
-async def until_calm(app: Any) -> None:
-    places = app.state.server.places
-    await until(lambda: not places.running and not places.waiting)
-    await until(lambda: not any(thread.name.startswith("packllm_") for thread in threading.enumerate()))
 
 
 async def test_64_clients_have_the_answers_of_one_after_another_and_leave_nothing(pack, tmp_path):

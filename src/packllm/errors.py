@@ -178,6 +178,18 @@ def refused(what: str, reason: str) -> LoadError:
     return LoadError(f"cannot load {what}: {reason}")
 
 
+def unquoted(error: BaseException, text: str | None = None) -> str:
+    """An error's message (or another `text` with it) for logs: without what a member's server said, as servers quote
+    the prompt in their errors."""
+    text = str(error) if text is None else text
+    cause: BaseException | None = error
+    while cause is not None:
+        if said := getattr(cause, "said", ""):
+            text = text.replace(said, "[the server's text]")
+        cause = cause.__cause__ or cause.__context__
+    return text
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, after its type if the message is short or only a key."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from packllm.errors import MemberError, blamed_on
+from packllm.errors import MemberError, blamed_on, unquoted
 from packllm.weights.result import Weights
 
 log = logging.getLogger("packllm")
@@ -68,7 +68,7 @@ class Failures:
             if not self.drop or self._candidates <= self.members | dropped or None in remaining:
                 raise error
             self.members |= dropped
-        log.warning("going on without a member: %s", error)
+        log.warning("going on without a member: %s", unquoted(error))
         return dropped, [one for one in remaining if one is not None]
 
     def each(self, act: Callable[[int], T], which: Collection[int], row: Weighed) -> dict[int, T]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, model_validator
 
 from packllm.errors import OptionError, guess, shown
-from packllm.options import Number, Options
+from packllm.options import FirstErrors, Number, Options
 from packllm.serve.unsupported import UNSUPPORTED, Unsupported, check_supported
 
 PACK = "pack"
@@ -69,7 +69,7 @@ class Body(FirstErrors):
     model: str = PACK
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     timeout: Seconds | None = None
-    packllm: dict[str, Any] = {}
+    packllm: dict[str, Any] = Field(default_factory=dict)
     """Further options of the pack: weighting, pool, tau, ..."""
 
     _plain = model_validator(mode="before")(plain)

@@ -130,6 +130,7 @@ class _Loading(threading.Thread):
             pack = command_arguments.load_pack(self._models, self._options)
             gc.collect()
             gc.freeze()  # no later collection goes through all that was loaded, which would stop all streams meanwhile
+            gc.set_threshold(10_000, 10, 20)  # and an answer with many log-probabilities does not cause dozens
             self._ours.ready(pack)
         except Exception as error:
             self._failure = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -23,6 +24,7 @@ from packllm.errors import (
     MemberError,
     PackError,
     StructureError,
+    unquoted,
 )
 
 BLOCK = 1000
@@ -81,7 +83,7 @@ def told(
         named: the request's field for an option of the pack, see Body.named.
     """
     status, code, param, headers = 500, None, None, {}
-    message = str(error)
+    message = "" if isinstance(error, RequestValidationError | ValidationError) else str(error)
     if isinstance(error, ServeError):
         status, code, param, headers = error.status, error.code, error.param, error.headers
     elif isinstance(error, RequestValidationError):
@@ -109,13 +111,22 @@ def told(
         status, (param, message) = 400, _faulty(message, named)
     elif isinstance(error, MemberError | StructureError):
         code = "member_failed" if isinstance(error, MemberError) else "structure"
-        logger.error("%s: %s (%s)", type(error).__name__, message, request_id.get(), exc_info=error.__cause__)
+        _log(error)
     else:
         message = "internal server error; see the server's log"
-        logger.error("a request failed (%s)", request_id.get(), exc_info=error)
+        _log(error)
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers
+
+
+def _log(error: BaseException) -> None:
+    """Log an error and its causes, without text of prompts and answers."""
+    if isinstance(error, StructureError):  # its message quotes the answer
+        logger.error("request %s failed: two answers violated their schema", request_id.get())
+    else:
+        details = unquoted(error, "".join(traceback.format_exception(error)).rstrip())
+        logger.error("request %s failed\n%s", request_id.get(), details)
 
 
 def response_of(error: BaseException, named: Callable[[str], str | None] = field_of) -> Response:

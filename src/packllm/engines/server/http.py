@@ -51,11 +51,12 @@ class ServerError(Exception):
 
     Attributes:
         status: HTTP status of the answer; None if there was no answer.
+        said: the part of the reason that is the server's own text; see errors.unquoted.
     """
 
-    def __init__(self, reason: str, status: int | None = None) -> None:
+    def __init__(self, reason: str, status: int | None = None, said: str = "") -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.said = status, said
 
 
 class TransientError(ServerError):
@@ -65,8 +66,8 @@ class TransientError(ServerError):
         after: seconds that the server asks to wait.
     """
 
-    def __init__(self, reason: str, status: int | None = None, after: float | None = None) -> None:
-        super().__init__(reason, status)
+    def __init__(self, reason: str, status: int | None = None, after: float | None = None, said: str = "") -> None:
+        super().__init__(reason, status, said)
         self.after = after
 
 
@@ -166,9 +167,10 @@ class Retries:
         """
         self._failed += 1
         if self._failed >= self._attempts:
-            raise ServerError(f"{error}; failed after {self._failed} attempts", error.status) from None
+            raise ServerError(f"{error}; failed after {self._failed} attempts", error.status, error.said) from None
         if error.after is not None and error.after > LONGEST:
-            raise ServerError(f"{error}; it asks to retry after {error.after:.0f} seconds", error.status) from None
+            reason = f"{error}; it asks to retry after {error.after:.0f} seconds"
+            raise ServerError(reason, error.status, error.said) from None
         pause = BACKOFF * 2 ** (self._failed - 1) * (0.5 + random.random())
         until = time.monotonic() + max(pause, error.after or 0.0)
         while (left := until - time.monotonic()) > 0:
@@ -257,13 +259,14 @@ class Call:
         try:
             item = json.loads(text)
         except ValueError:
-            return TransientError(f"{self._what} returned invalid JSON: {self._endpoint.safe(text)[:80]!r}")
+            said = repr(self._endpoint.safe(text)[:80])
+            return TransientError(f"{self._what} returned invalid JSON: {said}", said=said)
         if isinstance(item, dict) and item.get("error"):
             error = item["error"]
             message = self._endpoint.safe(str(error.get("message") if isinstance(error, dict) else error))
             code = error.get("code") if isinstance(error, dict) else None
             fatal = isinstance(code, int) and 400 <= code < 500 and code not in _BUSY
-            return (ServerError if fatal else TransientError)(f"{self._what}: {message}")
+            return (ServerError if fatal else TransientError)(f"{self._what}: {message}", said=message)
         if not isinstance(item, dict):
             return TransientError(f"{self._what} returned a JSON {type(item).__name__} instead of an object")
         if not isinstance(item.get("usage"), dict):
@@ -279,12 +282,13 @@ class Call:
             message = message.get("message", message) if isinstance(message, dict) else message
         except ValueError:
             message = response.text
-        reason = f"{self._what} returned status {status}: {self._endpoint.safe(str(message))}"
+        said = self._endpoint.safe(str(message))
+        reason = f"{self._what} returned status {status}: {said}"
         if status in (401, 403):
             reason += " (check the API key; the spec names its environment variable: URL#MODEL?key=VARIABLE)"
         if status in _BUSY:
-            return TransientError(reason, status, _seconds(response.headers.get("retry-after")))
-        return ServerError(reason, status)
+            return TransientError(reason, status, _seconds(response.headers.get("retry-after")), said)
+        return ServerError(reason, status, said)
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ from packllm.engines.server.http import Endpoint, Gate, Retries, ServerError, Tr
 from packllm.engines.server.judge import Asked, Judge
 from packllm.engines.server.steps import MOST, Steps
 from packllm.engines.server.tops import Tops
-from packllm.errors import LoadError, guess, loading
+from packllm.errors import LoadError, guess, loading, unquoted
 from packllm.results import Bill
 
 log = logging.getLogger("packllm")
@@ -358,7 +358,9 @@ class ServerMember(Author):
             refused = [name for name in _DISPENSABLE if name in body and name in message]
             self._dropped |= set(refused)
         if refused:
-            log.warning("member %r: its server refuses %s, which later requests omit: %s", self.name, refused, message)
+            log.warning(
+                "member %r: its server refuses %s, which later requests omit: %s", self.name, refused, unquoted(error)
+            )
         return bool(refused)
 
     # Judging
