@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from bisect import bisect_left
 from collections.abc import Sequence as List
@@ -59,7 +60,8 @@ class PrefixCache:
 
     def salted(self, salt: str | None) -> Salted:
         """The part of the cache with this salt."""
-        return Salted(self, salt)
+        digest = None if salt is None else hashlib.sha256(salt.encode()).hexdigest()
+        return Salted(self, digest)  # a salt of megabytes would be kept with every prompt
 
     def longest(
         self, engine: Engine, adapter: int | None, ids: List[int], salt: str | None = None
