@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import ctypes
 import gc
 import importlib.util
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import peft
 import pytest
 import torch
 from conftest import _config, byte_level_tokenizer
@@ -30,6 +32,7 @@ from test_stress import nothing_is_left, open_sequences
 from transformers import AutoModelForCausalLM
 
 from packllm import Member, Pack
+from packllm.engines.load import Loader
 from packllm.serve.app import create_app
 from packllm.serve.settings import Settings
 
@@ -247,9 +250,8 @@ class Storm:
 
     KINDS = ("whole", "streamed", "whole", "streamed", "cancelled", "hung up", "wrong")
 
-    def __init__(self, where: str, expected: list[Any]) -> None:
-        self.where, self.expected = where, expected
-        self.asked = requests()
+    def __init__(self, where: str, asked: list[tuple[str, dict[str, Any], list[Any]]]) -> None:
+        self.where, self.asked = where, asked
         self.counts: Counter[str] = Counter()
 
     async def client(self, seed: int, go_on: Callable[[int], bool]) -> None:
@@ -264,13 +266,12 @@ class Storm:
                 done += 1
 
     async def _one(self, http: httpx.AsyncClient, kind: str, draw: random.Random) -> None:
-        which = draw.randrange(len(self.asked))
-        path, body = self.asked[which]
+        path, body, expected = draw.choice(self.asked)
         if kind == "whole":
-            assert told((await http.post(path, json=body)).json()) == self.expected[which]
+            assert told((await http.post(path, json=body)).json()) == expected
         elif kind == "streamed":
             parts = events((await http.post(path, json={**body, "stream": True})).text)
-            assert told_in_parts(parts) == self.expected[which]
+            assert told_in_parts(parts) == expected
         elif kind == "cancelled":
             asked = {**body, "stream": True, "max_tokens": 300}
             async with http.stream("POST", path, json=asked) as answer:
@@ -286,24 +287,89 @@ class Storm:
             assert answer.json()["error"]["message"]
 
 
-async def one_after_another(app: Any) -> list[Any]:
+async def one_after_another(app: Any) -> list[tuple[str, dict[str, Any], list[Any]]]:
+    """The requests that this pack can answer, with what it answers."""
+    found = []
     async with client(app) as http:
-        return [told((await http.post(path, json=body)).json()) for path, body in requests()]
+        for path, body in requests():
+            answer = await http.post(path, json=body)
+            assert answer.status_code in (200, 400), answer.text
+            if answer.status_code == 200:
+                found.append((path, body, told(answer.json())))
+    assert len({str(expected) for *_, expected in found}) > 5
+    return found
 
 
-async def test_64_clients_have_the_answers_of_one_after_another_and_leave_nothing(pack, tmp_path):
+KINDS: dict[str, tuple[dict[str, Any], int]] = {
+    "tokens": ({}, 64),
+    "drafts in little room": ({"draft_tokens": 3, "pool": "log", "max_cache_mb": 1, "prefix_cache_mb": 1}, 16),
+    "lazy without prefixes": ({"decoding": "lazy", "temperature": 1.0, "seed": 1, "prefix_cache_mb": 0}, 16),
+    "cool": ({"decoding": "cool"}, 12),
+    "mined": ({"decoding": "mined"}, 8),
+    "adapters": ({}, 16),
+    "gguf": ({}, 16),
+}
+"""Packs, by what is special: their options, and how many clients they get."""
+
+
+def members_of(kind: str, make_member: Any, folder: Path) -> list[Member]:
+    """Two members, called general and law."""
+    general = make_member("llama", 5, name="general")
+    if kind == "adapters":
+        config = peft.LoraConfig(init_lora_weights=False, r=4, target_modules=["q_proj", "down_proj"])
+        peft.get_peft_model(copy.deepcopy(general.model), config).save_pretrained(folder / "law")
+        general.model.save_pretrained(folder / "base")
+        general.tokenizer.save_pretrained(folder / "base")
+        return Loader().members([f"general={folder / 'base'}", f"law={folder / 'base'}+{folder / 'law'}"])
+    if kind == "gguf":
+        pytest.importorskip("llama_cpp", reason="the extra `gguf` is not installed")
+        from test_gguf import write_gguf
+
+        write_gguf(general, folder / "general.gguf")
+        return [*Loader().members([f"general={folder / 'general.gguf'}"]), make_member("llama", 1, name="law")]
+    return [general, make_member("gpt2", 1, "words" if kind in ("cool", "mined") else "bytes", name="law")]
+
+
+def living() -> Counter[str]:
+    """Objects of this package that have not been freed, by kind, and the bytes of tensors."""
+    gc.collect()
+    found: Counter[str] = Counter()
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if str(kind.__module__).startswith("packllm."):
+            found[f"{kind.__module__}.{kind.__qualname__}"] += 1
+        elif isinstance(thing, torch.Tensor):
+            found["tensors"] += 1
+            found["bytes"] += thing.nbytes
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_clients_have_the_answers_of_one_after_another_and_leave_nothing(make_member, tmp_path, kind):
     """Streams, calls, cancels and nonsense, mixed over a socket; afterwards nothing is left of any."""
+    options, clients = KINDS[kind]
+    pack = Pack(members_of(kind, make_member, tmp_path), max_tokens=6, **options)
     app = create_app(pack, Settings(running=16, queue=64))
     storm = Storm(socket_of(tmp_path), await one_after_another(app))
-    before, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    left: list[Counter[str]] = []
     with listening(app, uds=storm.where):
-        await asyncio.gather(*(storm.client(seed, lambda done: done < 3) for seed in range(64)))
-        await until_calm(app)
-    assert storm.counts.total() == 3 * 64
-    assert min(storm.counts[kind] for kind in Storm.KINDS) >= 20
-    assert threading.active_count() <= before
+        for at, done in enumerate((1, 2)):
+            go_on = partial(fewer, done)
+            await asyncio.gather(*(storm.client(1000 * at + seed, go_on) for seed in range(clients)))
+            await until_calm(app)
+            pack.prefixes.clear()
+            left.append(living())
+    assert storm.counts.total() == 3 * clients
+    assert min(storm.counts[kind] for kind in Storm.KINDS) >= clients // 4
+    assert {name: n for name, n in left[1].items() if n > left[0][name]} == {}
+    assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= files + 2
     nothing_is_left(pack)
+
+
+def fewer(most: int, done: int) -> bool:
+    return done < most
 
 
 async def test_a_server_told_to_end_lets_answers_finish(pack, tmp_path):
