@@ -27,12 +27,16 @@ import peft
 import pytest
 import torch
 from conftest import _config, byte_level_tokenizer
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from served import CHAT, QUESTION, client, events, listening, socket_of, until, until_calm
 from test_stress import nothing_is_left, open_sequences
 from transformers import AutoModelForCausalLM
 
 from packllm import Member, Pack
 from packllm.engines.load import Loader
+from packllm.serve.admission import Places
 from packllm.serve.app import create_app
 from packllm.serve.settings import Settings
 
@@ -85,6 +89,107 @@ async def test_a_request_that_takes_too_long_ends_and_says_so(pack):
     await until(lambda: not app.state.server.places.running)
 
 
+async def test_of_a_thousand_at_once_exactly_those_with_room_are_taken(pack):
+    app = create_app(pack, Settings(running=2, queue=3))
+    places = app.state.server.places
+    with held(pack) as go:
+        async with client(app) as http:
+            tasks = [asyncio.create_task(http.post(CHAT, json={"messages": QUESTION})) for _ in range(1000)]
+            await until(lambda: sum(task.done() for task in tasks) == 995)
+            assert {task.result().status_code for task in tasks if task.done()} == {429}
+            assert (places.running, places.waiting) == (2, 3)
+            go.set()
+            answers = await asyncio.gather(*tasks)
+    assert Counter(answer.status_code for answer in answers) == {429: 995, 200: 5}
+    assert (places.running, places.waiting) == (0, 0)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["come", "come", "leave", "finish", "tick"]), st.integers(0, 9)), max_size=60)
+)
+@hypothesis_settings(max_examples=150, derandomize=True, deadline=None)
+def test_places_go_to_those_who_came_first_whoever_leaves(steps):
+    """Nobody is refused while there is room, and no place is lost, in whatever order tasks come, leave and finish."""
+
+    async def run() -> None:
+        places, tasks, inside, entered = Places(2, 3), [], {}, []
+
+        async def one(at: int) -> None:
+            async with places.place():
+                entered.append(at)
+                inside[at] = asyncio.Event()
+                try:
+                    await inside[at].wait()
+                finally:
+                    del inside[at]
+
+        for step, which in steps:
+            living = [task for task in tasks if not task.done()]
+            if step == "come":
+                tasks.append(asyncio.create_task(one(len(tasks)), name=str(len(living))))
+            elif step == "leave" and living:
+                living[which % len(living)].cancel()
+            elif step == "finish" and inside:
+                list(inside.values())[which % len(inside)].set()
+            elif step == "tick":
+                await asyncio.sleep(0)
+            assert places.running == len(inside) <= 2
+            assert places.waiting <= 3 or places.running < 2  # a freed place may be on its way to somebody
+            assert places.running + places.waiting <= 5
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert places.running == 2 or not places.waiting
+        while inside:
+            for event in inside.values():
+                event.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (places.running, places.waiting) == (0, 0)
+        assert entered == sorted(entered)
+        assert {getattr(result, "status", None) for result in done if isinstance(result, Exception)} <= {429}
+
+    asyncio.run(run())
+
+
+async def test_a_stream_whose_time_ends_says_so(pack):
+    app = create_app(pack, Settings(running=1))
+    body = {"messages": QUESTION, "stream": True, "max_tokens": 60, "packllm": {"draft_tokens": 1}, "timeout": 0.5}
+    passes = 0
+    go = threading.Event()
+
+    def wait(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 5:
+            go.wait(30)
+
+    handle = pack.members[0].model.base_model.register_forward_pre_hook(wait)
+    try:
+        async with client(app) as http:
+            streamed = await http.post(CHAT, json=body)
+            go.set()
+            for path, more in (
+                ("/v1/score", {"text_1": "a b c", "text_2": "a"}),
+                ("/v1/responses", {"input": "a", "stream": True}),
+            ):
+                passes = 4
+                go.clear()
+                answer = await http.post(path, json={**more, "timeout": 0.2})
+                go.set()
+                assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+            text = (await http.get("/metrics")).text
+    finally:
+        handle.remove()
+    assert streamed.status_code == 200
+    *parts, last = events(streamed.text)
+    assert len(parts) > 1
+    assert (last["error"]["code"], last["error"]["type"]) == ("timeout", "server_error")
+    assert f'path="{CHAT}",status="504"}} 1.0' in text
+    await until_calm(app)
+    nothing_is_left(pack)
+
+
 async def test_keys_sizes_and_slow_bodies(pack):
     app = create_app(pack, Settings(keys=("secret", "other"), body_bytes=2000, body_seconds=0.1))
     ask = {"url": CHAT, "json": {"messages": QUESTION}}
@@ -114,6 +219,9 @@ async def test_keys_sizes_and_slow_bodies(pack):
         assert (await http.post(CHAT, content=endless())).status_code == 413
         assert (await http.post(CHAT, content=stuck())).status_code == 408
         text = (await http.get("/metrics")).text
+        both = {"content-length": "2", "transfer-encoding": "chunked", "content-type": "application/json"}
+        smuggled = await http.post(CHAT, content=b"{}", headers=both)
+        assert (smuggled.status_code, smuggled.headers["connection"]) == (400, "close")
     assert 'packllm_requests_total{path="other",status="401"}' in text
     assert 'packllm_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
     assert "packllm_time_to_first_token_seconds_count 2.0" in text
@@ -305,7 +413,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "drafts in little room": ({"draft_tokens": 3, "pool": "log", "max_cache_mb": 1, "prefix_cache_mb": 1}, 16),
     "lazy without prefixes": ({"decoding": "lazy", "temperature": 1.0, "seed": 1, "prefix_cache_mb": 0}, 16),
     "cool": ({"decoding": "cool"}, 12),
-    "mined": ({"decoding": "mined"}, 8),
+    "mined": ({"decoding": "mined"}, 6),
     "adapters": ({}, 16),
     "gguf": ({}, 16),
 }
@@ -372,18 +480,28 @@ def fewer(most: int, done: int) -> bool:
     return done < most
 
 
-async def test_a_server_told_to_end_lets_answers_finish(pack, tmp_path):
-    app = create_app(pack)
+@pytest.mark.parametrize("drain", [None, 1])
+async def test_a_server_told_to_end_lets_answers_finish(pack, tmp_path, drain):
+    """Those that wait too; once its time to drain is over, it ends them."""
+    app = create_app(pack, Settings(running=1, queue=3))
+    places, expected = app.state.server.places, pack.generate(QUESTION).text
     transport = httpx.AsyncHTTPTransport(uds=socket_of(tmp_path))
-    with listening(app, uds=socket_of(tmp_path)) as server:
-        async with httpx.AsyncClient(transport=transport, base_url="http://packllm", timeout=60) as http:
-            with held(pack) as go:
-                task = asyncio.create_task(http.post(CHAT, json={"messages": QUESTION}))
-                await until(lambda: app.state.server.places.running)
+    with held(pack) as go:
+        with listening(app, uds=socket_of(tmp_path), timeout_graceful_shutdown=drain) as server:
+            async with httpx.AsyncClient(transport=transport, base_url="http://packllm", timeout=60) as http:
+                tasks = [asyncio.create_task(http.post(CHAT, json={"messages": QUESTION})) for _ in range(4)]
+                await until(lambda: places.running + places.waiting == 4)
                 server.should_exit = True  # as SIGTERM does
-                go.set()
-                answer = await task
-    assert answer.json()["choices"][0]["message"]["content"] == pack.generate(QUESTION).text
+                if drain is None:
+                    go.set()
+                answers = await asyncio.gather(*tasks, return_exceptions=True)
+        go.set()
+    if drain is None:
+        assert [one.json()["choices"][0]["message"]["content"] for one in answers] == [expected] * 4
+    else:
+        assert all(isinstance(one, httpx.TransportError) or one.status_code == 500 for one in answers)
+    await until_calm(app)
+    nothing_is_left(pack)
 
 
 def resident() -> float:

@@ -58,6 +58,7 @@ class Doors:
             await send(message)
 
         try:
+            _check_framing(scope)
             self._check_host(scope)
             self._check_key(scope)
             receive = await self._read_body(scope, receive)
@@ -137,3 +138,13 @@ class Doors:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return again
+
+
+def _check_framing(scope: Scope) -> None:
+    """Refuse a body with two lengths. A proxy may take the other one, and then what a client sends after the body for
+    another client's request (request smuggling)."""
+    names = {name for name, _ in scope["headers"]}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise ServeError(
+            400, "send the body either with Content-Length or with Transfer-Encoding, not both", connection="close"
+        )
