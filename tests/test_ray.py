@@ -388,6 +388,7 @@ async def test_a_server_answers_through_kill_9(trio, make_member):
         whole, streamed = await asyncio.gather(
             http.post(CHAT, json=asked[0]), http.post(CHAT, json={**asked[1], "stream": True})
         )
+    assert whole.status_code == 200, whole.text
     assert whole.json()["choices"][0]["message"]["content"] == expected[0]
     texts = [one["choices"][0]["delta"].get("content", "") for one in events(streamed.text)]
     assert "".join(texts) == expected[1]

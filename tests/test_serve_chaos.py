@@ -93,20 +93,35 @@ async def test_a_server_that_is_killed_and_started_again_under_load_loses_no_ans
 
 
 async def test_a_client_that_does_not_read_is_in_nobodys_way_and_lets_go_of_its_place(pack, tmp_path, monkeypatch):
-    """Half a megabyte of log-probabilities is more than the socket holds."""
+    """Half a megabyte of log-probabilities is more than the socket holds. Its time ends when the socket is full."""
     monkeypatch.setattr(reply, "LAST_WORDS", 0.1)
+    ends: list[tuple[asyncio.AbstractEventLoop, asyncio.Timeout]] = []
+    timeout = asyncio.timeout
+
+    def recorded(seconds: float | None) -> asyncio.Timeout:
+        made = timeout(seconds)
+        if seconds == 333:
+            ends.append((asyncio.get_running_loop(), made))
+        return made
+
+    monkeypatch.setattr(asyncio, "timeout", recorded)
     app = create_app(pack, Settings(running=1))
     asked = {"messages": QUESTION, "stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 400}
-    raw = json.dumps({**asked, "timeout": 3, "logit_bias": {"<|im_end|>": -100}}).encode()
-    with listening(app, uds=socket_of(tmp_path)), socket.socket(socket.AF_UNIX) as slow:
+    raw = json.dumps({**asked, "timeout": 333, "logit_bias": {"<|im_end|>": -100}}).encode()
+    with listening(app, uds=socket_of(tmp_path)) as server, socket.socket(socket.AF_UNIX) as slow:
         slow.connect(socket_of(tmp_path))
         slow.sendall(b"POST %s HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n" % CHAT.encode())
         slow.sendall(b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(raw), raw))
-        await until(lambda: app.state.server.places.running)
+        await until(lambda: any(one.flow.write_paused for one in list(server.server_state.connections)))
         async with over(socket_of(tmp_path)) as http:  # it waits for the only place
-            answer = await http.post(CHAT, json={"messages": QUESTION})
+            task = asyncio.create_task(http.post(CHAT, json={"messages": QUESTION}))
+            await until(lambda: app.state.server.places.waiting)
+            [(loop, end)] = ends
+            loop.call_soon_threadsafe(lambda: end.reschedule(loop.time()))
+            answer = await task
         assert answer.json()["choices"][0]["message"]["content"] == pack.generate(QUESTION).text
         await until_calm(app)
+        await until(lambda: not server.server_state.tasks)
         slow.settimeout(30)
         read = b"".join(iter(partial(slow.recv, MB), b""))
     assert read.count(b"data: ") > 20

@@ -373,6 +373,13 @@ class Storm:
                 self.counts[kind] += 1
                 done += 1
 
+    async def over(self, server: Any) -> None:
+        """Until the server has heard of all connections, the last of which may still wait to be accepted."""
+        transport = httpx.AsyncHTTPTransport(uds=self.where)
+        async with httpx.AsyncClient(transport=transport, base_url="http://packllm") as http:
+            await http.get("/version")
+        await until(lambda: not server.server_state.connections and not server.server_state.tasks)
+
     async def _one(self, http: httpx.AsyncClient, kind: str, draw: random.Random) -> None:
         path, body, expected = draw.choice(self.asked)
         if kind == "whole":
@@ -461,10 +468,11 @@ async def test_clients_have_the_answers_of_one_after_another_and_leave_nothing(m
     storm = Storm(socket_of(tmp_path), await one_after_another(app))
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     left: list[Counter[str]] = []
-    with listening(app, uds=storm.where):
+    with listening(app, uds=storm.where) as server:
         for at, done in enumerate((1, 2)):
             go_on = partial(fewer, done)
             await asyncio.gather(*(storm.client(1000 * at + seed, go_on) for seed in range(clients)))
+            await storm.over(server)
             await until_calm(app)
             pack.prefixes.clear()
             left.append(living())
