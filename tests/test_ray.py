@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -310,7 +310,8 @@ class Exact(workers.ActorWire):
 
     def tell(self, name: str, *args: Any) -> None:
         if workers.ray.is_initialized():
-            self.ask(name, *args)
+            with suppress(RuntimeError):  # a dead worker needs no message
+                self.ask(name, *args)
 
     def ask(self, name: str, *args: Any) -> Any:
         return self.call(lambda: None, lambda: None, name, *args)
@@ -421,3 +422,28 @@ def test_ray_specs(trio, tmp_path, make_member, monkeypatch):
     gc.collect()
     with pytest.raises(LoadError, match=r"worker of '\./nothing': .*does not exist"):
         Loader().members(["ray:./nothing"])
+
+
+async def test_a_server_goes_on_without_a_worker_that_is_gone_for_good(trio, make_member):
+    """Where it may; otherwise requests fail, and members that do not need the worker answer. The last test: it ends a
+    worker of the trio."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    from served import CHAT, client
+
+    from packllm.serve.app import create_app
+
+    ray = pytest.importorskip("ray")
+    pack = packllm.Pack([member for member, _ in trio], max_tokens=16, draft_tokens=1)
+    remaining = packllm.Pack([make_member("llama", seed) for seed in range(2)], max_tokens=16, draft_tokens=1)
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    ray.kill(trio[2][1].actor, no_restart=True)
+    async with client(create_app(pack)) as http:
+        for policy, stream in (("raise", False), ("raise", True), ("drop", False)):
+            body = {"messages": messages, "stream": stream, "packllm": {"on_member_error": policy}}
+            answer = await http.post(CHAT, json=body)
+            if policy == "raise":
+                assert (answer.status_code, answer.json()["error"]["code"]) == (500, "member_failed")
+            else:
+                assert answer.json()["choices"][0]["message"]["content"] == remaining.generate(messages).text
+        alone = await http.post(CHAT, json={"messages": messages, "model": trio[0][0].name})
+        assert alone.status_code == 200

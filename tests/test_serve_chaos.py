@@ -9,18 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 from conftest import _config, byte_level_tokenizer
-from served import CHAT, QUESTION, client, events, listening, socket_of, until, until_calm
+from served import CHAT, QUESTION, client, events, leaving, listening, socket_of, until, until_calm
+from serving import CORPUS, Broken, Served, english
 from test_stress import nothing_is_left
 from transformers import AutoModelForCausalLM
 
 from packllm import Member, Pack
+from packllm.engines.load import Loader
+from packllm.engines.server import http
 from packllm.serve import reply
 from packllm.serve.app import create_app
 from packllm.serve.settings import Settings
@@ -184,3 +187,55 @@ async def test_bodies_of_10_mb_are_refused_by_size_or_for_the_window(pack, kind)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert pack.members[0].engine.forwards <= passes + 2  # what is before a text that is too long, at most
     nothing_is_left(pack)
+
+
+@pytest.fixture
+def far(byte_tokenizer, monkeypatch) -> Iterator[Served]:
+    """The server of a member."""
+    monkeypatch.setattr(http, "BACKOFF", 0.0)
+    server = Served(english(byte_tokenizer, "far", CORPUS[:3]))
+    yield server
+    server.close()
+
+
+@pytest.mark.enable_socket
+async def test_the_server_of_a_member_dies_and_comes_back(far, byte_tokenizer):
+    """Without it a request fails, or goes on where it may; once it is back, answers are what they were."""
+    pack = Pack([english(byte_tokenizer, "near", CORPUS[1:]), *Loader().members([far.spec()])], max_tokens=12)
+    app = create_app(pack)
+    asked = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+
+    async def ask(policy: str, **more: Any) -> httpx.Response:
+        async with client(app) as http_:
+            return await http_.post(CHAT, json={**asked, **more, "packllm": {"on_member_error": policy}})
+
+    def said(answer: httpx.Response) -> tuple[str, bool]:
+        [choice] = answer.json()["choices"]
+        return choice["message"]["content"], sum(choice["packllm"]["weights"]["end"]["weights"][1:]) > 0
+
+    def down(path: str, body: Any) -> None:
+        raise Broken
+
+    expected, (alone, _) = said(await ask("raise")), said(await ask("raise", model="near"))
+    assert expected[1]
+    for _ in range(2):
+        far.fault = down
+        assert (await ask("raise")).json()["error"]["code"] == "member_failed"
+        assert (await ask("raise", stream=True)).status_code == 500
+        assert (await ask("raise", model="far")).json()["error"]["code"] == "member_failed"
+        assert said(await ask("drop")) == (alone, False)
+        far.fault = lambda path, body: None
+        answers = await asyncio.gather(*(ask("raise") for _ in range(4)))
+        assert [said(answer) for answer in answers] == [expected] * 4
+    await until_calm(app)
+
+
+@pytest.mark.enable_socket
+async def test_a_client_that_leaves_drops_the_connection_to_a_member_s_server(far):
+    app = create_app(Pack.load([far.spec()], max_tokens=400))
+    far.endless = True
+    body = {"messages": QUESTION, "stream": True, "model": "far"}
+    sent = await leaving(app, CHAT, body, lambda sent: until(lambda: len(sent) > 4))
+    assert sent[0]["status"] == 200
+    await until(far.dropped.is_set)
+    await until_calm(app)
