@@ -221,6 +221,28 @@ async def test_tool_choices_of_every_form(app):
             assert error["param"] == "tool_choice"
 
 
+async def test_schemas_that_are_malformed_are_refused_and_their_nulls_are_missing(app):
+    pytest.importorskip("llguidance")
+    nulls = {"required": None, "pattern": None, "items": None, "description": None, "additionalProperties": None}
+
+    def form(schema: Any) -> dict[str, Any]:
+        whole = {"type": "json_schema", "json_schema": {"name": "a", "strict": None, "schema": schema}}
+        return {"messages": QUESTION, "max_tokens": 60, "response_format": whole}
+
+    sure = {"type": "object", "properties": {"sure": {"type": "boolean", **nulls}}, **nulls, "required": ["sure"]}
+    (choice,) = (await ask(app, CHAT, form(sure)))["choices"]
+    assert isinstance(json.loads(choice["message"]["content"])["sure"], bool)
+    await ask(app, CHAT, form({**PARAMETERS, "required": None}))
+    for wrong in (True, 7, [["sure"]], [{}]):
+        for keyword in ("required", "patternProperties", "allOf"):
+            schema = {**PARAMETERS, "anyOf": [{"$ref": "#/properties"}], keyword: wrong}
+            error = (await ask(app, CHAT, form(schema), 400))["error"]
+            assert error["param"] == "response_format"
+            tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+            asked = {"messages": QUESTION, "max_tokens": 60, "tools": [tool], "tool_choice": "required"}
+            assert (await ask(app, CHAT, asked, 400))["error"]["param"] == "tools"
+
+
 async def test_reasoning_that_is_sent_back_reaches_the_template():
     """As an item of /v1/responses, before a message or a call, from OpenAI's server or another."""
     shows = TEMPLATE.replace("{{ message['content'] }}", "{{ message.reasoning_content }}|{{ message['content'] }}")

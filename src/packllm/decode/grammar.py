@@ -130,6 +130,8 @@ def _followed(what: str, schema_json: str) -> Grammar:
                     return Grammar(lark, prepared.hints, exact)
     except RecursionError:
         reason = "it is nested too deep"
+    except (AttributeError, TypeError) as error:
+        reason = f"a keyword has a value of the wrong type: {error}"
     raise OptionError(
         f"{what} cannot be guaranteed: {reason}. Use keywords that a grammar can express (type, properties, "
         f"required, items, enum, const, anyOf, pattern, minimum, ...), or drop the guarantee and parse the text"
@@ -178,6 +180,8 @@ class _Preparation:
         if part:
             self._parts.add(id(node))
         if is_new:
+            for keyword in [key for key, value in node.items() if value is None and key not in ("const", "default")]:
+                del node[keyword]  # some clients write null for what is missing
             self.exact &= _simplify(node)
             self._names |= dict.fromkeys(name for name in node.get("required", ()) if isinstance(name, str))
             patterns = [node.get("pattern"), *(node.get("patternProperties") or ())]

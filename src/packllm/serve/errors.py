@@ -137,9 +137,13 @@ def response_of(error: BaseException, named: Callable[[str], str | None] = field
 
 def _faulty(message: str, named: Callable[[str], str | None]) -> tuple[str | None, str]:
     """The field that an error of the pack is about, and the message with this field's name."""
-    if re.match(r"message \d+ |(the )?prompt('s)? ", message):
-        return named("messages"), message
-    match = re.match(r"(\w+)(?==|: |\[| must be )", message)
+    for beginning, option in (
+        (r"message \d+ |(the )?prompt('s)? ", "messages"),
+        (r"(parameters of )?the tool |a tool ", "tools"),
+    ):
+        if re.match(beginning, message):
+            return named(option), message
+    match = re.match(r"(\w+)(?==|: |\[| must be | cannot be )", message)
     if match is None:
         return None, message
     field = named(match[1])
