@@ -233,7 +233,7 @@ async def test_schemas_that_are_malformed_are_refused_and_their_nulls_are_missin
     (choice,) = (await ask(app, CHAT, form(sure)))["choices"]
     assert isinstance(json.loads(choice["message"]["content"])["sure"], bool)
     await ask(app, CHAT, form({**PARAMETERS, "required": None}))
-    for wrong in (True, 7, [["sure"]], [{}]):
+    for wrong in (True, 7, [["sure"]]):
         for keyword in ("required", "patternProperties", "allOf"):
             schema = {**PARAMETERS, "anyOf": [{"$ref": "#/properties"}], keyword: wrong}
             error = (await ask(app, CHAT, form(schema), 400))["error"]

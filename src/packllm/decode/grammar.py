@@ -196,12 +196,18 @@ class _Preparation:
 
 def _inner(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for keyword in _MAPS:
-        if isinstance(node.get(keyword), dict):
-            yield from ((keyword, inner) for inner in node[keyword].values())
+        if isinstance(node.get(keyword, {}), dict):
+            yield from ((keyword, inner) for inner in node.get(keyword, {}).values())
+        else:
+            raise TypeError(f"{keyword!r} must be an object")
     for keyword in (*_LISTS, "items"):
         if isinstance(node.get(keyword), list):
             yield from ((keyword, inner) for inner in node[keyword])
+        elif keyword in node and keyword != "items":
+            raise TypeError(f"{keyword!r} must be a list")
     for keyword in _SINGLE:
+        if not isinstance(node.get(keyword, {}), dict | bool | list):
+            raise TypeError(f"{keyword!r} must be a schema")
         yield keyword, node.get(keyword)
 
 

@@ -85,7 +85,7 @@ def _fault(value: Any, schema: dict[str, Any]) -> str | None:
     validator = _extended(jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator))(schema)
     try:
         error = jsonschema.exceptions.best_match(validator.iter_errors(value))
-    except (re.error, RecursionError, referencing.exceptions.Unresolvable):
+    except (AttributeError, TypeError, re.error, RecursionError, referencing.exceptions.Unresolvable):
         return None  # jsonschema cannot check this; the grammar is the only guarantee
     return None if error is None else f"at {error.json_path}: {error.message}"[:_MOST_SAID]
 
