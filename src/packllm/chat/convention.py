@@ -34,6 +34,8 @@ def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
 
 def schema_text(schema: Mapping[str, Any]) -> str:
     """The part of the system message about the form of the answer."""
+    if schema == {"type": "object"}:  # OpenAI's json_object: the messages say which object. Small models copy a schema
+        return "Answer with a JSON object alone."
     return f"Answer with JSON alone, in the form of this JSON schema:\n{_json(schema)}"
 
 
