@@ -113,6 +113,8 @@ class Chat(Sampled):
             options["tools"] = tools
         if choice is not None and (tools or choice not in ("auto", "none")):
             options["tool_choice"] = choice
+            if choice not in ("auto", "none"):  # a demanded call has no text of its own to format, as with OpenAI
+                options.pop("json_schema", None)
         if self.top_logprobs and not self.logprobs:
             raise OptionError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
         if self.logprobs:
