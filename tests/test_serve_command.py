@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,6 +26,7 @@ from typer.testing import CliRunner
 from packllm import Pack
 from packllm.cli import app as cli
 from packllm.serve.app import _PAGE_POLICY, create_app
+from packllm.serve.command import _Loading
 
 
 def test_it_loads_says_how_to_ask_answers_and_ends_when_told(tmp_path):
@@ -62,6 +66,39 @@ def test_what_it_cannot_do_it_says(tmp_path):
     result = CliRunner().invoke(cli, ["serve", "-o", "temprature=1", "--uds", socket_of(tmp_path)])
     assert result.exit_code == 2
     assert "did you mean 'temperature'" in result.stderr
+
+
+@pytest.mark.enable_socket
+def test_a_port_in_use_is_told_before_anything_loads():
+    enable_socket()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(cli, ["serve", "-m", "/no/such/model", "--port", str(port)])
+    assert result.exit_code == 2
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in result.stderr
+    assert "choose another --port" in result.stderr
+    assert "loading" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("bound", "keys", "expected"),
+    [
+        (("127.0.0.1", 1), (), "listening on http://127.0.0.1:1, for this machine only (--host changes this)"),
+        (("::1", 1, 0, 0), (), "listening on http://[::1]:1, for this machine only (--host changes this)"),
+        (("0.0.0.0", 1), (), "listening on http://127.0.0.1:1, for the network: anyone who reaches it needs no key"),
+        (("::", 1, 0, 0), ("a",), "listening on http://[::1]:1, for the network\n"),
+        (("10.0.0.1", 1), ("a",), "listening on http://10.0.0.1:1, for the network\n"),
+        (None, ("a",), "listening on the unix socket /run/s\n"),
+    ],
+)
+def test_it_says_who_can_reach_it(bound, keys, expected):
+    listener = SimpleNamespace(sockets=[SimpleNamespace(getsockname=lambda: bound)])
+    server = SimpleNamespace(config=SimpleNamespace(uds=None if bound else "/run/s"), servers=[listener])
+    ours = SimpleNamespace(settings=SimpleNamespace(keys=keys))
+    said = _Loading(ours, server, None, {}, "PACK_KEY")._hello()
+    assert expected in said
+    assert ('-H "Authorization: Bearer $PACK_KEY"' in said) is bool(keys)
+    assert shlex.split(said.splitlines()[-1])[0] == "curl"
 
 
 @pytest.fixture

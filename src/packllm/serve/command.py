@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import gc
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,8 +67,12 @@ def serve(
 ) -> None:
     """Serve the pack with OpenAI's API.
 
-    The models are `pack`, and each member under its name. The server listens on
-    this machine only, unless --host is given. After SIGTERM it completes running answers, then ends.
+    The models are `pack`, and each member under its name. The server prints
+    its address: open it in a browser to chat, or give it to a client of
+    OpenAI's API as base URL, with /v1 at the end.
+
+    Only this machine can connect, unless --host is given. After SIGTERM or
+    Ctrl-C the server completes running answers; a second Ctrl-C ends it at once.
 
     [dim]Examples:[/]
 
@@ -91,7 +98,13 @@ def serve(
         origins=tuple(cors or ()),
         log_prompts=log_prompts,
     )
+    if uds is None:
+        _check_address(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # A second Ctrl-C cancels the running requests: that is no error of theirs.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    )
     made = create_app(settings=settings)
     config = uvicorn.Config(
         made,
@@ -105,21 +118,25 @@ def serve(
         lifespan="off",
     )
     server = uvicorn.Server(config)
-    loading = _Loading(made.state.server, server, model, options)
+    key_name = api_key_env if api_key_env and len(settings.keys) == 1 else "KEY"
+    loading = _Loading(made.state.server, server, model, options, key_name)
     loading.start()
     try:
         server.run()
     except OSError as error:
-        raise OptionError(f"cannot listen at {uds or f'{host}:{port}'}: {error}") from error
+        raise OptionError(f"cannot listen at {uds or f'{host}:{port}'}: {error.strerror or error}") from error
     loading.raise_failure()
 
 
 class _Loading(threading.Thread):
     """Loads the models in a thread, while the server already answers /health, and prints the progress."""
 
-    def __init__(self, ours: Server, uvicorn_server: Any, models: list[str] | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, ours: Server, uvicorn_server: Any, models: list[str] | None, options: dict[str, Any], key_name: str
+    ) -> None:
         super().__init__(daemon=True, name="packllm-loading")
         self._ours, self._server, self._models, self._options = ours, uvicorn_server, models, options
+        self._key_name = key_name
         self._failure: Exception | None = None
 
     def run(self) -> None:
@@ -148,27 +165,53 @@ class _Loading(threading.Thread):
             raise self._failure
 
     def _hello(self) -> str:
-        """The server's address, and a curl command to try it."""
+        """The server's address, who can reach it, and a curl command to try it."""
         config, keys = self._server.config, self._ours.settings.keys
-        where, socket = "http://localhost", f"--unix-socket {config.uds} " if config.uds else ""
-        note = "a unix socket"
-        if not config.uds:
-            bound = self._server.servers[0].sockets[0].getsockname()
-            host = bound[0] if bound[0] not in ("0.0.0.0", "::") else "127.0.0.1"
-            where = f"http://[{host}]:{bound[1]}" if ":" in host else f"http://{host}:{bound[1]}"
-            here = host.startswith("127.") or host == "::1"
-            note = "this machine alone (--host)" if here and bound[0] == host else "the network"
-            if not here and not keys:
-                note += ", without a key (--api-key-env)"
-        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
+        if config.uds:
+            where, curl_option, reach = (
+                "http://localhost",
+                f"--unix-socket {config.uds} ",
+                f"the unix socket {config.uds}",
+            )
+        else:
+            bound, port = self._server.servers[0].sockets[0].getsockname()[:2]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
+            where, curl_option = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", ""
+            if _is_loopback(bound):
+                reach = f"{where}, for this machine only (--host changes this)"
+            else:
+                reach = f"{where}, for the network"
+                reach += "" if keys else ": anyone who reaches it needs no key (--api-key-env changes this)"
+        key = f' -H "Authorization: Bearer ${self._key_name}"' if keys else ""
         body = json.dumps({"model": "pack", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
-        curl = f"curl {socket}{where}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-        return f"packllm: listening on {where}, {note}; base URL for clients: {where}/v1\n{curl}"
+        return (
+            f"packllm: listening on {reach}\n"
+            f"packllm: base URL for clients: {where}/v1{'' if config.uds else f'; page for browsers: {where}/'}\n"
+            f"curl {curl_option}{where}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+        )
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise OptionError if the server could not listen there. Loading the models would be in vain."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        remedies = {
+            errno.EADDRINUSE: "another program listens there; stop it, or choose another --port (0: a free one)",
+            errno.EACCES: "choose a --port above 1023",
+        }
+        remedy = remedies.get(error.errno or 0, "--host must be an address of this machine (0.0.0.0: all of them)")
+        reason = str(error.strerror or error).partition(" (while")[0]
+        raise OptionError(f"cannot listen at {host}, port {port}: {reason}; {remedy}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _hosts(host: str, uds: str | None, further: list[str]) -> tuple[str, ...]:
     """Host names that requests may use if the server listens on loopback; empty if it listens elsewhere."""
-    if uds or not (host in ("localhost", "::1") or host.startswith("127.")):
+    if uds or not _is_loopback(host):
         return ()
     return ("localhost", "127.0.0.1", "[::1]", host, *(name.lower() for name in further))
 
