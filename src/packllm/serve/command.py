@@ -168,11 +168,8 @@ class _Loading(threading.Thread):
         """The server's address, who can reach it, and a curl command to try it."""
         config, keys = self._server.config, self._ours.settings.keys
         if config.uds:
-            where, curl_option, reach = (
-                "http://localhost",
-                f"--unix-socket {config.uds} ",
-                f"the unix socket {config.uds}",
-            )
+            where, reach = "http://localhost", f"the unix socket {config.uds}"
+            curl_option = f"--unix-socket {config.uds} "
         else:
             bound, port = self._server.servers[0].sockets[0].getsockname()[:2]
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
