@@ -108,6 +108,14 @@ def test_a_schema_is_told(name):
     assert 'JSON schema:\n{"enum": ["ja", "日本"]}' in text
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_any_object_is_asked_for_in_words(name):
+    """OpenAI's json_object. Small models copy a schema that says no more than {"type": "object"}."""
+    text = shown(ENCODERS[name], DIALOGUE[:2], json_schema={"type": "object"})
+    assert "Answer with a JSON object alone." in text
+    assert '"type"' not in text
+
+
 def test_nothing_to_tell_changes_nothing():
     plain = DIALOGUE[:2]
     assert shown(ENCODERS["chatml"], plain, tools=[]) == shown(ENCODERS["chatml"], plain)
