@@ -69,6 +69,18 @@ engines: .venv-engines/ready
 		tests/test_server_members.py::test_a_gguf_file_beside_a_server_writes_what_one_engine_writes \
 		"tests/test_docs.py::test_programs_run[docs/engines.md]"
 
+# The server with the clients that people have, and its page in a browser (Debian's chromium, if it is installed).
+CLIENTS := .venv-clients/bin/python
+.venv-clients/ready: .venv/ready
+	$(beside_pinned)
+	$(CLIENTS) -m pip install --quiet --no-compile --constraint constraints.txt playwright==1.65.2 langchain-openai \
+		llama-index-llms-openai-like litellm
+	touch $@
+
+clients: .venv-clients/ready
+	OMP_NUM_THREADS=1 $(CLIENTS) -m pytest --numprocesses auto --dist loadfile -rs \
+		tests/test_serve_clients.py tests/test_serve_command.py tests/test_serve_protocol.py
+
 # The site, in site/: strict, offline, and from the source alone, so it needs no model and none of the pinned packages.
 # Material for MkDocs is kept until May 2027; Zensical, by the same team, reads the same mkdocs.yml.
 SITE := .venv-docs
