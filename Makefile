@@ -66,6 +66,7 @@ ENGINES := .venv-engines/bin/python
 engines: .venv-engines/ready
 	OMP_NUM_THREADS=1 $(ENGINES) -m pytest --numprocesses auto --dist loadfile \
 		tests/test_llama_cpp*.py tests/test_gguf*.py tests/test_ray.py tests/test_quantization.py \
+		"tests/test_serve_load.py::test_clients_have_the_answers_of_one_after_another_and_leave_nothing[gguf]" \
 		tests/test_server_members.py::test_a_gguf_file_beside_a_server_writes_what_one_engine_writes \
 		"tests/test_docs.py::test_programs_run[docs/engines.md]"
 

@@ -16,6 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from conftest import _config, byte_level_tokenizer
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from served import CHAT, QUESTION, client, events, leaving, listening, socket_of, until, until_calm
 from serving import CORPUS, Broken, Served, english
 from test_stress import nothing_is_left
@@ -24,8 +28,10 @@ from transformers import AutoModelForCausalLM
 from packllm import Member, Pack
 from packllm.engines.load import Loader
 from packllm.engines.server import http
-from packllm.serve import reply
+from packllm.options import Options
+from packllm.serve import protocol, reply
 from packllm.serve.app import create_app
+from packllm.serve.errors import dumps
 from packllm.serve.settings import Settings
 
 JSON = {"content-type": "application/json"}
@@ -239,3 +245,40 @@ async def test_a_client_that_leaves_drops_the_connection_to_a_member_s_server(fa
     assert sent[0]["status"] == 200
     await until(far.dropped.is_set)
     await until_calm(app)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (protocol.Chat, {"messages": [None] * 5000}),
+        (protocol.Chat, {"messages": QUESTION, "stop": [1] * 5000, "tools": [1] * 5000, "modalities": ["a"] * 5000}),
+        (protocol.Completion, {"prompt": [None] * 5000}),
+        (protocol.Completion, {"prompt": [1, "a"] * 5000}),
+        (protocol.Completion, {"prompt": "a", "logit_bias": {str(at): "a" for at in range(5000)}}),
+        (protocol.Responses, {"input": [None] * 5000, "include": [1] * 5000}),
+        (protocol.Rerank, {"query": "a", "documents": [None] * 5000}),
+        (protocol.Score, {"text_1": [None] * 5000, "text_2": [None] * 5000}),
+        (protocol.Decide, {"prompt": "a", "choices": [None] * 5000}),
+        (protocol.Detokenize, {"tokens": ["a"] * 5000}),
+        (Options, {"stop": [1] * 5000, "passages": [""] * 5000, "logit_bias": {str(at): 1000 for at in range(5000)}}),
+    ],
+)
+def test_wrong_items_are_not_all_reported(kind, body):
+    """Reports of a million take minutes."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert 0 < caught.value.error_count() < 16
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=40,
+    ),
+    st.integers(0, 6),
+)
+@hypothesis_settings(max_examples=200, derandomize=True, deadline=None)
+def test_json_in_parts_is_the_json_of_the_whole(value, depth):
+    assert json.loads(dumps(value, depth)) == value
+    assert dumps(value, depth) == dumps(value, 0)

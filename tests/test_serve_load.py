@@ -468,17 +468,20 @@ async def test_clients_have_the_answers_of_one_after_another_and_leave_nothing(m
     storm = Storm(socket_of(tmp_path), await one_after_another(app))
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     left: list[Counter[str]] = []
+    grown: dict[str, int] = {"round": 1}
     with listening(app, uds=storm.where) as server:
-        for at, done in enumerate((1, 2)):
-            go_on = partial(fewer, done)
-            await asyncio.gather(*(storm.client(1000 * at + seed, go_on) for seed in range(clients)))
+        while grown and len(left) < 4:  # a leak grows with every round; caches of imported packages do not
+            seeds, go_on = range(1000 * len(left), 1000 * len(left) + clients), partial(fewer, 2 - bool(left))
+            await asyncio.gather(*(storm.client(seed, go_on) for seed in seeds))
             await storm.over(server)
             await until_calm(app)
             pack.prefixes.clear()
             left.append(living())
-    assert storm.counts.total() == 3 * clients
+            if len(left) > 1:
+                grown = {name: n - left[-2][name] for name, n in left[-1].items() if n > left[-2][name]}
+    assert grown == {}
+    assert storm.counts.total() >= 3 * clients
     assert min(storm.counts[kind] for kind in Storm.KINDS) >= clients // 4
-    assert {name: n for name, n in left[1].items() if n > left[0][name]} == {}
     assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= files + 2
     nothing_is_left(pack)
