@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test newest engines notebooks models lint docs bench wheel-check clean
+.PHONY: setup demo test newest engines clients notebooks models lint docs bench wheel-check clean
 
 setup: .venv/ready
 
@@ -74,8 +74,8 @@ engines: .venv-engines/ready
 CLIENTS := .venv-clients/bin/python
 .venv-clients/ready: .venv/ready
 	$(beside_pinned)
-	$(CLIENTS) -m pip install --quiet --no-compile --constraint constraints.txt playwright==1.65.2 langchain-openai \
-		llama-index-llms-openai-like litellm
+	$(CLIENTS) -m pip install --quiet --no-compile playwright==1.65.2 openai==2.54.0 litellm==1.110.2 langchain-core==1.8.3 \
+		langchain-openai==1.7.4 llama-index-llms-openai==0.8.3 llama-index-llms-openai-like==0.8.1
 	touch $@
 
 clients: .venv-clients/ready

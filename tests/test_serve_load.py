@@ -475,6 +475,7 @@ async def test_clients_have_the_answers_of_one_after_another_and_leave_nothing(m
             await asyncio.gather(*(storm.client(seed, go_on) for seed in seeds))
             await storm.over(server)
             await until_calm(app)
+            pack.generate("a", max_tokens=1)  # adapters keep the factors of the last pass: let it be the same one
             pack.prefixes.clear()
             left.append(living())
             if len(left) > 1:
