@@ -86,7 +86,8 @@ class _Factories(TorchFunctionMode):
 
 @contextmanager
 def pretended(monkeypatch: Any, *engines: Any) -> Iterator[None]:
-    """What these engines return is on the pretended GPU, as it would be with models there."""
+    """What these engines return is on the pretended GPU, as it would be with models there. In this thread only: torch
+    keeps its modes by thread."""
 
     def wrap(engine: Any, name: str, before: Any = lambda value: value) -> None:
         real = getattr(engine, name)

@@ -60,6 +60,24 @@ def listening(app: Any, **where: Any) -> Iterator[Any]:
     assert not thread.is_alive()
 
 
+@contextlib.contextmanager
+def failing(member: Any, after: int) -> Iterator[None]:
+    """Each pass of a member fails, but for the first `after`."""
+    passes = 0
+
+    def fail(*args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > after:
+            raise RuntimeError("out of everything")
+
+    handle = member.model.base_model.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def socket_of(folder: Path) -> str:
     return str(folder / "s")
 

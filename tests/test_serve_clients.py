@@ -16,7 +16,7 @@ from conftest import _config, byte_level_tokenizer
 from pydantic import BaseModel
 from pytest_socket import enable_socket
 from scripted import follows, llama3_like
-from served import QUESTION, listening
+from served import QUESTION, failing, listening
 from transformers import AutoModelForCausalLM
 
 from packllm import Member, Pack
@@ -195,22 +195,11 @@ def _llama_index(url: str, more: dict[str, Any]) -> Iterator[Any]:
 
 @pytest.mark.parametrize("ask", [_sdk, _langchain, _llama_index])
 def test_a_response_that_fails_in_the_middle_is_no_short_answer(url, pack, ask):
-    passes = 0
-
-    def fail(*args: Any) -> None:
-        nonlocal passes
-        passes += 1
-        if passes > 6:
-            raise RuntimeError("out of everything")
-
-    handle = pack.members[0].model.base_model.register_forward_pre_hook(fail)
-    try:
+    with failing(pack.members[0], 6):
         pieces = ask(url, {"logit_bias": {"<|im_end|>": -100}, "max_output_tokens": 60})
         assert next(pieces)
         with pytest.raises(Exception, match="out of everything"):
             list(pieces)
-    finally:
-        handle.remove()
 
 
 async def test_langchain(url, pack):

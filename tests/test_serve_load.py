@@ -30,7 +30,7 @@ from conftest import _config, byte_level_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from served import CHAT, QUESTION, client, events, listening, socket_of, until, until_calm
+from served import CHAT, QUESTION, client, events, failing, listening, socket_of, until, until_calm
 from test_stress import nothing_is_left, open_sequences
 from transformers import AutoModelForCausalLM
 
@@ -238,21 +238,10 @@ async def test_only_names_of_this_server_are_answered(pack):
 
 
 async def test_a_member_that_fails_in_a_stream_ends_it_with_an_error(pack, caplog):
-    passes = 0
-
-    def fail(*args: Any) -> None:
-        nonlocal passes
-        passes += 1
-        if passes > 4:
-            raise RuntimeError("out of everything")
-
-    handle = pack.members[0].model.base_model.register_forward_pre_hook(fail)
-    try:
+    with failing(pack.members[0], 4):
         async with client(create_app(pack)) as http:
             body = {"messages": QUESTION, "stream": True, "max_tokens": 60, "packllm": {"draft_tokens": 1}}
             answer = await http.post(CHAT, json=body)
-    finally:
-        handle.remove()
     assert answer.status_code == 200
     *parts, last = events(answer.text)
     assert len(parts) > 1

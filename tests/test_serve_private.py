@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served import CHAT, QUESTION, client, events, leaving, until, until_calm
+from served import CHAT, QUESTION, client, events, failing, leaving, until, until_calm
 from serving import Served, english
 from test_stress import nothing_is_left
 
@@ -234,9 +234,8 @@ async def test_metrics_count_what_was_done_and_never_go_back(pack):
             await ask()
         assert await grown("packllm_requests_total", path, "status=429") == 1
 
-        fails = pack.members[0].model.base_model.register_forward_pre_hook(failing(6))
-        assert (await ask(stream=True, max_tokens=60, packllm={"draft_tokens": 1})).status_code == 200
-        fails.remove()
+        with failing(pack.members[0], 6):
+            assert (await ask(stream=True, max_tokens=60, packllm={"draft_tokens": 1})).status_code == 200
         assert await grown("packllm_requests_total", path, "status=500") == 1  # a stream that ended in an error
         assert await grown("packllm_requests_total", path, "status=200") == 0
 
@@ -272,15 +271,3 @@ async def app_metrics(app: Any) -> str:
         answer = await http_.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     return answer.text
-
-
-def failing(after: int) -> Any:
-    passes = 0
-
-    def fail(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-        if passes > after:
-            raise RuntimeError("out of everything")
-
-    return fail

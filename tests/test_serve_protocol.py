@@ -10,7 +10,7 @@ import pytest
 from conftest import TEMPLATE
 from pydantic import TypeAdapter
 from saying import saying
-from served import CHAT, QUESTION, ask, events, send
+from served import CHAT, QUESTION, ask, events, failing, send
 
 from packllm import Pack
 from packllm.serve.app import create_app
@@ -109,20 +109,9 @@ async def test_responses_have_the_types_of_openais_package(app, thinker):
 async def test_a_response_that_fails_ends_as_an_error_for_every_client(pack, caplog):
     """OpenAI's packages, and what is built on them, raise at `error`; others wait for response.failed."""
     types = pytest.importorskip("openai.types.responses", reason="openai is not installed")
-    passes = 0
-
-    def fail(*args: Any) -> None:
-        nonlocal passes
-        passes += 1
-        if passes > 6:
-            raise RuntimeError("out of everything")
-
-    handle = pack.members[0].model.base_model.register_forward_pre_hook(fail)
-    try:
+    with failing(pack.members[0], 6):
         body = {"input": "Why?", "max_output_tokens": 60, "packllm": {"draft_tokens": 1}}
         made = await streamed(create_app(pack), RESPONSES, body)
-    finally:
-        handle.remove()
     for event in made:
         TypeAdapter(types.ResponseStreamEvent).validate_json(json.dumps(event), strict=True)
     *_, error, failed = made
